@@ -1,0 +1,6488 @@
+#!/usr/bin/env python3
+"""aiapiproxy: the Anthropic Messages API in front of any OpenAI-compatible model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import enum
+import errno
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import select
+import signal
+import socket
+import ssl
+import stat
+import sys
+import time
+import zlib
+from bisect import bisect_left
+from collections import deque
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
+from email.utils import formatdate, parsedate_to_datetime
+from functools import lru_cache, partial
+from http import HTTPStatus
+from json.decoder import scanstring
+from typing import (Any, Awaitable, Callable, Coroutine, Deque, Dict, Iterable, Iterator, List, Mapping, Match,
+                    NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+__version__ = "1.0.0"
+
+
+# ============================================================================
+# 1. JSON
+# ============================================================================
+#
+# What comes in is read with care for what hostile text can hold: numbers that no
+# float can hold, nesting that no stack can hold.  What goes out is compact ASCII
+# and never has half a surrogate pair, which would kill Python clients.
+
+Json = Dict[str, Any]
+NewId = Callable[[int], str]             # a random string of so many letters and digits
+
+
+def json_text(value: Any) -> str:
+    """Compact ASCII JSON.  Raises ValueError for NaN, infinity and what is nested too deep."""
+    try:
+        text = _encode(value)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return LONE_SURROGATE.sub(_paired, text) if "\\ud" in text else text
+
+
+def json_bytes(value: Any) -> bytes:
+    return json_text(value).encode("ascii")
+
+
+def json_value(text: str) -> Any:
+    """The value of JSON text; raw control characters inside strings are let pass.
+
+    Raises ValueError for all that is not JSON, NaN and infinity included.
+    """
+    try:
+        return _strict_decoder.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def request_json(body: bytes) -> Any:
+    """The JSON value of a client's body.  Raises ProxyError(400) that says what is wrong, and where."""
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ProxyError(400, f"Request body is not valid JSON: not UTF-8 at byte {error.start}") from None
+    try:
+        return _client_decoder.decode(text)
+    except json.JSONDecodeError as error:
+        raise ProxyError(400, "Request body is not valid JSON: "
+                         f"{error.msg} (line {error.lineno}, column {error.colno})") from None
+    except ValueError as error:
+        raise ProxyError(400, f"Request body is not valid JSON: {str(error)[:200]}") from None
+    except RecursionError:
+        raise ProxyError(400, "Request body is not valid JSON: nested too deeply") from None
+
+
+def finite_float(text: str) -> float:
+    value = float(text)
+    if value in (math.inf, -math.inf):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _paired(match: Match[str]) -> str:
+    return "\\ufffd" if match[1] else match[0]
+
+
+# An escaped backslash or a whole pair is passed over; what group 1 catches has no partner.
+LONE_SURROGATE = re.compile(r"\\\\|\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|\\u(d[89a-f][0-9a-f]{2})")
+
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
+_client_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=no_constant)
+_strict_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=no_constant, strict=False)
+_decoder = json.JSONDecoder(strict=False)        # for what an upstream sends, whatever it holds
+
+
+# ============================================================================
+# 2. ERRORS
+# ============================================================================
+#
+# Every failure that a client can see is a ProxyError: the status, the kind that
+# the Anthropic API gives to it, and a sentence for a person.  Whoever raises one
+# need not know about HTTP answers: `respond` (13) makes them, and after the first
+# byte of a stream the translator (8) turns the same object into an `error` event.
+# [Anthropic: errors]
+
+
+class ProxyError(Exception):
+    """A failure with the answer it deserves.  `headers` go into the answer, lower-case names."""
+
+    outcome = "rejected"
+
+    def __init__(self, status: int, message: str, *, kind: Optional[str] = None,
+                 headers: Optional[Dict[str, str]] = None, details: Optional[Json] = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind or error_kind(status)
+        self.headers = headers or {}
+        self.details = details
+
+
+class ProtocolError(ProxyError):
+    """A client broke HTTP/1.1: it is answered, and its connection closed."""
+
+
+class UpstreamError(ProxyError):
+    """The upstream failed or refused.  `upstream_status` is its own status, 0 when it gave none."""
+
+    outcome = "upstream_error"
+    upstream_status = 0
+    is_context_overflow = False
+
+
+class ConnectionLost(UpstreamError):
+    """The upstream's connection failed; `answered` is False while no byte of an answer had come."""
+
+    answered = False
+
+
+class ClientGone(Exception):
+    """The client closed its connection: there is nobody to answer."""
+
+
+class ConfigError(Exception):
+    """Settings that cannot be used; `problems` has one sentence for each."""
+
+    def __init__(self, problems: List[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def error_kind(status: int) -> str:
+    """The `error.type` that goes with an HTTP status."""
+    return ERROR_KINDS.get(status) or ("invalid_request_error" if status < 500 else "api_error")
+
+
+def error_fields(error: ProxyError, request_id: str) -> Json:
+    """The envelope of an error, as a body or as the data of an `error` event."""
+    fields: Json = {"type": error.kind, "message": error.message}
+    if error.details is not None:
+        fields["details"] = error.details
+    return {"type": "error", "error": fields, "request_id": request_id}
+
+
+ERROR_KINDS = {
+    401: "authentication_error", 402: "billing_error", 403: "permission_error",
+    404: "not_found_error", 408: "timeout_error", 409: "conflict_error",
+    413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+# ============================================================================
+# 3. SETTINGS
+# ============================================================================
+#
+# One field per environment variable, declared once: parsing, --help, env.example
+# and the README's table follow from the declaration.  The process environment
+# wins over the .env file, the file over the default; an empty value counts as not
+# set.  Every bad value is found in one go, so that one start shows them all.
+
+
+def env(default: Any, parse: Callable[[str], Any], help_text: str, *aliases: str,
+        secret: bool = False) -> Any:
+    """A Settings field that is read from the variable of its name in capitals, or an alias."""
+    return field(default=default, metadata={
+        "parse": parse, "help": help_text, "aliases": aliases, "secret": secret})
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError("is not a number") from None
+        if not low <= value <= high:
+            raise ValueError(f"must be between {low:g} and {high:g}")
+        return value
+    return parse
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text):
+            raise ValueError("is not a whole number")
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError(f"must be between {low} and {high}")
+        return value
+    return parse
+
+
+def one_of(**choices: Any) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if text.lower() not in choices:
+            raise ValueError("must be one of " + ", ".join(choices))
+        return choices[text.lower()]
+    return parse
+
+
+def text_value(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("has a control character in it")
+    return text
+
+
+def api_key(text: str) -> str:
+    """A key as it may stand in a header.  env.example's placeholder counts as no key."""
+    if text == KEY_PLACEHOLDER:
+        return ""
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("has a blank, a control character or a letter outside ASCII in it")
+    return text
+
+
+def api_keys(text: str) -> Tuple[str, ...]:
+    return tuple(api_key(item) for item in comma_list(text))
+
+
+def comma_list(text: str) -> Tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def host_list(text: str) -> Tuple[str, ...]:
+    hosts = tuple(item[1:-1] if item[:1] == "[" and item[-1:] == "]" else item
+                  for item in comma_list(text))
+    for host in hosts:
+        if not re.fullmatch(r"[A-Za-z0-9._:%-]+", host):
+            raise ValueError(f"{host!r} is not an address or a host name")
+    return hosts
+
+
+def header_name(text: str) -> str:
+    if not TOKEN.fullmatch(text.encode("utf-8", "replace")):
+        raise ValueError("is not the name of a header")
+    return text
+
+
+def header_list(text: str) -> Tuple[Tuple[str, str], ...]:
+    """`Name: value` pairs separated by `;`, as UPSTREAM_HEADERS has them."""
+    pairs = []
+    for item in filter(None, (part.strip() for part in text.split(";"))):
+        name, colon, value = item.partition(":")
+        name, value = name.strip(), value.strip()
+        if not colon or not TOKEN.fullmatch(name.encode("utf-8", "replace")):
+            raise ValueError(f"needs 'Name: value' pairs separated by ';' (near {name[:20]!r})")
+        if not value.isprintable() or not value.isascii():
+            raise ValueError(f"the value of {name} must be printable ASCII")
+        if name.lower() in ("host", "content-length", "transfer-encoding", "connection"):
+            raise ValueError(f"{name} is set by the proxy itself")
+        pairs.append((name, value))
+    return tuple(pairs)
+
+
+def base_url(text: str) -> SplitResult:
+    """An http(s) URL without the `/chat/completions` and the slash that it may end in."""
+    url = split_url(text)
+    if url.scheme not in ("http", "https"):
+        raise ValueError("must start with http:// or https://")
+    if url.username or url.password:
+        raise ValueError("must not hold a user or password: put the key into OPENAI_API_KEY")
+    path = url.path.rstrip("/")
+    if path.endswith("/chat/completions"):
+        path = path[:-len("/chat/completions")].rstrip("/")
+    return url._replace(path=path, fragment="")
+
+
+def proxy_url(text: str) -> SplitResult:
+    url = split_url(text if "://" in text else "http://" + text)
+    if url.scheme != "http":
+        raise ValueError("only http:// proxies are supported")
+    return url
+
+
+def split_url(text: str) -> SplitResult:
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError:
+        raise ValueError("is not a URL") from None
+    if not url.hostname or port == 0 or re.search(r"[^\x21-\x7e]", text):
+        raise ValueError("is not a URL with a host")
+    return url
+
+
+def log_level(text: str) -> int:
+    """A level's number; of a directive list such as `info,hyper=warn` the bare level counts."""
+    for directive in text.lower().split(","):
+        if directive.strip() in LOG_LEVELS:
+            return LOG_LEVELS[directive.strip()]
+    if re.fullmatch(r"\s*[\w:.-]+=\w+\s*(,\s*[\w:.-]+=\w+\s*)*", text):
+        return LOG_LEVELS["info"]
+    raise ValueError("must be one of " + ", ".join(LOG_LEVELS))
+
+
+LOG_LEVELS = {"trace": 10, "debug": 10, "info": 20, "warn": 30, "warning": 30, "error": 40}
+KEY_PLACEHOLDER = "your-openai-api-key-here"
+TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")      # [RFC 9110 5.6.2]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One field per environment variable: the field's name in capitals.  Times are in seconds."""
+
+    server_host: Tuple[str, ...] = env(("127.0.0.1",), host_list, "addresses to listen on, separated by commas")
+    server_port: int = env(8082, integer(1, 65535), "TCP port to listen on")
+    openai_api_key: str = env("", api_key, "key for the upstream; not set: the client's own key is passed on", secret=True)
+    openai_base_url: SplitResult = env(
+        urlsplit("https://api.openai.com/v1"), base_url, "URL of the upstream, up to and without /chat/completions")
+    claude_haiku_model: str = env("gpt-4o-mini", text_value, "model for names with 'haiku'")
+    claude_sonnet_model: str = env("gpt-4o", text_value, "model for names with 'sonnet' and other claude names")
+    claude_opus_model: str = env("gpt-4", text_value, "model for names with 'opus'")
+    request_timeout: float = env(30.0, number(0.1, 86400), "seconds for a whole exchange that is not streamed")
+    stream_timeout: float = env(300.0, number(0.1, 86400), "seconds of silence before a stream is given up")
+    log_level: int = env(LOG_LEVELS["info"], log_level, "trace, debug, info, warn or error", "RUST_LOG")
+    log_format: str = env("", one_of(json="json", text="text"), "json or text; not set: text on a terminal, else json")
+    allowed_origins: Tuple[str, ...] = env(("*",), comma_list, "web origins that may call, or *")
+    api_key_header: str = env("Authorization", header_name, "header in which clients present their key, beside x-api-key")
+    allowed_hosts: Tuple[str, ...] = env((), comma_list, "further Host names that are accepted, or *")
+    proxy_api_key: Tuple[str, ...] = env((), api_keys, "keys that clients must present, separated by commas", secret=True)
+    max_request_size: int = env(33554432, integer(1, 2 ** 31), "bytes of a request body")
+    max_concurrent_requests: int = env(1000, integer(1, 100000), "API requests in work at once; one more gets 529")
+    workers: int = env(1, integer(1, 64), "processes that share the listening socket", "TOKIO_WORKER_THREADS")
+    https_proxy: Optional[SplitResult] = env(None, proxy_url, "outgoing proxy for https upstreams", "https_proxy", secret=True)
+    http_proxy: Optional[SplitResult] = env(None, proxy_url, "outgoing proxy for http upstreams", "http_proxy", secret=True)
+    no_proxy: Tuple[str, ...] = env((), comma_list, "hosts that are reached without the outgoing proxy", "no_proxy")
+    ssl_cert_file: str = env("", text_value, "file of CA certificates that upstreams are checked against")
+    ssl_cert_dir: str = env("", text_value, "folder of CA certificates, as OpenSSL has it")
+    pid_file: str = env("", text_value, "file that holds the process id while the proxy runs")
+    upstream_headers: Tuple[Tuple[str, str], ...] = env(
+        (), header_list, "extra headers for the upstream: 'Name: value; Name: value'", secret=True)
+    record_dir: str = env("", text_value, "folder that gets one file for each exchange, for reports of a fault")
+    rust_backtrace: bool = env(False, one_of(**{"0": False, "1": True, "full": True}), "1: unexpected errors are logged with their traceback")
+
+    @property
+    def passes_keys_on(self) -> bool:
+        """True when the key that a client presents is the one that goes upstream."""
+        return not self.openai_api_key
+
+    @property
+    def host(self) -> str:
+        """The class of the upstream's host: a key of HOST_CLASSES, or `other`."""
+        return host_class(self.openai_base_url.hostname or "")
+
+    def secrets(self) -> List[str]:
+        """All that must never be seen in a log, an answer or a page, longest first."""
+        found = {self.openai_api_key, *self.proxy_api_key, *(value for _, value in self.upstream_headers)}
+        found.update(url.password for url in (self.https_proxy, self.http_proxy) if url and url.password)
+        return sorted((item for item in found if len(item) >= 8), key=len, reverse=True)
+
+
+def load_settings(environ: Mapping[str, str], dotenv: Optional[Mapping[str, str]] = None,
+                  **overrides: Any) -> Settings:
+    """Settings from the environment and the .env file; `overrides` are fields that win over both.
+
+    Raises ConfigError with a sentence for each value that cannot be used.
+    """
+    values, problems = {}, []
+    for item in fields(Settings):
+        name, text = variable_text(item, environ, dotenv or {})
+        if item.name in overrides or text is None:
+            continue
+        try:
+            values[item.name] = item.metadata["parse"](text)
+        except ValueError as error:
+            shown = "" if item.metadata["secret"] else f" {text[:80]!r}"
+            problems.append(f"{name}{shown} {error}")
+    if problems:
+        raise ConfigError(problems)
+    settings = Settings(**{**values, **overrides})
+    exposed = [host for host in settings.server_host if not is_loopback(host)]
+    if exposed and settings.openai_api_key and not settings.proxy_api_key:
+        raise ConfigError([f"SERVER_HOST {exposed[0]} can be reached from other machines, and everybody "
+                           "there could spend OPENAI_API_KEY: set PROXY_API_KEY to a key that clients must present"])
+    return settings
+
+
+def variable_text(item: Any, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> Tuple[str, Optional[str]]:
+    """The name and text of the variable that sets a field; (name, None) when none does."""
+    names = (item.name.upper(), *item.metadata["aliases"])
+    for source in (environ, dotenv):
+        for name in names:
+            if source.get(name, "").strip():
+                return name, source[name].strip()
+    return names[0], None
+
+
+def dotenv_values(text: str) -> Tuple[Dict[str, str], List[int]]:
+    """The variables of a .env file, and the numbers of the lines that are not understood.
+
+    Nothing is executed or expanded.
+    """
+    values: Dict[str, str] = {}
+    malformed = []
+    for index, line in enumerate(re.split(r"\r?\n|\r", text.lstrip("\ufeff")), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        match = DOTENV_LINE.fullmatch(line)
+        if match is None:
+            malformed.append(index)
+            continue
+        name, single, double, plain = match.groups()
+        values[name] = next(item.strip() if item is plain else item for item in (single, double, plain) if item is not None)
+    return values, malformed
+
+
+def unknown_names(names: Iterable[str]) -> List[Tuple[str, str]]:
+    """(name, the known name it is near) for each name that looks like a slip of the pen."""
+    import difflib                                       # rarely needed: not at start
+    known = [name for item in fields(Settings) for name in (item.name.upper(), *item.metadata["aliases"])]
+    found = []
+    for name in names:
+        near = [] if name in known else difflib.get_close_matches(name.upper(), known, 1, 0.85)
+        if near:
+            found.append((name, near[0]))
+    return found
+
+
+DOTENV_LINE = re.compile(r"""
+    (?:export\s+)? ([A-Za-z_][A-Za-z0-9_]*) \s*=
+    (?: \s*'([^']*)' \s*(?:\#.*)? | \s*"([^"]*)" \s*(?:\#.*)? | (?!\s*['"]) ((?:(?!\s\#).)*) (?:\s+\#.*)? )""", re.VERBOSE)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can only mean this machine."""
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]").partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def host_class(hostname: str) -> str:
+    """What kind of upstream a host name stands for: a key of HOST_CLASSES, or `other`."""
+    name = hostname.lower().rstrip(".")
+    for kind, endings in HOST_CLASSES.items():
+        if any(name == ending.lstrip(".") if ending[0] != "." else name.endswith(ending) for ending in endings):
+            return kind
+    return "other"
+
+
+HOST_CLASSES = {
+    "openai": ("api.openai.com", ".api.openai.com"),
+    "azure": (".openai.azure.com", ".services.ai.azure.com", ".cognitiveservices.azure.com"),
+    "openrouter": ("openrouter.ai", ".openrouter.ai"),
+    "deepseek": ("api.deepseek.com",),
+    "mistral": ("api.mistral.ai", ".api.mistral.ai"),
+    "gemini": ("generativelanguage.googleapis.com",),
+}
+
+
+def mapped_model(asked: str, settings: Settings) -> str:
+    """The upstream's model for the name that a client asks for."""
+    name = asked[:-4] if asked.endswith("[1m]") else asked
+    lower = name.lower()
+    for family in ("haiku", "sonnet", "opus"):
+        if family in lower:
+            return getattr(settings, f"claude_{family}_model")
+    return settings.claude_sonnet_model if lower.startswith("claude") else name
+
+
+# ============================================================================
+# 4. TOKENS
+# ============================================================================
+
+def estimated_request_tokens(body: Json) -> int:
+    """Estimated tokens of a Chat Completions request, at least 1."""
+    total = 3
+    for message in body["messages"]:
+        total += 4
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            kind = part["type"]
+            if kind == "text":
+                total += estimated_tokens(part["text"])
+            elif kind == "image_url":
+                total += IMAGE_TOKENS
+            elif kind == "file":
+                size = len(part["file"]["file_data"]) * 3 // 4
+                total += PDF_TOKENS * (1 + (size - 1) // PDF_PIECE)
+        if isinstance(content, str):
+            total += estimated_tokens(content)
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            total += estimated_tokens(function["name"]) + estimated_tokens(function["arguments"])
+    for tool in body.get("tools", ()):
+        function = tool["function"]
+        total += 8 + estimated_tokens(function["name"]) + estimated_tokens(function.get("description", "")) \
+            + estimated_tokens(json.dumps(function["parameters"], ensure_ascii=False, separators=(",", ":")))
+    schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
+    if schema is not None:
+        total += estimated_tokens(json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+    return total
+
+
+IMAGE_TOKENS = 1600
+PDF_TOKENS = 2000
+PDF_PIECE = 65536
+
+
+def estimated_tokens(text: str) -> int:
+    return (len(text) + 3) // 4
+
+
+# ============================================================================
+# 5. REQUEST: ANTHROPIC TO OPENAI
+# ============================================================================
+#
+# `openai_request` turns a Messages request into an Exchange: the Chat Completions
+# body, and what the way back needs to know.  It works in the order of the wire:
+# check, model, tools, messages, the other fields.  What the upstream cannot know
+# is dropped, unless dropping it would make the answer wrong in a way that the
+# client cannot see: then it is rejected with a sentence that names the field.
+# Nothing here changes the client's objects.
+# [Anthropic: Messages] [OpenAI: Chat Completions]
+
+
+class Thinking(enum.Enum):
+    """What the client wants to see of the model's reasoning."""
+    HIDDEN = 0
+    OMITTED = 1          # thinking blocks with a signature, without their text
+    SHOWN = 2
+
+
+class Profile(NamedTuple):
+    """What kind of upstream and model a request goes to."""
+    host: str            # a key of HOST_CLASSES, or "other"
+    model: str           # as the upstream knows it
+    base: str            # lower case, without vendor prefix: what the tables match
+    is_reasoning: bool   # refuses max_tokens, sampling and stop
+
+
+@dataclass
+class Exchange:
+    """One request as the upstream gets it, and what translating its answer needs."""
+    asked_model: str                        # the answer's `model`
+    profile: Profile
+    body: Json                              # the Chat Completions request
+    is_streamed: bool                       # the client wants events
+    thinking: Thinking = Thinking.HIDDEN
+    tool_names: Dict[str, str] = field(default_factory=dict)     # the upstream's -> the client's
+    known_ids: Set[str] = field(default_factory=set)             # tool call ids in the history
+    stop_sequences: Tuple[str, ...] = ()
+    prefill: str = ""                       # the assistant text that the answer continues
+    is_single_call: bool = False            # only the first tool call counts
+    is_empty: bool = False                  # max_tokens 0: nothing is to be generated
+    uses_own_key: bool = True               # OPENAI_API_KEY, not the client's
+    secrets: Tuple[str, ...] = ()           # what must not be seen in errors
+    upstream_host: str = ""
+    upstream_path: str = ""
+    dropped: List[str] = field(default_factory=list)             # worth a line in the log
+    estimate: int = 0                       # see input_estimate
+
+    def input_estimate(self) -> int:
+        """Estimated tokens of the prompt, counted once, when first asked for."""
+        if not self.estimate:
+            self.estimate = estimated_request_tokens(self.body)
+        return self.estimate
+
+
+def openai_request(asked: Json, settings: Settings, session_id: str = "",
+                   is_counting: bool = False) -> Exchange:
+    """The Exchange for a Messages request; `is_counting` for count_tokens, which has no max_tokens.
+
+    Raises ProxyError(400) naming the field.
+    """
+    check_fields(asked, is_counting)
+    profile = model_profile(mapped_model(asked["model"], settings), settings.host)
+    talk = read_conversation(asked["messages"])
+    tools = usable_tools(asked.get("tools") or [], asked.get("tool_choice"), talk, profile)
+    answer_format, format_line = response_format(asked, profile)
+    system = [*system_texts(asked.get("system")), *talk.system]
+    if tools.server_names:
+        system.append(f"Not available in this session: {', '.join(tools.server_names)}. "
+                      "Do not claim to have used them.")
+    system.append(format_line)
+    system_text = "\n\n".join(filter(None, system))
+    messages: List[Json] = [{"role": "system", "content": system_text}] if system_text else []
+    messages += openai_messages(talk, profile, asked)
+    if not any(message["role"] != "system" for message in messages):
+        raise ProxyError(400, "messages: at least one user message is required")
+    choice, is_single_call = tool_choice(asked.get("tool_choice"), asked.get("tools"), tools, profile)
+    body = {
+        "model": profile.model, "messages": messages,
+        **({} if is_counting else token_limit(asked["max_tokens"], profile)),
+        **sampling(asked, profile),
+        **reasoning(asked, talk.effort, bool(tools.functions), profile),
+        **answer_format,
+        **({"tools": tools.functions, **choice} if tools.functions else {}),
+        **identity(asked, session_id, profile),
+        **stream_fields(asked, profile, is_counting),
+    }
+    last = messages[-1]
+    return Exchange(
+        asked_model=asked["model"], profile=profile, body=body,
+        is_streamed=asked.get("stream") is True, thinking=visible_thinking(asked.get("thinking")),
+        tool_names=tools.names, known_ids=talk.ids,
+        stop_sequences=tuple(filter(None, asked.get("stop_sequences") or ())),
+        prefill=last["content"] if last["role"] == "assistant" and "tool_calls" not in last else "",
+        is_single_call=is_single_call, is_empty=not is_counting and asked["max_tokens"] == 0,
+        uses_own_key=not settings.passes_keys_on, upstream_host=settings.openai_base_url.hostname or "",
+        upstream_path=settings.openai_base_url.path + "/chat/completions",
+        dropped=[name for name in ("inference_geo", "container") if asked.get(name) is not None]
+        + tools.server_names)
+
+
+def check_fields(asked: Json, is_counting: bool) -> None:
+    """Raises ProxyError(400) for the first top-level field that cannot be used."""
+    for name, is_right, sentence in FIELD_CHECKS:
+        value = asked.get(name)
+        if is_counting and name in ("max_tokens", "stream"):
+            continue
+        if name in REQUIRED_FIELDS and name not in asked:
+            raise ProxyError(400, f"{name}: Field required")
+        if (value is not None or name in REQUIRED_FIELDS) and not is_right(value):
+            raise ProxyError(400, f"{name}: {sentence}")
+        if value == [] and name == "messages":
+            raise ProxyError(400, "messages: at least one message is required")
+        if name == "max_tokens" and value < 0:
+            raise ProxyError(400, "max_tokens: Input should be greater than or equal to 0")
+    if asked.get("thread") is not None:
+        raise ProxyError(400, "thread: not supported by this endpoint; send the whole conversation",
+                         details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+REQUIRED_FIELDS = ("model", "messages", "max_tokens")
+FIELD_CHECKS: Tuple[Tuple[str, Callable[[Any], bool], str], ...] = (
+    ("model", lambda value: isinstance(value, str) and value not in ("", "[1m]"), "Input should be a valid string"),
+    ("messages", lambda value: isinstance(value, list), "Input should be a valid list"),
+    ("max_tokens", is_integer, "Input should be a valid integer"),
+    ("stream", lambda value: isinstance(value, bool), "Input should be a valid boolean"),
+    ("system", lambda value: isinstance(value, str) or (isinstance(value, list) and all(
+        is_object(block) and block.get("type") == "text" and isinstance(block.get("text"), str)
+        for block in value)), "Input should be a valid string or list of text blocks"),
+    ("temperature", is_number, "Input should be a valid number"),
+    ("top_p", is_number, "Input should be a valid number"),
+    ("stop_sequences", lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+     "Input should be a valid list of strings"),
+    ("thinking", is_object, "Input should be an object"),
+    ("metadata", is_object, "Input should be an object"),
+    ("output_config", is_object, "Input should be an object"),
+    ("tools", lambda value: isinstance(value, list), "Input should be a valid list"),
+    ("mcp_servers", lambda value: value == [], "MCP servers are not supported by this endpoint"),
+    ("compaction", lambda value: False, "not supported by this endpoint"),
+)
+
+
+# ---- model, limits, sampling ------------------------------------------------
+
+def model_profile(model: str, host: str) -> Profile:
+    base = re.sub(r"^ft:", "", model.lower()).rpartition("/")[2]
+    is_reasoning = bool(re.match(r"o\d|codex", base)) or gpt_version(base) >= (5, 0)
+    return Profile(host, model, base, is_reasoning)
+
+
+def gpt_version(base: str) -> Tuple[int, int]:
+    """(5, 1) for gpt-5.1-mini; (0, 0) for a name of another kind."""
+    match = re.match(r"gpt-(\d{1,4})(?:\.(\d{1,4}))?", base)
+    return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
+
+
+def is_chat_variant(base: str) -> bool:
+    """gpt-5-chat-latest and its like: reasoning models by their fields, but without effort."""
+    return base.startswith("gpt-5") and "-chat" in base
+
+
+def token_limit(asked: int, profile: Profile) -> Json:
+    """The limit under the name that the model takes, capped to what the model can give."""
+    cap = next((cap for pattern, cap in TOKEN_CAPS if re.match(pattern, profile.base)), None)
+    limit = asked if cap is None else min(asked, cap)
+    return {"max_completion_tokens" if profile.is_reasoning else "max_tokens": limit}
+
+
+# Clients ask for what Claude can give; a larger value than the model's is an error upstream.
+TOKEN_CAPS = (
+    (r"gpt-4o-2024-05-13$", 4096),
+    (r"gpt-4o|chatgpt-4o", 16384),
+    (r"gpt-4\.1", 32768),
+    (r"gpt-4-turbo|gpt-4-1106|gpt-4-0125|gpt-4-vision|gpt-3\.5", 4096),
+    (r"gpt-4$|gpt-4-0", 4096),               # half of its window of 8192
+    (r"gpt-4-32k", 8192),
+    (r"gpt-5.*-chat", 16384),
+    (r"gpt-([5-9]|\d\d)", 128000),
+    (r"o1-mini", 65536),
+    (r"o\d", 100000),
+)
+
+
+def sampling(asked: Json, profile: Profile) -> Json:
+    """temperature, top_p and stop, where the model takes them."""
+    if profile.is_reasoning:
+        return {}
+    found = {name: asked[name] for name in ("temperature", "top_p") if asked.get(name) is not None}
+    stop = [text for text in asked.get("stop_sequences") or () if text][:4]     # OpenAI takes four
+    if stop:
+        found["stop"] = stop
+    return found
+
+
+def identity(asked: Json, session_id: str, profile: Profile) -> Json:
+    """safety_identifier, prompt_cache_key and service_tier, which only OpenAI itself knows."""
+    if profile.host != "openai":
+        return {}
+    user = (asked.get("metadata") or {}).get("user_id")
+    user = user if isinstance(user, str) else ""
+    found = {}
+    if user:
+        found["safety_identifier"] = sha256_hex(user)
+    if session_id or user:
+        found["prompt_cache_key"] = "aap-" + sha256_hex(session_id or user)[:32]
+    if asked.get("service_tier") == "standard_only":
+        found["service_tier"] = "default"
+    return found
+
+
+def sha256_hex(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def stream_fields(asked: Json, profile: Profile, is_counting: bool) -> Json:
+    """`stream`, also for an un-streamed request that may take minutes: only a stream shows life."""
+    if is_counting:
+        return {}
+    limit = next(iter(token_limit(asked["max_tokens"], profile).values()))
+    if not asked.get("stream") and limit <= UNSTREAMED_TOKENS:
+        return {}
+    options = {} if profile.host == "mistral" else {"stream_options": {"include_usage": True}}
+    return {"stream": True, **options}
+
+
+UNSTREAMED_TOKENS = 4096         # tokens that a model writes within REQUEST_TIMEOUT, or nearly
+
+
+# ---- reasoning and format ---------------------------------------------------
+
+def visible_thinking(thinking: Optional[Json]) -> Thinking:
+    if not thinking or thinking.get("type") not in ("enabled", "adaptive"):
+        return Thinking.HIDDEN
+    return Thinking.OMITTED if thinking.get("display") == "omitted" else Thinking.SHOWN
+
+
+def reasoning(asked: Json, later_effort: Optional[str], has_tools: bool, profile: Profile) -> Json:
+    """The fields that set how much the model reasons, in the words of the upstream's host."""
+    wanted = wanted_effort(asked, later_effort)
+    if profile.host == "openrouter":
+        if wanted is None:
+            return {}
+        return {"reasoning": {"enabled": False} if wanted == "none" else {"effort": wanted}}
+    if profile.host == "deepseek" and "reasoner" not in profile.base:
+        if visible_thinking(asked.get("thinking")) is Thinking.HIDDEN:
+            return {"thinking": {"type": "disabled"}}
+        effort = {"low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}.get(wanted or "")
+        return {"thinking": {"type": "enabled"}, **({"reasoning_effort": effort} if effort else {})}
+    allowed = allowed_efforts(profile)
+    if has_tools and allowed and profile.host in ("openai", "azure") and gpt_version(profile.base) >= (5, 4):
+        return {"reasoning_effort": "none"}      # any other is refused there beside function tools
+    return {"reasoning_effort": nearest_effort(wanted, allowed)} if wanted and allowed else {}
+
+
+def wanted_effort(asked: Json, later_effort: Optional[str]) -> Optional[str]:
+    """The effort that the client means, or None."""
+    thinking = asked.get("thinking") or {}
+    if thinking.get("type") in ("disabled", "between_tools"):
+        return "none"
+    effort = later_effort or (asked.get("output_config") or {}).get("effort")
+    if effort in CLIENT_EFFORTS:
+        return effort
+    budget = thinking.get("budget_tokens")
+    if thinking.get("type") != "enabled" or not is_integer(budget):
+        return None
+    return "low" if budget < 4096 else "medium" if budget < 16384 else "high"
+
+
+def nearest_effort(wanted: str, allowed: Sequence[str]) -> str:
+    """`wanted` if it is allowed, else the nearest lower one, else the lowest."""
+    rank = EFFORTS.index(wanted)
+    ranked = sorted((name for name in allowed if name in EFFORTS), key=EFFORTS.index)
+    lower = [name for name in ranked if EFFORTS.index(name) <= rank]
+    return (lower or ranked[:1])[-1] if ranked else wanted
+
+
+def allowed_efforts(profile: Profile) -> Tuple[str, ...]:
+    if is_chat_variant(profile.base):
+        return ()
+    for pattern, hosts, allowed in EFFORT_LISTS:
+        if re.search(pattern, profile.base) and profile.host in (hosts or (profile.host,)):
+            return tuple(allowed.split())
+    return ()
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+CLIENT_EFFORTS = ("low", "medium", "high", "xhigh", "max")
+EFFORT_LISTS: Tuple[Tuple[str, Tuple[str, ...], str], ...] = (      # model, hosts (none: all), efforts
+    (r"^o1-(mini|preview)", (), ""),
+    (r"^o\d", (), "low medium high"),
+    (r"^gpt-5-pro", (), "high"),
+    (r"^gpt-5-codex|^codex", (), "low medium high"),
+    (r"^gpt-5(?!\.)(?!\d)", (), "minimal low medium high"),
+    (r"^gpt-5\.1(?!\d)", (), "none low medium high"),
+    (r"^gpt-5\.[2-5](?!\d)", (), "none low medium high xhigh"),
+    (r"^gpt-([5-9]|\d\d)", (), "none low medium high xhigh max"),
+    (r"gpt-oss", (), "low medium high"),
+    (r"^gemini-2\.5|^gemini-[3-9]", ("gemini", "other"), "low medium high"),
+    (r"^grok-3-mini", (), "low high"),
+)
+
+
+def response_format(asked: Json, profile: Profile) -> Tuple[Json, str]:
+    """(`response_format` or nothing, a line for the system text or "")."""
+    wanted = (asked.get("output_config") or {}).get("format")
+    if wanted is None:
+        wanted = asked.get("output_format")
+    if wanted is None:
+        return {}, ""
+    if not is_object(wanted) or wanted.get("type") != "json_schema" or not is_object(wanted.get("schema")):
+        raise ProxyError(400, 'output_config.format: Input should be {"type": "json_schema", "schema": {...}}')
+    schema = wanted["schema"]
+    if profile.host == "deepseek":
+        return {"response_format": {"type": "json_object"}}, format_instruction(schema)
+    is_strict = qualifies_as_strict(schema)
+    return {"response_format": {"type": "json_schema", "json_schema": {
+        "name": "response", "schema": schema if is_strict else clean_schema(schema), "strict": is_strict}}}, ""
+
+
+def format_instruction(schema: Json) -> str:
+    return ("Answer with one JSON value only, no other text, that matches this JSON schema: "
+            + json_text(schema))
+
+
+# ---- tools ------------------------------------------------------------------
+
+class Tools(NamedTuple):
+    """The tools of a request, as functions and by name."""
+    functions: List[Json]
+    names: Dict[str, str]           # the upstream's name -> the client's
+    server_names: List[str]         # tools that only Anthropic's servers could run
+
+
+def usable_tools(listed: List[Any], choice: Any, talk: Conversation, profile: Profile) -> Tools:
+    """The tools that the model gets, deferred ones last.  Raises ProxyError(400)."""
+    functions: Dict[str, Json] = {}
+    deferred: Set[str] = set()
+    server_names: List[str] = []
+    for index, tool in enumerate(listed):
+        where = f"tools.{index}"
+        function = tool_function(tool, where, profile)
+        if function is None:
+            server_names += server_tool_name(tool)
+            continue
+        name = tool["name"] if isinstance(tool.get("name"), str) and tool["name"] else function["name"]
+        if name in functions:
+            raise ProxyError(400, "tools: Tool names must be unique.")
+        functions[name] = function
+        if tool.get("defer_loading") is True:
+            deferred.add(name)
+    for definition in talk.added_tools:
+        function = tool_function(definition, "tools", profile)
+        if function is not None:
+            functions[definition.get("name") or function["name"]] = function
+    wanted = talk.named_tools | {choice["name"] for choice in [choice] if is_object(choice) and is_name(choice.get("name"))}
+    has_search = any(re.search(r"tool_?search", name, re.I) for name in functions if name not in deferred)
+    loaded = [name for name in functions if name not in deferred or not has_search]
+    loaded += [name for name in functions if name not in loaded and name in wanted]
+    loaded = [name for name in loaded if name not in talk.removed_tools]
+    return Tools([{"type": "function", "function": functions[name]} for name in loaded],
+                 {functions[name]["name"]: name for name in loaded}, server_names)
+
+
+def tool_function(tool: Any, where: str, profile: Profile) -> Optional[Json]:
+    """The OpenAI function for a tool; None for one that the proxy cannot offer."""
+    if not is_object(tool):
+        raise ProxyError(400, f"{where}: Input should be an object")
+    kind = tool.get("type")
+    if isinstance(kind, str) and kind != "custom":
+        if re.match(SERVER_TOOLS, kind) or kind.startswith("tool_search_tool_"):
+            return None
+        build = next((build for prefix, build in CLIENT_TOOLS.items() if kind.startswith(prefix)), None)
+        if build is not None and not is_object(tool.get("input_schema")):
+            return synthesized_function(tool, build(tool))
+        if not is_object(tool.get("input_schema")):
+            return None
+    if not is_name(tool.get("name")):
+        raise ProxyError(400, f"{where}.name: Field required")
+    if not is_object(tool.get("input_schema")):
+        raise ProxyError(400, f"{where}.input_schema: Field required")
+    function: Json = {"name": upstream_tool_name(tool["name"])}
+    if is_name(tool.get("description")):
+        function["description"] = tool["description"]
+    function["parameters"] = clean_schema(tool["input_schema"])
+    if tool.get("strict") is True and profile.host in ("openai", "azure") and qualifies_as_strict(tool["input_schema"]):
+        function["strict"] = True
+    return function
+
+
+def server_tool_name(tool: Json) -> List[str]:
+    """The name under which a dropped tool is told to the model; tool search needs no word."""
+    kind = tool["type"]
+    if kind.startswith("tool_search_tool_"):
+        return []
+    return [tool["name"] if is_name(tool.get("name")) else tool.get("mcp_server_name") or kind]
+
+
+def is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+SERVER_TOOLS = r"(web_search|web_fetch|code_execution|advisor)_\d{8}$|mcp_toolset$|(computer|browser)_toolset_"
+
+
+def upstream_tool_name(name: str) -> str:
+    """A name that OpenAI takes: the same for the same name, in every turn.  [OpenAI: function name]"""
+    if re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name):
+        return name
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:55] + "_" + sha256_hex(name)[:8]
+
+
+def client_tool_name(name: str, names: Dict[str, str]) -> str:
+    """The client's name for a tool that the model calls."""
+    if name not in names and name.startswith("functions.") and name[10:] in names:
+        name = name[10:]
+    return names.get(name, name)
+
+
+def tool_choice(choice: Any, listed: Optional[List[Any]], tools: Tools, profile: Profile) -> Tuple[Json, bool]:
+    """(`tool_choice` and `parallel_tool_calls`, whether only one call is wanted)."""
+    if choice is None:
+        return {}, False
+    kind = choice.get("type") if is_object(choice) else None
+    if kind not in ("auto", "any", "tool", "none"):
+        raise ProxyError(400, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
+    if kind in ("any", "tool"):
+        if not listed:
+            raise ProxyError(400, "tool_choice: may only be specified while providing tools")
+        check_choice(kind, choice.get("name"), tools)
+    fields: Json = {"tool_choice": {"auto": "auto", "any": "required", "none": "none"}.get(kind) or {
+        "type": "function", "function": {"name": upstream_tool_name(choice["name"])}}}
+    is_single_call = kind != "none" and choice.get("disable_parallel_tool_use") is True
+    if is_single_call and not re.match(r"o\d", profile.base):        # the o-series lacks the field
+        fields["parallel_tool_calls"] = False
+    return fields, is_single_call
+
+
+def check_choice(kind: str, name: Any, tools: Tools) -> None:
+    """Raises ProxyError(400) where the tool that must be called is not there."""
+    if kind == "tool" and name in tools.names.values():
+        return
+    if kind == "any" and tools.functions:
+        return
+    server = name if kind == "tool" else (tools.server_names or [None])[0]
+    if server in tools.server_names:
+        raise ProxyError(400, f"tool_choice: {server} is a server tool, which this endpoint does not provide")
+    if kind == "any":
+        raise ProxyError(400, "tool_choice: may only be specified while providing tools")
+    raise ProxyError(400, f"tool_choice.name: Tool '{name}' not found in provided tools")
+
+
+def synthesized_function(tool: Json, made: Tuple[str, str, Json, Sequence[str]]) -> Json:
+    """The function for a client tool that Anthropic defines by its type alone."""
+    name, description, properties, required = made
+    return {"name": upstream_tool_name(tool["name"] if is_name(tool.get("name")) else name),
+            "description": description,
+            "parameters": {"type": "object", "properties": properties, "required": list(required)}}
+
+
+def bash_tool(tool: Json) -> Tuple[str, str, Json, Sequence[str]]:
+    return ("bash", "Runs a command in a persistent bash session and returns what it prints. "
+            "Set restart to true to start the session anew.",
+            {"command": STRING, "restart": {"type": "boolean"}}, ())
+
+
+def edit_tool(tool: Json) -> Tuple[str, str, Json, Sequence[str]]:
+    """The text editor: the older kind can undo, the newer takes the inserted text by its own name."""
+    is_old = tool["type"] < "text_editor_20250429" and tool["type"].startswith("text_editor_20")
+    commands = ["view", "create", "str_replace", "insert"] + (["undo_edit"] if is_old else [])
+    properties = {"command": {"type": "string", "enum": commands}, "path": STRING, "file_text": STRING,
+                  "old_str": STRING, "new_str": STRING, "insert_line": INTEGER, "view_range": INTEGERS}
+    inserted = "new_str" if is_old else "insert_text"
+    if not is_old:
+        properties["insert_text"] = STRING
+    description = f"Views, creates and edits text files. The insert command puts {inserted} after insert_line."
+    if is_integer(tool.get("max_characters")):
+        description += f" A view shows at most {tool['max_characters']} characters."
+    return ("str_replace_editor" if is_old else "str_replace_based_edit_tool", description, properties,
+            ("command", "path"))
+
+
+def memory_tool(tool: Json) -> Tuple[str, str, Json, Sequence[str]]:
+    commands = ["view", "create", "str_replace", "insert", "delete", "rename"]
+    strings = dict.fromkeys(("path", "file_text", "old_str", "new_str", "insert_text", "old_path", "new_path"), STRING)
+    return ("memory", "Reads and writes files that persist between conversations. All paths lie under /memories.",
+            {"command": {"type": "string", "enum": commands}, **strings, "insert_line": INTEGER,
+             "view_range": INTEGERS}, ("command",))
+
+
+def computer_tool(tool: Json) -> Tuple[str, str, Json, Sequence[str]]:
+    actions = list(COMPUTER_ACTIONS)
+    if tool["type"] != "computer_20241022":
+        actions += ["left_mouse_down", "left_mouse_up", "triple_click", "scroll", "hold_key", "wait"]
+    if tool["type"] >= "computer_20251124" and tool.get("enable_zoom"):
+        actions.append("zoom")
+    size = f"{tool.get('display_width_px')} x {tool.get('display_height_px')}"
+    return ("computer", f"Controls a screen of {size} pixels with mouse and keyboard, and takes screenshots of it.",
+            {"action": {"type": "string", "enum": actions}, "coordinate": INTEGERS, "start_coordinate": INTEGERS,
+             "text": STRING, "scroll_direction": {"type": "string", "enum": ["up", "down", "left", "right"]},
+             "scroll_amount": INTEGER, "duration": {"type": "number"}, "region": INTEGERS}, ("action",))
+
+
+STRING: Json = {"type": "string"}
+INTEGER: Json = {"type": "integer"}
+INTEGERS: Json = {"type": "array", "items": INTEGER}
+COMPUTER_ACTIONS = ("key", "type", "mouse_move", "left_click", "left_click_drag", "right_click", "middle_click",
+                    "double_click", "screenshot", "cursor_position")
+CLIENT_TOOLS: Dict[str, Callable[[Json], Tuple[str, str, Json, Sequence[str]]]] = {
+    "bash_": bash_tool, "text_editor_": edit_tool, "memory_": memory_tool, "computer_2": computer_tool,
+}
+
+
+# ---- JSON schemas -----------------------------------------------------------
+
+def clean_schema(schema: Any) -> Json:
+    """A schema for `parameters` that every upstream can read: an object with properties.
+
+    What is already right is returned as it is; the client's own objects are never changed.
+    """
+    if not is_object(schema):
+        return {"type": "object", "properties": {}}
+    root = {key: value for key, value in schema.items() if key != "$schema"}
+    root["type"] = "object"
+    if not is_object(root.get("properties")):
+        root["properties"] = {}
+    return mapped_subschemas(root, complete_object)
+
+
+def complete_object(schema: Any) -> Any:
+    """A nested schema of type object gets the `properties` that some upstreams insist on."""
+    if not is_object(schema):
+        return schema
+    schema = mapped_subschemas(schema, complete_object)
+    if schema.get("type") == "object" and "additionalProperties" not in schema and not is_object(schema.get("properties")):
+        return {**schema, "properties": {}}
+    return schema
+
+
+def mapped_subschemas(schema: Json, change: Callable[[Any], Any]) -> Json:
+    """`schema` with `change` made to each schema directly inside it; itself when nothing changes."""
+    changed: Json = {}
+    for key in schema.keys() & SUBSCHEMA_KEYS:
+        value = schema[key]
+        new: Any = value
+        if key in SUBSCHEMA_MAPS:
+            if is_object(value):
+                new = {name: change(item) for name, item in value.items()}
+        elif isinstance(value, list):
+            new = [change(item) for item in value]
+        else:
+            new = change(value)
+        if new != value:
+            changed[key] = new
+    return {key: changed.get(key, value) for key, value in schema.items()} if changed else schema
+
+
+SUBSCHEMA_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+SUBSCHEMA_KEYS = SUBSCHEMA_MAPS | frozenset((
+    "items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "not", "if", "then", "else"))
+
+
+def qualifies_as_strict(schema: Any, is_root: bool = True) -> bool:
+    """Whether OpenAI takes a schema with `strict: true`.  [OpenAI: structured outputs]"""
+    if not is_object(schema) or schema.keys() & NOT_STRICT:
+        return False
+    if is_root and (schema.get("type") != "object" or "anyOf" in schema):
+        return False
+    if schema.get("type") == "object" or "properties" in schema:
+        properties = schema.get("properties")
+        required = schema.get("required")
+        if schema.get("additionalProperties") is not False or not is_object(properties) \
+                or not isinstance(required, list) or {*map(str, required)} < {*properties}:
+            return False
+    nested: List[Any] = []
+    for key in schema.keys() & {"properties", "$defs", "definitions"}:
+        nested += schema[key].values() if is_object(schema[key]) else [None]
+    for key in schema.keys() & {"items", "anyOf"}:
+        nested += schema[key] if isinstance(schema[key], list) else [schema[key]]
+    return all(qualifies_as_strict(item, False) for item in nested)
+
+
+NOT_STRICT = frozenset(("patternProperties", "allOf", "not", "if", "oneOf", "prefixItems", "dependentSchemas",
+                        "unevaluatedProperties"))
+
+
+def simple_schema(schema: Json) -> Json:
+    """A schema after an upstream has refused it: no root alternatives, every array with items."""
+    root = resolved_root(schema)
+    definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    root = complete_array({key: value for key, value in root.items() if key not in ("enum", "not", "const", "$id")})
+    properties = dict(root["properties"]) if is_object(root.get("properties")) else {}
+    required = list(root["required"]) if isinstance(root.get("required"), list) else []
+    for key in ("anyOf", "oneOf", "allOf"):
+        branches = [branch for branch in root.pop(key, None) or () if is_object(branch)]
+        common = [set(branch.get("required") or ()) for branch in branches]
+        for branch in branches:
+            for name, item in (branch.get("properties") or {}).items():
+                properties.setdefault(name, item)
+        shared = set.union(set(), *common) if key == "allOf" else set.intersection(*common) if common else set()
+        required += [name for branch in branches for name in branch.get("required") or ()
+                     if name in shared and name not in required]
+    root.update(type="object", properties=properties, **definitions)
+    root.pop("required", None)
+    kept = list(dict.fromkeys(name for name in required if name in properties))
+    if kept:
+        root["required"] = kept
+    return root
+
+
+def resolved_root(schema: Json) -> Json:
+    """A root that is only a reference to one of its own definitions, replaced by that definition."""
+    match = re.fullmatch(r"#/(\$defs|definitions)/([^/]+)", str(schema.get("$ref", "")))
+    target = (schema.get(match[1]) or {}).get(match[2]) if match else None
+    if not is_object(target):
+        return schema
+    return {**{key: schema[key] for key in ("$defs", "definitions") if key in schema}, **target}
+
+
+def complete_array(schema: Any) -> Any:
+    """Refused schemas, every level: arrays have `items`, `required` is a filled list, no booleans."""
+    if isinstance(schema, bool):
+        return {} if schema else {"not": {}}
+    if not is_object(schema):
+        return schema
+    new = {}
+    for key, value in mapped_subschemas(schema, complete_array).items():
+        if key == "additionalProperties":
+            value = schema[key] if isinstance(schema[key], bool) else value
+        if key != "required" or (isinstance(value, list) and value):
+            new[key] = value
+    alternatives = new.get("prefixItems") or (new.get("items") if isinstance(new.get("items"), list) else None)
+    if alternatives:
+        new["items"] = alternatives[0] if len(alternatives) == 1 else {"anyOf": alternatives}
+    elif new.get("type") == "array" and not is_object(new.get("items")):
+        new["items"] = {}
+    return new
+
+
+def plain_schema(schema: Any) -> Any:
+    """A schema without the keywords that grammar-based servers cannot take."""
+    if not is_object(schema):
+        return schema
+    kept = {key: value for key, value in schema.items() if key not in GRAMMAR_KEYWORDS}
+    return mapped_subschemas(kept, plain_schema)
+
+
+GRAMMAR_KEYWORDS = frozenset((
+    "pattern", "format", "propertyNames", "patternProperties", "minLength", "maxLength", "minItems", "maxItems",
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "default"))
+
+
+# ---- messages: reading the conversation -------------------------------------
+
+class Reminder(str):
+    """The text of a later system message, as it stands among the blocks of a user turn."""
+
+
+Block = Union[Json, Reminder]
+
+
+class Turn(NamedTuple):
+    """Consecutive messages of one role."""
+    role: str
+    blocks: List[Block]
+
+
+@dataclass
+class Conversation:
+    """The messages of a request, checked, with the system messages taken out or folded in."""
+    turns: List[Turn] = field(default_factory=list)
+    system: List[str] = field(default_factory=list)          # texts that stand before all turns
+    effort: Optional[str] = None                             # of the newest system message with one
+    ids: Set[str] = field(default_factory=set)               # of tool calls, as written and decoded
+    named_tools: Set[str] = field(default_factory=set)       # tools that the history speaks of
+    added_tools: List[Json] = field(default_factory=list)    # definitions inside messages
+    removed_tools: Set[str] = field(default_factory=set)
+
+
+def read_conversation(messages: List[Any]) -> Conversation:
+    """Checks all messages and lays them out in turns.  Raises ProxyError(400)."""
+    talk = Conversation()
+    entries: List[Turn] = []
+    has_begun = False
+    checked = [checked_message(message, f"messages.{index}") for index, message in enumerate(messages)]
+    last_user = max((index for index, turn in enumerate(checked) if turn.role == "user"), default=-1)
+    for index, turn in enumerate(checked):
+        if turn.role != "system":
+            has_begun = True
+            note_blocks(turn.blocks, talk)
+            entries.append(turn)
+            continue
+        text = read_system_message(messages[index], turn.blocks, talk)
+        if not text or (messages[index].get("clear_at") == "next_user_message" and index < last_user):
+            continue
+        if has_begun:
+            entries.append(Turn("system", [Reminder(f"<system-reminder>\n{text}\n</system-reminder>")]))
+        else:
+            talk.system.append(text)
+    if not has_begun:
+        raise ProxyError(400, "messages: at least one user message is required")
+    talk.turns = merged_turns([entry for entry in entries if not is_silent(entry)])
+    return talk
+
+
+def checked_message(message: Any, where: str) -> Turn:
+    """A message as role and blocks; a string is one text block, empty texts vanish."""
+    if not is_object(message):
+        raise ProxyError(400, f"{where}: Input should be an object")
+    role, content = message.get("role"), message.get("content")
+    if role not in ("user", "assistant", "system"):
+        raise ProxyError(400, f"{where}.role: Input should be 'user', 'assistant' or 'system'")
+    if content is None and role == "system" and message.get("output_config") is not None:
+        return Turn(role, [])
+    if content is None:
+        raise ProxyError(400, f"{where}.content: Field required")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise ProxyError(400, f"{where}.content: Input should be a valid string or list")
+    for index, block in enumerate(content):
+        check_block(block, f"{where}.content.{index}")
+    blocks = [block for block in content if block["type"] != "text" or block["text"]]
+    if role == "user" and not blocks:
+        raise ProxyError(400, f"{where}: user messages must have non-empty content")
+    return Turn(role, blocks)
+
+
+def check_block(block: Any, where: str) -> None:
+    """Raises ProxyError(400) for a block without what its type needs."""
+    if not is_object(block):
+        raise ProxyError(400, f"{where}: Input should be an object")
+    kind = block.get("type")
+    if not isinstance(kind, str):
+        raise ProxyError(400, f"{where}.type: Field required")
+    if kind == "text":
+        if not isinstance(block.get("text"), str):
+            raise ProxyError(400, f"{where}.text: Field required")
+    elif kind in ("image", "document"):
+        check_source(kind, block.get("source"), where + ".source")
+    elif kind == "tool_use":
+        for name in ("id", "name"):
+            if not is_name(block.get(name)):
+                raise ProxyError(400, f"{where}.{name}: Field required")
+    elif kind == "tool_result":
+        if not is_name(block.get("tool_use_id")):
+            raise ProxyError(400, f"{where}.tool_use_id: Field required")
+        content = block.get("content")
+        if isinstance(content, list):
+            for index, item in enumerate(content):
+                check_block(item, f"{where}.content.{index}")
+        elif content is not None and not isinstance(content, str):
+            raise ProxyError(400, f"{where}.content: Input should be a valid string or list")
+
+
+def check_source(kind: str, source: Any, where: str) -> None:
+    source_kind = source.get("type") if is_object(source) else None
+    if source_kind == "file":
+        raise ProxyError(400, f"{where}: file sources are not supported by this endpoint; send base64 or url")
+    member = SOURCES[kind].get(source_kind) if isinstance(source_kind, str) else None
+    if member is None or not isinstance(source.get(member), (str, list) if member == "content" else str):
+        raise ProxyError(400, f"{where}: Field required")
+    if isinstance(source[member], list):
+        for index, item in enumerate(source[member]):
+            check_block(item, f"{where}.content.{index}")
+
+
+SOURCES = {          # kind of block -> type of source -> the member that holds it
+    "image": {"base64": "data", "url": "url"},
+    "document": {"base64": "data", "url": "url", "text": "data", "content": "content"},
+}
+
+
+def note_blocks(blocks: List[Block], talk: Conversation) -> None:
+    """Remembers which ids and tools the history has."""
+    for block in blocks:
+        if block["type"] == "tool_use":
+            talk.ids.update((block["id"], decoded_id(block["id"])[0]))
+            talk.named_tools.add(block["name"])
+        elif block["type"] == "tool_result" and isinstance(block.get("content"), list):
+            talk.named_tools.update(item["tool_name"] for item in block["content"]
+                                    if item["type"] == "tool_reference" and is_name(item.get("tool_name")))
+
+
+def read_system_message(message: Json, blocks: List[Block], talk: Conversation) -> str:
+    """The text of a system message; its effort and its changes of tools go into `talk`."""
+    config = message.get("output_config")
+    effort = config.get("effort") if is_object(config) else None
+    if effort in CLIENT_EFFORTS:
+        talk.effort = effort
+    texts = []
+    for block in blocks:
+        tool = block.get("tool") if is_object(block.get("tool")) else {}
+        name = tool.get("name") or tool.get("tool_name")
+        if block["type"] == "text":
+            texts.append(block["text"])
+        elif block["type"] == "tool_removal" and is_name(name):
+            talk.removed_tools.add(name)
+        elif block["type"] == "tool_addition":
+            definition = tool.get("definition")
+            if tool.get("type") == "tool_definition" and is_object(definition):
+                talk.added_tools.append(definition)
+                name = definition.get("name")
+            if is_name(name):
+                talk.removed_tools.discard(name)
+                talk.named_tools.add(name)
+    return "\n\n".join(texts)
+
+
+def merged_turns(entries: List[Turn]) -> List[Turn]:
+    """Strictly alternating turns.  A reminder joins the user turn before it, else the one after it."""
+    turns: List[Turn] = []
+    waiting: List[Block] = []
+    for role, blocks in entries:
+        if role == "system":
+            if turns and turns[-1].role == "user":
+                turns[-1].blocks.extend(blocks)
+            else:
+                waiting += blocks
+            continue
+        if waiting:
+            turns.append(Turn("user", waiting))
+            waiting = []
+        if turns and turns[-1].role == role:
+            turns[-1].blocks.extend(blocks)
+        else:
+            turns.append(Turn(role, list(blocks)))
+    return turns + ([Turn("user", waiting)] if waiting else [])
+
+
+def is_silent(turn: Turn) -> bool:
+    """Whether nothing of a message reaches the upstream, so that its neighbours become one turn."""
+    return turn.role != "system" and all(
+        block["type"] in SILENT_BLOCKS[turn.role]
+        or (block["type"] == "compaction" and not isinstance(block.get("content"), str)) for block in turn.blocks)
+
+
+SILENT_BLOCKS = {
+    "user": ("thinking", "redacted_thinking"),
+    "assistant": ("thinking", "redacted_thinking", "tool_search_tool_result", "mcp_tool_listing", "fallback",
+                  "container_upload"),
+}
+
+
+def system_texts(system: Any) -> List[str]:
+    """The texts of the `system` field, without the client's attribution line."""
+    texts = [system] if isinstance(system, str) else [block["text"] for block in system or ()]
+    # It changes with every request and would spoil the upstream's prompt cache.
+    return [text for text in texts if text and not text.startswith("x-anthropic-billing-header:")]
+
+
+# ---- messages: writing them -------------------------------------------------
+
+def openai_messages(talk: Conversation, profile: Profile, asked: Json) -> List[Json]:
+    """The messages after the system message: each call directly followed by its result."""
+    messages: List[Json] = []
+    calls: List[Tuple[str, str]] = []            # (client's id, upstream's id) still to be answered
+    for turn in talk.turns:
+        if turn.role == "assistant":
+            message, calls = assistant_message(turn.blocks, profile, asked)
+            messages.append(message)
+        else:
+            messages += user_messages(turn.blocks, calls, profile)
+            calls = []
+    messages += [tool_message(upstream_id, MISSING_RESULT) for _, upstream_id in calls]
+    last = messages[-1] if messages else {}
+    if last.get("role") == "assistant" and "tool_calls" not in last:
+        last["content"] = last["content"].rstrip()           # a prefill that ends in a blank is refused
+        if not last["content"]:
+            messages.pop()
+        elif profile.host == "mistral":
+            last["prefix"] = True
+    return messages
+
+
+MISSING_RESULT = "Tool call was not executed."
+
+
+def tool_message(call_id: str, content: str) -> Json:
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def assistant_message(blocks: List[Block], profile: Profile, asked: Json) -> Tuple[Json, List[Tuple[str, str]]]:
+    """(the message for an assistant turn, its calls as pairs of the client's and the upstream's id)."""
+    content: List[str] = []
+    calls: List[Json] = []
+    ids: List[Tuple[str, str]] = []
+    follows_text = False
+    for block in blocks:
+        kind = block["type"]
+        if kind == "text":
+            content += ["" if follows_text or not content else "\n\n", block["text"]]
+            follows_text = True
+            continue
+        follows_text = False
+        if kind == "tool_use":
+            call = openai_call(block, ids, profile)
+            ids.append((block["id"], call["id"]))
+            calls.append(call)
+        else:
+            paragraph = assistant_paragraph(block)
+            if paragraph:
+                content += ["\n\n" if content else "", paragraph]
+    message: Json = {"role": "assistant", "content": "".join(content) or None}
+    if calls:
+        message.update(carried_reasoning(blocks, profile, asked), tool_calls=calls)
+    elif not content:
+        message["content"] = ""
+    return message, ids
+
+
+def openai_call(block: Json, earlier: List[Tuple[str, str]], profile: Profile) -> Json:
+    """The tool call for a tool_use block.  Of two calls with one id the second gets another."""
+    plain, extra = decoded_id(block["id"])
+    taken = {upstream_id for _, upstream_id in earlier}
+    call_id, number = upstream_id(plain, profile.host), 1
+    while call_id in taken:
+        number += 1
+        call_id = upstream_id("call_" + sha256_hex(f"{plain}#{number}")[:32], profile.host)
+    call: Json = {"id": call_id, "type": "function", "function": {
+        "name": upstream_tool_name(block["name"]), "arguments": call_arguments(block.get("input"))}}
+    if extra is not None:
+        call["extra_content"] = extra
+    return call
+
+
+def call_arguments(value: Any) -> str:
+    """The JSON text of a tool's input.  Always serialised here: broken JSON would break later turns."""
+    if isinstance(value, str):
+        try:
+            if is_object(json_value(value)):
+                return value
+        except ValueError:
+            pass
+        value = {"INVALID_JSON": value} if value else {}
+    return json_text({} if value is None else value)
+
+
+def user_messages(blocks: List[Block], calls: List[Tuple[str, str]], profile: Profile) -> List[Json]:
+    """Tool messages for the calls before this turn, then one user message with all the rest."""
+    writer = UserTurn(profile, list(calls))
+    for block in blocks:
+        writer.add(block)
+    return writer.messages()
+
+
+class UserTurn:
+    """Collects what a user turn becomes: tool messages, pictures of results, parts, reminders."""
+
+    def __init__(self, profile: Profile, open_calls: List[Tuple[str, str]]) -> None:
+        self._profile = profile
+        self._open_calls = open_calls
+        self._answered: Set[str] = set()
+        self._tools: List[Json] = []
+        self._media: List[Json] = []             # pictures of results, which only users may send
+        self._media_count = 0
+        self._parts: List[Union[Json, Reminder]] = []
+
+    def add(self, block: Block) -> None:
+        if isinstance(block, Reminder):
+            self._parts.append(block)
+        elif block["type"] == "tool_result":
+            self._add_result(block)
+        else:
+            self._parts += user_parts(block, self._profile)
+
+    def _add_result(self, block: Json) -> None:
+        asked_id = block["tool_use_id"]
+        call = next((pair for pair in self._open_calls if pair[0] == asked_id), None)
+        if call is not None:
+            self._open_calls.remove(call)
+            self._answered.add(asked_id)
+            content, media = self._result(block, call[1])
+            self._tools.append(tool_message(call[1], content))
+            self._media += media
+        elif asked_id not in self._answered:     # a second result for one call is dropped
+            content, media = self._result(block, asked_id)
+            self._parts += [text_part(f"[Result of tool call {asked_id}]\n{content}"), *media]
+
+    def _result(self, block: Json, call_id: str) -> Tuple[str, List[Json]]:
+        """The text of a result, and the parts of its pictures and files."""
+        texts: List[str] = []
+        media: List[Json] = []
+        content = block.get("content")
+        for item in [text_part(content)] if isinstance(content, str) else content or []:
+            parts = user_parts(item, self._profile) if item["type"] in ("image", "document") else []
+            if any(part["type"] != "text" for part in parts):
+                self._media_count += 1
+                texts.append(f"[{item['type']} {self._media_count}: see the next user message]")
+                label = f"{item['type'].capitalize()} {self._media_count} from tool result {call_id}:"
+                media += [text_part(label), *parts]
+            else:
+                texts.append(result_text(item, parts))
+        return tool_content("\n".join(filter(None, texts)), block.get("is_error") is True), media
+
+    def messages(self) -> List[Json]:
+        self._tools += [tool_message(call_id, MISSING_RESULT) for _, call_id in self._open_calls]
+        parts = self._parts
+        if self._answered and all(isinstance(part, Reminder) for part in parts):
+            # A user message made for a reminder alone would end the tool loop.
+            self._tools[-1]["content"] = "\n\n".join([self._tools[-1]["content"], *parts])
+            parts = []
+        whole = [text_part(str(part)) if isinstance(part, Reminder) else part for part in [*self._media, *parts]]
+        if not whole:
+            return self._tools
+        if all(part["type"] == "text" for part in whole):
+            return [*self._tools, {"role": "user", "content": "\n\n".join(part["text"] for part in whole)}]
+        return [*self._tools, {"role": "user", "content": whole}]
+
+
+def tool_content(text: str, is_error: bool) -> str:
+    """The content of a tool message: never empty, and a failure says that it is one."""
+    if is_error and not text:
+        return "Error: tool execution failed"
+    if is_error and not re.match(r"error|<tool_use_error>", text, re.I):
+        return "Error: " + text
+    return text or "(no output)"                 # some models end their turn on an empty result
+
+
+def text_part(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+def user_parts(block: Json, profile: Profile) -> List[Json]:
+    """The parts of a user message that a block becomes; an unknown block is named, never lost."""
+    build = USER_PARTS.get(block["type"])
+    if build is not None:
+        return build(block, profile)
+    text = assistant_paragraph(block) if block["type"] in ASSISTANT_PARAGRAPHS else unknown_text(block)
+    return [text_part(text)] if text else []
+
+
+def unknown_text(block: Json) -> str:
+    text = block.get("text")
+    return text if isinstance(text, str) else f"[unsupported content block: {block['type']}]"
+
+
+def image_part(block: Json, profile: Profile) -> List[Json]:
+    source = block["source"]
+    if source["type"] == "url":
+        return [{"type": "image_url", "image_url": {"url": source["url"]}}]
+    kind = source.get("media_type")
+    kind = {"image/jpg": "image/jpeg"}.get(kind, kind) if is_name(kind) else "image/png"
+    return [{"type": "image_url", "image_url": {"url": f"data:{kind};base64,{no_blanks(source['data'])}"}}]
+
+
+def no_blanks(text: str) -> str:
+    return text if text.isalnum() else "".join(text.split())
+
+
+def document_parts(block: Json, profile: Profile) -> List[Json]:
+    source = block["source"]
+    title = block.get("title") if is_name(block.get("title")) else ""
+    if source["type"] == "url":
+        return [text_part(f"[Document at {source['url']}{': ' + title if title else ''}; "
+                          "this endpoint cannot fetch it]")]
+    if source["type"] == "text":
+        return [text_part(document_text(block, source["data"]))]
+    if source["type"] == "content":
+        content = source["content"]
+        blocks = [text_part(content)] if isinstance(content, str) else content
+        text = "\n".join(item["text"] for item in blocks if item["type"] == "text")
+        return [text_part(document_text(block, text)), *(
+            part for item in blocks if item["type"] == "image" for part in image_part(item, profile))]
+    kind = source.get("media_type")
+    if is_name(kind) and kind.startswith("text/"):
+        try:
+            return [text_part(document_text(block, base64.b64decode(source["data"]).decode("utf-8")))]
+        except ValueError:
+            return [text_part(f"[{kind} document: {title or 'document'}; this endpoint cannot read it]")]
+    if profile.host not in ("openai", "azure"):
+        return [text_part(f"[PDF document: {title or 'document.pdf'}; this endpoint cannot read it]")]
+    name = title or "document.pdf"
+    return [{"type": "file", "file": {
+        "filename": name if name.lower().endswith(".pdf") else name + ".pdf",
+        "file_data": f"data:application/pdf;base64,{no_blanks(source['data'])}"}}]
+
+
+def document_text(block: Json, text: str) -> str:
+    lines = [f"[Document: {block['title']}]" if is_name(block.get("title")) else "[Document]"]
+    if is_name(block.get("context")):
+        lines.append(f"[Context: {block['context']}]")
+    return "\n".join([*lines, text])
+
+
+def search_result_text(block: Json) -> str:
+    return f"[Search result: {block.get('title')}]\nSource: {block.get('source')}\n" + nested_texts(block, "\n")
+
+
+def nested_texts(block: Json, joint: str) -> str:
+    """The texts of a block's own content, which is a string or a list of blocks."""
+    content = block.get("content")
+    if isinstance(content, str):
+        return content
+    return joint.join(item["text"] for item in content or () if is_object(item) and isinstance(item.get("text"), str)) \
+        if isinstance(content, list) else ""
+
+
+def compaction_text(block: Json) -> str:
+    content = block.get("content")
+    return f"[Summary of the earlier conversation]\n{content}" if isinstance(content, str) else ""
+
+
+USER_PARTS: Dict[str, Callable[[Json, Profile], List[Json]]] = {
+    "text": lambda block, profile: [text_part(block["text"])] if block["text"] else [],
+    "image": image_part,
+    "document": document_parts,
+    "search_result": lambda block, profile: [text_part(search_result_text(block))],
+    "thinking": lambda block, profile: [],
+    "redacted_thinking": lambda block, profile: [],
+    "compaction": lambda block, profile: [text_part(compaction_text(block))] if compaction_text(block) else [],
+}
+
+
+def result_text(block: Json, parts: List[Json]) -> str:
+    """The text of a block inside a tool_result."""
+    kind = block["type"]
+    if kind == "text":
+        return block["text"]
+    if kind == "tool_reference":
+        return f"Tool available: {block.get('tool_name')}"
+    if kind == "search_result":
+        return search_result_text(block)
+    if parts:
+        return "\n".join(part["text"] for part in parts)
+    return json_text({key: value for key, value in block.items() if key not in ("type", "cache_control")})
+
+
+def assistant_paragraph(block: Json) -> str:
+    """What a block of an assistant turn other than text and calls says to the upstream; "" for nothing."""
+    kind = block["type"]
+    if kind in SILENT_BLOCKS["assistant"]:
+        return ""
+    build = ASSISTANT_PARAGRAPHS.get(kind)
+    return build(block) if build else unknown_text(block)
+
+
+def failure_text(name: str) -> Callable[[Callable[[Json], str]], Callable[[Json], str]]:
+    """Wraps the text of a server tool's result: an error object is told as a failure."""
+    def wrap(build: Callable[[Json], str]) -> Callable[[Json], str]:
+        def text(block: Json) -> str:
+            content = block.get("content")
+            if is_object(content) and "error_code" in content:
+                return f"[{name} failed: {content['error_code']}]"
+            return f"[Result of {name}]\n{build(block)}".rstrip("\n")
+        return text
+    return wrap
+
+
+def search_hits(block: Json) -> str:
+    content = block.get("content")
+    return "\n".join(f"- {hit.get('title')}: {hit.get('url')}" for hit in content if is_object(hit)) \
+        if isinstance(content, list) else ""
+
+
+def fetched_page(block: Json) -> str:
+    content = block.get("content") if is_object(block.get("content")) else {}
+    document = content.get("content") if is_object(content.get("content")) else {}
+    source = document.get("source") if is_object(document.get("source")) else {}
+    text = source.get("data") if source.get("type") == "text" else None
+    return "\n".join(str(item) for item in (content.get("url"), text) if item)
+
+
+def execution_output(block: Json) -> str:
+    content = block.get("content") if is_object(block.get("content")) else {}
+    lines = [content[key] for key in ("stdout", "stderr", "content") if is_name(content.get(key))]
+    if content.get("return_code"):
+        lines.append(f"exit code {content['return_code']}")
+    return "\n".join(line.rstrip("\n") for line in lines)
+
+
+def called_text(block: Json) -> str:
+    return f"[Called {block.get('name')} with {json_text(block.get('input') or {})}]"
+
+
+def document_placeholder(block: Json) -> str:
+    return "\n".join(part["text"] for part in document_parts(block, UNKNOWN_PROFILE) if part["type"] == "text")
+
+
+UNKNOWN_PROFILE = Profile("other", "", "", False)
+ASSISTANT_PARAGRAPHS: Dict[str, Callable[[Json], str]] = {
+    "server_tool_use": called_text,
+    "mcp_tool_use": called_text,
+    "web_search_tool_result": failure_text("web_search")(search_hits),
+    "web_fetch_tool_result": failure_text("web_fetch")(fetched_page),
+    "code_execution_tool_result": failure_text("code_execution")(execution_output),
+    "bash_code_execution_tool_result": failure_text("bash_code_execution")(execution_output),
+    "text_editor_code_execution_tool_result": failure_text("text_editor_code_execution")(execution_output),
+    "mcp_tool_result": failure_text("mcp_tool")(lambda block: nested_texts(block, "\n")),
+    "advisor_tool_result": failure_text("advisor")(lambda block: nested_texts(block, "\n")),
+    "compaction": compaction_text,
+    "image": lambda block: "[image]",
+    "document": document_placeholder,
+}
+
+
+# ---- ids and reasoning that travel through the client -------------------------
+
+def client_id(call_id: Any, extra: Any, known: Set[str], new_id: NewId) -> str:
+    """The id of a tool_use block for an upstream's call.
+
+    Upstreams want their ids back exactly, and the proxy keeps no state: what a client could not
+    take, or has already, is encoded so that `decoded_id` gives it back.
+    """
+    call_id = call_id if isinstance(call_id, str) else ""
+    if extra is not None:
+        packed = zlib.compress(json_bytes([call_id, extra]))
+        return f"toolu_x{new_id(6)}_{base64url(packed)}"
+    if not call_id:
+        return "toolu_" + new_id(24)
+    if re.fullmatch(r"(?!toolu_[rx])[a-zA-Z0-9_-]{1,64}", call_id) and call_id not in known:
+        return call_id
+    return f"toolu_r{new_id(6)}_{base64url(call_id.encode('utf-8', 'replace'))}"
+
+
+def decoded_id(client: str) -> Tuple[str, Any]:
+    """(the upstream's id, its `extra_content` or None); an id that is not encoded is itself."""
+    match = re.fullmatch(r"toolu_([rx])[A-Za-z0-9]{6}_([A-Za-z0-9_-]+)", client)
+    if match is None:
+        return client, None
+    try:
+        packed = base64url_bytes(match[2])
+        if match[1] == "r":
+            return packed.decode("utf-8"), None
+        call_id, extra = json_value(inflated(packed).decode("utf-8"))
+        return (call_id, extra) if isinstance(call_id, str) else (client, None)
+    except (ValueError, TypeError, zlib.error):
+        return client, None
+
+
+def upstream_id(call_id: str, host: str) -> str:
+    """An id as the upstream's host takes it."""
+    if host == "mistral":
+        return mistral_id(call_id)
+    if host in ("openai", "azure") and not re.fullmatch(r"[a-zA-Z0-9_-]{1,40}", call_id):
+        return "call_" + sha256_hex(call_id)[:32]
+    return call_id
+
+
+def mistral_id(call_id: str) -> str:
+    """Exactly nine letters and digits.  [Mistral: tool call id]"""
+    if re.fullmatch(r"[0-9A-Za-z]{9}", call_id):
+        return call_id
+    value, digits = int(sha256_hex(call_id), 16), ""
+    for _ in range(9):
+        value, digit = divmod(value, 62)
+        digits += BASE62[digit]
+    return digits
+
+
+BASE62 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def base64url_bytes(text: str) -> bytes:
+    """The bytes of base64url text without padding.  Raises ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]*", text):
+        raise ValueError("not base64url")
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def inflated(packed: bytes) -> bytes:
+    """zlib data unpacked.  Raises ValueError or zlib.error for what is damaged or too large."""
+    engine = zlib.decompressobj()
+    data = engine.decompress(packed, CARRIED_BYTES)
+    if not engine.eof:
+        raise ValueError("cut off or too large")
+    return data
+
+
+CARRIED_BYTES = 16 * 1024 * 1024         # what a hostile client can make one carrier unpack to
+
+
+def carrier_signature(kind: str, payload: str = "") -> str:
+    """The signature of a thinking block: what kind of field its reasoning came in, and the text if hidden."""
+    return f"aap1.{kind}." + (base64url(zlib.compress(payload.encode("utf-8", "replace"))) if payload else "")
+
+
+def carried_reasoning(blocks: List[Block], profile: Profile, asked: Json) -> Json:
+    """The reasoning that an upstream wants back beside tool calls, from the thinking blocks it came in."""
+    if profile.host in ("openai", "azure", "mistral", "gemini"):
+        return {}
+    kind, carried = "", []
+    for block in blocks:
+        found = carried_block(block) if block["type"] == "thinking" else None
+        if found and found[0] in ("c", "r", "d") and kind in ("", found[0]):
+            kind = found[0]
+            carried.append(found[1])
+    if kind == "d":
+        return {"reasoning_details": [entry for entries in carried for entry in entries]}
+    if kind:
+        return {{"c": "reasoning_content", "r": "reasoning"}[kind]: "".join(carried)}
+    wants_field = profile.host == "deepseek" and visible_thinking(asked.get("thinking")) is not Thinking.HIDDEN
+    return {"reasoning_content": ""} if wants_field else {}
+
+
+def carried_block(block: Json) -> Optional[Tuple[str, Any]]:
+    """(kind, text or list of details) of a thinking block that this proxy made; None for any other."""
+    match = re.fullmatch(r"aap1\.([a-z])\.([A-Za-z0-9_-]*)", block["signature"]) \
+        if isinstance(block.get("signature"), str) else None
+    if match is None:
+        return None
+    if not match[2]:
+        text = block.get("thinking")
+        return (match[1], text) if isinstance(text, str) and match[1] != "d" else None
+    try:
+        text = inflated(base64url_bytes(match[2])).decode("utf-8")
+        value = json_value(text) if match[1] == "d" else text
+    except (ValueError, zlib.error):
+        return None
+    return None if match[1] == "d" and not isinstance(value, list) else (match[1], value)
+
+
+# ============================================================================
+# 6. RESPONSE: OPENAI TO ANTHROPIC
+# ============================================================================
+#
+# A whole completion becomes a whole message.  The stream (7) uses the same small
+# functions for what both have in common: the stop reason, the usage, a tool's
+# input, and what is done to the text before anybody sees it.
+# [Anthropic: Message] [OpenAI: chat completion object]
+
+
+def anthropic_message(completion: Any, exchange: Exchange, new_id: NewId) -> Json:
+    """The Messages answer for a Chat Completions answer.  Raises UpstreamError."""
+    choice = first_choice(completion)
+    message = choice["message"]
+    finish = choice.get("finish_reason")
+    raise_if_failed(finish)
+    kind, thought = reasoning_text(message)
+    text, refusal = content_texts(message)
+    text_filter = TextFilter(exchange, sees_reasoning=bool(thought))
+    spans = text_filter.feed(text) + text_filter.finish()
+    if not thought and any(is_thought for is_thought, _ in spans):
+        kind, thought = "n", "".join(span for is_thought, span in spans if is_thought)
+    text = "".join(span for is_thought, span in spans if not is_thought)
+    if refusal and text_filter.hit is None:
+        text += refusal
+    calls = [] if text_filter.hit is not None else tool_uses(message, finish, exchange, new_id)
+    content: List[Json] = []
+    if thought and exchange.thinking is not Thinking.HIDDEN:
+        content.append(thinking_block(kind, thought, message, exchange))
+    if text.strip():
+        content.append(text_part(text))
+    content += calls
+    stop = stop_fields(finish, bool(calls), refusal, text_filter.hit, named_stop(choice, exchange))
+
+    def generated() -> int:
+        return estimated_tokens(text + thought) + sum(estimated_tokens(json_text(call["input"])) for call in calls)
+
+    usage = anthropic_usage(completion.get("usage"), completion.get("service_tier"), exchange, generated)
+    return message_object(exchange, new_id, content, stop, usage)
+
+
+def message_object(exchange: Exchange, new_id: NewId, content: List[Json], stop: Json, usage: Json) -> Json:
+    return {"id": "msg_" + new_id(24), "type": "message", "role": "assistant", "model": exchange.asked_model,
+            "content": content, **stop, "usage": usage}
+
+
+def empty_message(exchange: Exchange, new_id: NewId) -> Json:
+    """The answer when nothing can be generated: max_tokens is 0 or was too small for a first token."""
+    return message_object(exchange, new_id, [], stop_object("max_tokens"),
+                          anthropic_usage({"completion_tokens": 0}, None, exchange, lambda: 0))
+
+
+def first_choice(completion: Any) -> Json:
+    """The choice with the lowest index, with a `message` in it.  Raises UpstreamError(502)."""
+    if not is_object(completion):
+        raise UpstreamError(502, "The upstream's answer is not a JSON object")
+    choices = completion.get("choices")
+    choices = [choice for choice in choices if is_object(choice)] if isinstance(choices, list) else []
+    if choices:
+        indexes = [choice["index"] if is_number(choice.get("index")) else place
+                   for place, choice in enumerate(choices)]
+        choice = choices[indexes.index(min(indexes))]
+        for message in (choice.get("message"), choice.get("delta")):
+            if is_object(message):
+                return {**choice, "message": message}
+        if isinstance(choice.get("text"), str):
+            return {**choice, "message": {"content": choice["text"]}}
+    raise UpstreamError(502, "The upstream's answer has no choices")
+
+
+# ---- content ----------------------------------------------------------------
+
+def reasoning_text(message: Json) -> Tuple[str, str]:
+    """(kind of carrier, text) of the first field of a message or delta that holds reasoning."""
+    for key, kind in (("reasoning_content", "c"), ("reasoning", "r")):
+        if is_name(message.get(key)):
+            return kind, message[key]
+    details = message.get("reasoning_details")
+    if isinstance(details, list):
+        text = "".join(part_text(entry, ("text", "summary")) for entry in details)
+        if text:
+            return "d", text
+    content = message.get("content")
+    if isinstance(content, list):
+        return "n", "".join(thinking_part(part) for part in content)
+    return "n", ""
+
+
+def thinking_part(part: Any) -> str:
+    """The text of a content part of type thinking (Magistral), whose `thinking` is a list or a string."""
+    if not is_object(part) or part.get("type") != "thinking":
+        return ""
+    inner = part.get("thinking")
+    return "".join(part_text(item, ("text",)) for item in inner) if isinstance(inner, list) else part_text(part, ("thinking", "text"))
+
+
+def part_text(part: Any, keys: Sequence[str]) -> str:
+    """The first string that a part has under one of the keys; "" without one."""
+    if not is_object(part):
+        return ""
+    return next((part[key] for key in keys if isinstance(part.get(key), str)), "")
+
+
+def content_texts(message: Json) -> Tuple[str, str]:
+    """(visible text, refusal text) of a message or a delta."""
+    content, refusal = message.get("content"), message.get("refusal")
+    text = content if isinstance(content, str) else ""
+    refusal = refusal if isinstance(refusal, str) else ""
+    for part in content if isinstance(content, list) else ():
+        if is_object(part) and part.get("type") in ("text", "output_text"):
+            text += part_text(part, ("text",))
+        elif is_object(part) and part.get("type") == "refusal":
+            refusal += part_text(part, ("refusal",))
+    return text, refusal
+
+
+def thinking_block(kind: str, thought: str, message: Json, exchange: Exchange) -> Json:
+    is_hidden = exchange.thinking is Thinking.OMITTED
+    payload = thought if is_hidden and kind != "n" else ""
+    if kind == "d":
+        payload = json_text(message["reasoning_details"])
+    return {"type": "thinking", "thinking": "" if is_hidden else thought, "signature": carrier_signature(kind, payload)}
+
+
+def tool_uses(message: Json, finish: Any, exchange: Exchange, new_id: NewId) -> List[Json]:
+    """The tool_use blocks of a whole answer, in its order."""
+    entries = message.get("tool_calls")
+    entries = [entry for entry in entries if is_object(entry)] if isinstance(entries, list) else []
+    if not entries and is_object(message.get("function_call")):
+        entries = [{"function": message["function_call"]}]
+    known = set(exchange.known_ids)
+    blocks = []
+    for entry in entries:
+        function = entry.get("function")
+        custom = entry.get("custom")
+        if entry.get("type") == "custom" and is_object(custom):
+            function = {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}
+        elif entry.get("type") not in (None, "", "function"):
+            continue
+        if not is_object(function) or not is_name(function.get("name")):
+            raise UpstreamError(502, "The upstream's answer has a tool call without a name")
+        value = tool_input(function.get("arguments"), stop_class(finish) == "max_tokens")
+        if value is None:
+            continue
+        block_id = client_id(entry.get("id"), entry.get("extra_content"), known, new_id)
+        known.update((block_id, str(entry.get("id"))))
+        blocks.append({"type": "tool_use", "id": block_id,
+                       "name": client_tool_name(function["name"], exchange.tool_names), "input": value})
+    return blocks[:1] if exchange.is_single_call else blocks
+
+
+def tool_input(arguments: Any, is_cut: bool) -> Optional[Json]:
+    """The `input` object for a call's arguments; None for a call that was cut off and must not run."""
+    if arguments is None or is_object(arguments):
+        try:
+            json_text(arguments)
+            return arguments or {}
+        except ValueError:
+            return {"INVALID_JSON": str(arguments)}
+    text = arguments if isinstance(arguments, str) else json_text(arguments)
+    value = leading_value(text.strip() or "{}")
+    if isinstance(value, str) and value.strip():
+        value = leading_value(value.strip())         # encoded twice
+    if value is None or value == [] or value == "":
+        return {}
+    if is_object(value):
+        return value
+    return None if is_cut else {"INVALID_JSON": text}
+
+
+def leading_value(text: str) -> Any:
+    """The JSON object that a text begins with, or the JSON value that it is; False for neither."""
+    try:
+        value, end = _strict_decoder.raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return value if is_object(value) or end == len(text) else False
+
+
+# ---- why it stopped ---------------------------------------------------------
+
+def stop_class(finish: Any) -> str:
+    """What a finish_reason means: a stop_reason, "" for a normal end, or `failed` / `overloaded`."""
+    return STOP_REASONS.get(finish.lower(), "") if isinstance(finish, str) else ""
+
+
+STOP_REASONS = {
+    "error": "failed", "network_error": "failed", "abort": "failed",
+    "insufficient_system_resource": "overloaded",                          # DeepSeek
+    "content_filter": "refusal", "safety": "refusal", "recitation": "refusal", "blocklist": "refusal",
+    "prohibited_content": "refusal", "spii": "refusal", "sensitive": "refusal",
+    "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens",
+}
+
+
+def raise_if_failed(finish: Any) -> None:
+    """Raises UpstreamError for a finish_reason that says that the answer is not one."""
+    outcome = stop_class(finish)
+    if outcome in ("failed", "overloaded"):
+        raise UpstreamError(502 if outcome == "failed" else 529, f"The upstream ended with finish_reason {finish}")
+
+
+def stop_fields(finish: Any, has_calls: bool, refusal: str, hit: Optional[str], named: Optional[str]) -> Json:
+    """stop_reason, stop_sequence and stop_details of an answer that ended well.
+
+    `hit` is the stop sequence that the proxy itself found in the text, `named` the one that the
+    upstream says it stopped at.
+    """
+    if hit is not None:
+        return stop_object("stop_sequence", hit)
+    reason = stop_class(finish)
+    if reason == "max_tokens":
+        return stop_object(reason)
+    if reason == "refusal" or (refusal and not has_calls):
+        return stop_object("refusal", None, refusal or "The upstream's content filter stopped the answer.")
+    if has_calls:
+        return stop_object("tool_use")
+    return stop_object("stop_sequence", named) if named is not None else stop_object("end_turn")
+
+
+def stop_object(reason: Optional[str], sequence: Optional[str] = None, explanation: Optional[str] = None) -> Json:
+    details = {"type": "refusal", "category": None, "explanation": explanation} if explanation else None
+    return {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}
+
+
+def named_stop(choice: Json, exchange: Exchange) -> Optional[str]:
+    """The stop sequence that vLLM and SGLang name beside the finish reason."""
+    for key in ("stop_reason", "matched_stop"):
+        if isinstance(choice.get(key), str) and choice[key] in exchange.stop_sequences:
+            return choice[key]
+    return None
+
+
+# ---- usage ------------------------------------------------------------------
+
+def anthropic_usage(usage: Any, tier: Any, exchange: Exchange, generated: Callable[[], int]) -> Json:
+    """The usage object.  Its three input numbers add up to OpenAI's prompt_tokens; what is missing is estimated.
+
+    `generated` estimates the tokens of the answer; it is called only when they are not known.
+    """
+    usage = usage if is_object(usage) else {}
+    prompt, output, total = (count(usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
+    read = first_count(usage, CACHE_READ) or 0
+    written = first_count(usage, CACHE_WRITTEN) or 0
+    thought = first_count(usage, ("completion_tokens_details.reasoning_tokens",))
+    known = [number for number in (prompt, output) if number is not None]
+    rest = total - known[0] if total is not None and len(known) == 1 and total >= known[0] else None
+    if output is None:
+        output = generated() if rest is None else rest
+    if prompt is None:
+        prompt = exchange.input_estimate() if rest is None else rest
+    if thought and total == prompt + output + thought:
+        output += thought                                # xAI leaves reasoning out of completion_tokens
+    fields: Json = {"input_tokens": max(prompt - read - written, 0), "cache_creation_input_tokens": written,
+                    "cache_read_input_tokens": read, "output_tokens": output}
+    if thought is not None:
+        fields["output_tokens_details"] = {"thinking_tokens": thought}
+    return {**fields, "service_tier": SERVICE_TIERS.get(tier) if isinstance(tier, str) else None}
+
+
+def count(usage: Json, name: str) -> Optional[int]:
+    """A number of tokens; None unless it is a number that can count."""
+    value = usage.get(name)
+    return int(value) if is_number(value) and 0 <= value < 2 ** 53 else None
+
+
+def first_count(usage: Json, paths: Sequence[str]) -> Optional[int]:
+    for path in paths:
+        outer, _, name = path.rpartition(".")
+        holder = usage.get(outer) if outer else usage
+        found = count(holder, name) if is_object(holder) else None
+        if found is not None:
+            return found
+    return None
+
+
+CACHE_READ = ("prompt_tokens_details.cached_tokens", "prompt_cache_hit_tokens", "cached_tokens",
+              "cache_read_input_tokens")
+CACHE_WRITTEN = ("prompt_tokens_details.cache_write_tokens", "prompt_tokens_details.cache_creation_tokens",
+                 "cache_creation_input_tokens")
+SERVICE_TIERS = {"priority": "priority", "fast": "priority", "default": "standard", "auto": "standard",
+                 "flex": "standard", "scale": "standard"}
+
+
+# ---- what is done to text before it is seen ---------------------------------
+
+Span = Tuple[bool, str]                  # (is it reasoning, the text)
+
+
+class TextFilter:
+    """Takes `<think>` text, a repeated prefill and stop sequences out of the visible text, as it comes.
+
+    feed() and finish() give spans of what may be seen now; what could still turn into one of the
+    three is held back.  `hit` is the stop sequence that ended the text.
+
+        LEAD --<think>--> THINK --</think>--> LEAD_TEXT --> PREFILL --> TEXT --stop--> ENDED
+    """
+
+    def __init__(self, exchange: Exchange, sees_reasoning: bool = False) -> None:
+        self.hit: Optional[str] = None
+        self._stops = exchange.stop_sequences
+        self._prefill = exchange.prefill
+        may_think = exchange.profile.host not in ("openai", "azure") and not sees_reasoning
+        self._step = self._lead if may_think else self._at_prefill
+        self._held = ""
+
+    def note_reasoning(self) -> None:
+        """The upstream has a field for reasoning: its text is no place for `<think>`."""
+        if self._step == self._lead:
+            self._step = self._at_prefill
+
+    def is_idle(self) -> bool:
+        """Whether all further text passes as it is."""
+        return self._step == self._pass and not self._held
+
+    def feed(self, text: str) -> List[Span]:
+        return self._run(self._held + text, False)
+
+    def finish(self) -> List[Span]:
+        """The rest, when no more text comes."""
+        return self._run(self._held, True)
+
+    def _run(self, text: str, is_last: bool) -> List[Span]:
+        spans: List[Span] = []
+        self._held = ""
+        while text and self.hit is None:
+            before = self._step
+            text = before(text, is_last, spans)
+            if self._step == before:
+                break
+        self._held = text if self.hit is None and not is_last else ""
+        return spans
+
+    # Each step takes the text at hand, appends what may be seen and returns what is left: for the
+    # next step when it has changed self._step, else to be held until more comes.
+
+    def _lead(self, text: str, is_last: bool, spans: List[Span]) -> str:
+        start = text.lstrip()
+        if start.startswith("<think>"):
+            self._step = self._think
+            return start[len("<think>"):]
+        if "<think>".startswith(start) and not is_last:
+            return text
+        self._step = self._at_prefill
+        return text
+
+    def _think(self, text: str, is_last: bool, spans: List[Span]) -> str:
+        thought, tag, rest = text.partition("</think>")
+        held = 0 if tag or is_last else tail_overlap(text, "</think>")
+        thought = thought[:len(thought) - held] if held else thought
+        if thought:
+            spans.append((True, thought))
+        if tag:
+            self._step = self._after_think
+            return rest
+        return text[len(text) - held:] if held else ""
+
+    def _after_think(self, text: str, is_last: bool, spans: List[Span]) -> str:
+        text = text.lstrip()
+        if text:
+            self._step = self._at_prefill
+        return text
+
+    def _at_prefill(self, text: str, is_last: bool, spans: List[Span]) -> str:
+        if self._prefill.startswith(text) and text != self._prefill and not is_last:
+            return text
+        self._step = self._search if self._stops else self._pass
+        return text[len(self._prefill):] if text.startswith(self._prefill) else text
+
+    def _search(self, text: str, is_last: bool, spans: List[Span]) -> str:
+        held = 0 if is_last else max(tail_overlap(text, stop) for stop in self._stops)
+        found = [(text.find(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        end = len(text) - held
+        if found and (is_last or min(found)[0] < end):   # else a longer or earlier one may still come
+            end, _, self.hit = min(found)
+        elif found:
+            end = min(end, min(found)[0])
+        if end:
+            spans.append((False, text[:end]))
+        return text[end:]
+
+    def _pass(self, text: str, is_last: bool, spans: List[Span]) -> str:
+        spans.append((False, text))
+        return ""
+
+
+def tail_overlap(text: str, wanted: str) -> int:
+    """How many characters at the end of `text` could be the start of `wanted`."""
+    for size in range(min(len(text), len(wanted) - 1), 0, -1):
+        if wanted.startswith(text[-size:]):
+            return size
+    return 0
+
+
+# ============================================================================
+# 7. REFUSALS: WHAT THE UPSTREAM SAYS WHEN IT WILL NOT
+# ============================================================================
+#
+# Every server words its errors in its own way; clients act on the status, the type
+# and a few exact wordings.  `upstream_error` finds the facts and gives the error
+# that makes a client do the right thing.  Some refusals are statements about the
+# model rather than the user ("Unsupported parameter: 'max_tokens'"): LESSONS turns
+# those into a change of the request, which is then sent again and remembered.
+# [Anthropic: errors] [OpenAI: error codes]
+
+
+@dataclass
+class Refusal:
+    """The facts of an upstream's error, wherever it put them."""
+    status: int
+    message: str = ""
+    param: str = ""
+    words: str = ""                      # code, type and status words, lower case, joined by blanks
+    fields: Json = field(default_factory=dict)
+
+    def names(self, name: str) -> bool:
+        """Whether the refusal is about the request's field of this name."""
+        if self.param == name or self.param.startswith((name + ".", name + "[")):
+            return True
+        word = re.escape(name)
+        if re.search(rf"[\"'`]{word}[\"'`]", self.message):
+            return True
+        return bool((re.search(UNKNOWN_FIELD, self.words) or re.search(UNKNOWN_FIELD, self.message, re.I))
+                    and re.search(rf"(?<![\w-]){word}(?![\w-])", self.message))
+
+    def says(self, pattern: str) -> Optional[Match[str]]:
+        return re.search(pattern, self.message, re.I | re.S)
+
+
+UNKNOWN_FIELD = r"unsupported|unrecognized|unknown|not permitted|not supported|extra_forbidden|does not support"
+
+
+def refusal(status: int, value: Any) -> Refusal:
+    """The Refusal in a JSON body or chunk."""
+    if isinstance(value, list):
+        value = value[0] if value else {}
+    if not is_object(value):
+        return Refusal(status)
+    error = value.get("error")
+    inner = error if is_object(error) else value
+    words = [str(holder[key]).lower() for holder in (inner, value) for key in ("code", "type", "status", "error_type")
+             if isinstance(holder.get(key), (str, int))]
+    return Refusal(status, error_message(value), str(inner.get("param") or ""), " ".join(words), inner)
+
+
+def error_message(value: Json) -> str:
+    """An upstream's own words, wherever they stand; "" where it has none."""
+    error = value.get("error")
+    if is_object(error) and is_name(error.get("message")):
+        metadata = error.get("metadata")
+        raw = metadata.get("raw") if is_object(metadata) else None          # OpenRouter: the vendor's words
+        return error["message"] + (f": {raw}" if is_name(raw) else "")
+    for found in (error, value.get("error_message"), value.get("message"), value.get("detail")):
+        if is_name(found):
+            return found
+    detail, errors = value.get("detail"), value.get("errors")
+    if isinstance(detail, list) and detail and is_object(detail[0]):         # FastAPI's validation
+        place = ".".join(map(str, detail[0].get("loc") or ()))
+        return ": ".join(filter(None, (place, str(detail[0].get("msg") or ""))))
+    if isinstance(errors, list) and errors:
+        return str(errors[0].get("message") or "") if is_object(errors[0]) else str(errors[0])
+    return json_text(error) if is_object(error) and error else ""
+
+
+def is_error(value: Json) -> bool:
+    """Whether an object in a 200 body or a stream is an error and not an answer."""
+    return value.get("error") is not None or value.get("object") == "error" or value.get("type") == "error" \
+        or "error_type" in value or "error_message" in value or ("detail" in value and "choices" not in value)
+
+
+def redacted(text: str, secrets: Iterable[str]) -> str:
+    """Text for people: no key, no control character, not too long."""
+    for secret in secrets:
+        if secret in text:
+            text = text.replace(secret, f"sk-…{secret[-4:]}")
+    return CONTROL.sub(" ", KEY_LIKE.sub(r"sk-…\1", text))[:ERROR_TEXT]
+
+
+ERROR_TEXT = 4096                        # characters of an upstream's message that are passed on
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+KEY_LIKE = re.compile(r"\bsk-[A-Za-z0-9_-]{8,}([A-Za-z0-9_-]{4})")
+
+
+def upstream_error(status: int, headers: Mapping[str, str], body: bytes, exchange: Exchange,
+                   now: float) -> UpstreamError:
+    """The error for an upstream's answer that is not 2xx.  `now` is the time, in seconds since 1970."""
+    try:
+        value = _decoder.decode(body.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        value = None
+    found = refusal(status, value)
+    has_words = found.message != ""
+    if not has_words:
+        found.message = described_answer(status, headers, body if value is None else b"")
+    error = error_of_refusal(found, exchange)
+    if 300 <= status < 400:
+        host = urlsplit(headers.get("location", "")).hostname or "another address"
+        error.message = f"The upstream answered {status} and points to {host}: check OPENAI_BASE_URL " \
+                        "(redirects are not followed, the key would go with them)"
+    if status == 404 and error.status == 404:
+        error.message = f"{error.message} (model {exchange.asked_model} is mapped to {exchange.profile.model})" \
+            if has_words else f"{exchange.upstream_host} has no {exchange.upstream_path}: check OPENAI_BASE_URL"
+    error.headers = {**retry_headers(error.status, headers, found, now), **ratelimit_headers(headers, now),
+                     **error.headers}
+    if error.headers.get("x-should-retry") == "false":
+        error.headers.pop("retry-after", None)
+    return error
+
+
+def described_answer(status: int, headers: Mapping[str, str], body: bytes) -> str:
+    """What can be said of an answer that has no message of its own."""
+    try:
+        phrase = " " + HTTPStatus(status).phrase
+    except ValueError:
+        phrase = ""
+    text = body[:65536].decode("utf-8", "replace")
+    title = re.search(r"<title[^>]*>(.*?)</title", text, re.I | re.S)
+    if title is None:
+        text = re.sub(r"(?is)<(script|style).*?(</\1>|$)|<[^>]*(>|$)", " ", text)
+    words = " ".join((title[1] if title else text).split())[:200]
+    return f"The upstream answered {status}{phrase}" + (f": {words}" if words else "")
+
+
+def error_of_object(value: Any, exchange: Exchange) -> UpstreamError:
+    """The error for an error object that came with status 200, or inside a stream."""
+    found = refusal(0, value)
+    code = value if is_object(value) else {}
+    inner = found.fields
+    for number in (inner.get("code"), inner.get("status_code"), inner.get("http_status"), inner.get("status"),
+                   code.get("status_code"), code.get("code")):
+        if isinstance(number, (int, str)) and re.fullmatch(r"[45]\d\d", str(number)):
+            found.status = int(number)
+            break
+    else:
+        found.status = next((status for pattern, status in ERROR_WORDS if re.search(pattern, found.words)), 500)
+    found.message = found.message or "The upstream sent an error without a message"
+    error = error_of_refusal(found, exchange)
+    error.headers = {**retry_headers(error.status, {}, found, 0), **error.headers}
+    return error
+
+
+ERROR_WORDS = (                          # words in an error's code, type or status -> the status they stand for
+    (r"insufficient_quota|billing|credit|spend_limit", 402),
+    (r"rate_limit|slow_down|resource_exhausted|too_many_requests", 429),
+    (r"overloaded|unavailable", 503),
+    (r"timeout|deadline", 504),
+    (r"authentication|invalid_api_key|unauthenticated|unauthorized", 401),
+    (r"permission|forbidden", 403),
+    (r"not_found", 404),
+    (r"invalid_request|bad_request|badrequest|invalid_argument|validation", 400),
+)
+
+
+def error_of_refusal(found: Refusal, exchange: Exchange) -> UpstreamError:
+    """Status, kind and message for a refusal: first the special causes, then by status."""
+    message = redacted(found.message, exchange.secrets)
+    overflow = context_overflow(found)
+    if overflow is not None:
+        error = UpstreamError(400, overflow_message(overflow, exchange.input_estimate()))
+        error.is_context_overflow = True
+    elif is_out_of_quota(found, exchange):
+        message = re.sub("credit balance is too low", "upstream credit exhausted", message, flags=re.I)
+        error = UpstreamError(402, message, headers={"x-should-retry": "false"})
+    else:
+        error = UpstreamError(client_status(found.status), message)
+        if error.status in (401, 402) or never_fits(found):
+            error.headers["x-should-retry"] = "false"
+        if error.status == 401 and exchange.uses_own_key:
+            error.message = "The upstream rejected OPENAI_API_KEY: " + message
+        if "array_above_max_length" in found.words and found.names("tools"):
+            sent = len(exchange.body.get("tools", ()))
+            error.message += "" if str(sent) in message else f" ({sent} tools were sent)"
+    error.upstream_status = found.status
+    return error
+
+
+def client_status(status: int) -> int:
+    """The status that makes an Anthropic client do what the upstream's status asks for."""
+    if status in CLIENT_STATUS:
+        return CLIENT_STATUS[status]
+    return 502 if status < 400 else 400 if status < 500 else 500
+
+
+CLIENT_STATUS = {
+    401: 401, 402: 402, 403: 403, 404: 404, 408: 504, 409: 409, 413: 413, 425: 500, 429: 429, 499: 500,
+    502: 502, 503: 529, 504: 504, 524: 504, 529: 529,
+    **dict.fromkeys((520, 521, 522, 523, 525, 526, 527, 530), 502),
+}
+
+
+def is_out_of_quota(found: Refusal, exchange: Exchange) -> bool:
+    """Whether a refusal means that money has run out: waiting will not help."""
+    if found.status not in (402, 403, 429):
+        return False
+    return found.status == 402 or bool(re.search(QUOTA_WORDS, found.words)) or bool(
+        exchange.profile.host in ("openai", "azure") and found.says("exceeded your current quota"))
+
+
+QUOTA_WORDS = (r"insufficient_quota|credit_balance_exhausted|billing_hard_limit_reached|"
+               r"(organization|project)_spend_limit_exceeded|organization_usage_limit_exceeded|insufficient_credits")
+
+
+def never_fits(found: Refusal) -> bool:
+    """A request that is larger than the limit of a whole minute is refused for ever."""
+    match = found.status == 429 and found.says(r"request too large.*tokens per min.*limit:? ([\d,]+), requested:? ([\d,]+)")
+    return bool(match) and int(match[2].replace(",", "")) > int(match[1].replace(",", ""))
+
+
+def reached_output_limit(status: int, body: bytes) -> bool:
+    """A 400 of reasoning models that means: max_tokens was used up before the first visible token."""
+    return status == 400 and b"Could not finish the message because max_tokens or model output limit" in body
+
+
+# ---- headers of answers -----------------------------------------------------
+
+def retry_headers(status: int, headers: Mapping[str, str], found: Refusal, now: float) -> Dict[str, str]:
+    """retry-after in whole seconds, retry-after-ms, x-should-retry."""
+    kept = {}
+    if headers.get("x-should-retry") in ("true", "false"):
+        kept["x-should-retry"] = headers["x-should-retry"]
+    if status not in (429, 500, 502, 504, 529):
+        return kept
+    seconds = retry_after(headers.get("retry-after", ""), found, now)
+    if seconds is not None:
+        kept["retry-after"] = str(max(1, math.ceil(seconds)))
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", headers.get("retry-after-ms", "")) and float(headers["retry-after-ms"]) > 0:
+        kept["retry-after-ms"] = headers["retry-after-ms"]
+    return kept
+
+
+def retry_after(text: str, found: Refusal, now: float) -> Optional[float]:
+    """Seconds to wait, from the header, the error's details or its message."""
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
+        return float(text)
+    if text:
+        try:
+            return parsedate_to_datetime(text).timestamp() - now
+        except (TypeError, ValueError, IndexError, OverflowError):
+            pass
+    details = found.fields.get("details")
+    for entry in details if isinstance(details, list) else ():
+        seconds = duration(entry.get("retryDelay")) if is_object(entry) else None
+        if seconds is not None:
+            return seconds
+    match = found.says(r"try again in ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)") if found.status == 429 else None
+    return duration(match[1]) if match else None
+
+
+def duration(text: Any) -> Optional[float]:
+    """Seconds of a duration such as `6m0s`, `1.5s`, `20ms`, `1h2m` or plain seconds; None for anything else."""
+    if not isinstance(text, str) or not re.fullmatch(r"(\d{1,12}(\.\d+)?(ms|[dhms])?)+", text):
+        return None
+    units = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}
+    return sum(float(amount) * units[unit] for amount, _, unit in re.findall(r"(\d+(\.\d+)?)(ms|[dhms]|)", text))
+
+
+def ratelimit_headers(headers: Mapping[str, str], now: float) -> Dict[str, str]:
+    """Anthropic's rate limit headers from OpenAI's."""
+    made = {}
+    for what in ("requests", "tokens"):
+        for part in ("limit", "remaining", "reset"):
+            value = headers.get(f"x-ratelimit-{part}-{what}", "")
+            if part == "reset":
+                value = reset_time(value, now)
+            elif not value.isdecimal():
+                value = ""
+            if value:
+                made[f"anthropic-ratelimit-{what}-{part}"] = value
+    return made
+
+
+def reset_time(text: str, now: float) -> str:
+    """The moment that a duration or an epoch number stands for, RFC 3339; "" for anything else."""
+    seconds = duration(text)
+    if seconds is None or seconds > 10 ** 14:
+        return ""
+    if seconds > 10 ** 12:
+        moment = seconds / 1000
+    else:
+        moment = seconds if seconds > 10 ** 9 else now + seconds
+    return datetime.fromtimestamp(math.ceil(moment), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# ---- context overflow -------------------------------------------------------
+
+class Overflow(NamedTuple):
+    """Numbers of tokens that a context error gives; 0 where it does not."""
+    prompt: int = 0
+    output: int = 0
+    total: int = 0
+    maximum: int = 0
+
+
+def context_overflow(found: Refusal) -> Optional[Overflow]:
+    """What an error says of a prompt that does not fit; None where it is about something else."""
+    if found.says(r"tokens per (min|day|hour)|\bTPM\b"):
+        return None
+    prompt, maximum = found.fields.get("n_prompt_tokens"), found.fields.get("n_ctx")
+    if is_integer(prompt) and is_integer(maximum):
+        return Overflow(prompt=prompt, maximum=maximum)
+    for pattern in OVERFLOW_WORDINGS:
+        match = found.says(pattern.replace("#", NUMBER))
+        if match:
+            numbers = {name: int(re.sub(r"[,_]", "", text)) for name, text in match.groupdict().items() if text}
+            return Overflow(numbers.get("N", 0) + numbers.get("A", 0) + numbers.get("F", 0),
+                            numbers.get("O", 0), numbers.get("T", 0), numbers.get("M", 0))
+    return Overflow() if re.search(OVERFLOW_WORDS, found.words) else None
+
+
+NUMBER = r"\d[\d,_]*"
+OVERFLOW_WORDS = r"context_length_exceeded|context_window_exceeded|contextwindowexceeded|exceed_context_size|" \
+                 r"model_max_prompt_tokens_exceeded|context_length(?!\w)"
+OVERFLOW_WORDINGS = (        # N prompt, O output, T both, M maximum, A and F parts of the prompt; # is a number
+    r"maximum context length is (?P<M>#) tokens.*resulted in (?P<N>#) tokens",
+    r"maximum context length is (?P<M>#) tokens.*requested #\ tokens \((?P<A>#) in the messages,"
+    r"(?: (?P<F>#) in the functions,)?(?: and)? (?P<O>#) in the completion",
+    r"maximum context length is (?P<M>#) tokens.*requested (?P<T>#) tokens",
+    r"maximum context length is (?P<M>#) tokens.*requested (?P<O>#) output tokens.*"
+    r"contains (?:at least )?(?P<N>#) input tokens",
+    r"is too large: (?P<O>#).*maximum context length is (?P<M>#) tokens and your request has (?P<N>#) input tokens",
+    r"passed (?P<N>#) input tokens and requested (?P<O>#) output tokens.*context length is only (?P<M>#) tokens",
+    r"exceed the configured limit of (?P<M>#) tokens.*resulted in (?P<N>#) tokens",
+    r"request \((?P<N>#) tokens\) exceeds the available context size \((?P<M>#) tokens\)",
+    r"input \((?P<N>#) tokens\) is larger than the max context size \((?P<M>#) tokens\)",
+    r"keep the first (?P<N>#) tokens.*context length of only (?P<M>#) tokens",
+    r"input token count \(?(?P<N>#)\)? exceeds the maximum number of tokens allowed \(?(?P<M>#)\)?",
+    r"maximum prompt length is (?P<M>#) but the request contains (?P<N>#) tokens",
+    r"prompt contains (?P<N>#) tokens.*model with (?P<M>#) maximum context length",
+    r"must be <= (?P<M>#)\. Given: (?P<N>#) `inputs` tokens and (?P<O>#) `max_new_tokens`",
+    r"prompt is too long: (?P<N>#) tokens > (?P<M>#) maximum",
+    r"input length and `?max_tokens`? exceed context limit: (?P<N>#) \+ (?P<O>#) > (?P<M>#)",
+    r"prompt token count of (?P<N>#).*exceeds the limit of (?P<M>#)",
+    r"exceeds the limit of (?P<M>#).*prompt token count of (?P<N>#)",
+    r"(?:maximum context length|context length|context window|context size)(?: of the model| for this model)? "
+    r"(?:is|of)(?: only)? (?P<M>#)",
+    r"exceeds? (?:the )?(?:available )?(?:context window|context length|context size|model's (?:maximum )?context)|"
+    r"exceeds the maximum (?:allowed )?(?:input|prompt|context)|input is too long|prompt is too long|"
+    r"prompt too long|reduce the length of the (?:messages|prompt|input)|too many tokens in the prompt|"
+    r"context size has been exceeded|model_max_prompt_tokens_exceeded|n_keep >= n_ctx|"
+    r"tokens to keep from the initial prompt|range of input length|no user query found|"
+    r"longer than the (?:model's )?context|context[_ ](?:length|window)[_ ]exceeded",
+)
+
+
+def overflow_message(overflow: Overflow, estimate: int) -> str:
+    """The one wording that makes clients compact the conversation, with numbers that do not contradict."""
+    prompt, output, total, maximum = overflow
+    if maximum:
+        sizes = (prompt, prompt + output if prompt and output else 0, total)
+        size = next((size for size in sizes if size > maximum), max(estimate, maximum + 1))
+    else:
+        size = prompt or estimate
+        maximum = size * 4 // 5                  # clients take the difference for what they must shed
+    return f"prompt is too long: {size} tokens > {maximum} maximum"
+
+
+# ---- learned adjustments ----------------------------------------------------
+
+class Lesson(NamedTuple):
+    """One row of LESSONS: a refusal, and the one change that answers it.
+
+    `finds` gives the lesson's argument, or None where the refusal is another; `change` makes the
+    change in the request and says whether anything changed.
+    """
+    name: str
+    finds: Callable[[Refusal, Json], Any]
+    change: Callable[[Json, Any], bool]
+    is_kept: bool = True                 # remembered for later requests
+
+
+def lesson_from(status: int, body: bytes, exchange: Exchange) -> Optional[Tuple[Lesson, Any]]:
+    """The first lesson of a refusal that changes the request, already applied to it; else None."""
+    if status not in TEACHING_STATUSES:
+        return None
+    try:
+        found = refusal(status, _decoder.decode(body.decode("utf-8", "replace")))
+    except (ValueError, RecursionError):
+        found = Refusal(status, body[:ERROR_TEXT].decode("utf-8", "replace"))
+    for lesson in LESSONS:
+        argument = lesson.finds(found, exchange.body)
+        if argument is not None and argument is not False and lesson.change(exchange.body, argument):
+            exchange.estimate = 0
+            return lesson, argument
+    return None
+
+
+def apply_lessons(learned: Mapping[str, Any], exchange: Exchange) -> None:
+    """Makes the changes that earlier refusals of this model have taught."""
+    for lesson in LESSONS:
+        if lesson.name in learned:
+            lesson.change(exchange.body, learned[lesson.name])
+
+
+TEACHING_STATUSES = (400, 404, 413, 422, 500, 501)       # servers of local models refuse with 404 and 500 too
+MAX_LESSONS = 4                                          # re-sends for one client request
+
+
+def token_field(body: Json) -> str:
+    return "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+
+
+def names_tokens(found: Refusal) -> bool:
+    """Whether a refusal is about the limit of the answer's tokens, under whatever name."""
+    return bool(found.says(r"max_(completion_|output_|new_)?tokens") or "max_tokens" in found.param
+                or "max_completion_tokens" in found.param)
+
+
+def number_after(pattern: str) -> Callable[[Refusal, Json], Any]:
+    def finds(found: Refusal, body: Json) -> Any:
+        match = found.says(pattern.replace("#", r"[`'\"]?(\d[\d,_]*)")) if names_tokens(found) else None
+        if match is None or context_overflow(found) is not None:
+            return None
+        return int(re.sub(r"[,_]", "", match[1]))
+    return finds
+
+
+def room_left(found: Refusal, body: Json) -> Any:
+    """The tokens that are left for the answer when the prompt itself does fit."""
+    overflow = context_overflow(found)
+    if overflow is None or not overflow.output or not overflow.maximum or not overflow.prompt:
+        return None
+    room = overflow.maximum - overflow.prompt - 8
+    return room if overflow.prompt <= overflow.maximum and room >= 1024 else None
+
+
+def lower_limit(body: Json, limit: int) -> bool:
+    name = token_field(body)
+    is_lower = 0 < limit < body.get(name, 0)
+    if is_lower:
+        body[name] = limit
+    return is_lower
+
+
+def raise_limit(body: Json, limit: int) -> bool:
+    name = token_field(body)
+    is_higher = name in body and body[name] < limit <= 4096
+    if is_higher:
+        body[name] = limit
+    return is_higher
+
+
+def rename_limit(wanted: str) -> Callable[[Json, Any], bool]:
+    def change(body: Json, argument: Any) -> bool:
+        other = {"max_tokens": "max_completion_tokens"}.get(wanted, "max_tokens")
+        if other not in body:
+            return False
+        body[wanted] = body.pop(other)
+        return True
+    return change
+
+
+def named_option(found: Refusal, body: Json) -> Any:
+    """The optional fields of the request that a refusal names."""
+    return [name for name in OPTIONAL_FIELDS if name in body and found.names(name)] or None
+
+
+OPTIONAL_FIELDS = ("temperature", "top_p", "stop", "parallel_tool_calls", "reasoning_effort", "reasoning", "thinking",
+                   "stream_options", "service_tier", "safety_identifier", "prompt_cache_key")
+
+
+def drop_options(body: Json, names: Sequence[str]) -> bool:
+    return any([body.pop(name, None) is not None for name in names])
+
+
+def supported_efforts(found: Refusal, body: Json) -> Any:
+    match = found.says(r"supported values are:?(.*)") if found.names("reasoning_effort") else None
+    return re.findall(r"['\"`](\w+)['\"`]", match[1]) or None if match else None
+
+
+def take_nearest_effort(body: Json, allowed: Sequence[str]) -> bool:
+    effort = body.get("reasoning_effort")
+    if effort not in EFFORTS:
+        return False
+    body["reasoning_effort"] = nearest_effort(effort, allowed)
+    return body["reasoning_effort"] != effort
+
+
+def force_no_effort(body: Json, argument: Any) -> bool:
+    is_new = body.get("reasoning_effort") != "none"
+    body["reasoning_effort"] = "none"
+    return is_new
+
+
+def stop_streaming(body: Json, argument: Any) -> bool:
+    return any([body.pop(name, None) is not None for name in ("stream", "stream_options")])
+
+
+def drop_strict(body: Json, argument: Any) -> bool:
+    return any([tool["function"].pop("strict", None) is not None for tool in body.get("tools", ())])
+
+
+def refuses_schema(found: Refusal, body: Json) -> Any:
+    return body.get("tools") and (
+        "invalid_function_parameters" in found.words or re.match(r"tools\[\d+\]\.function\.parameters", found.param)
+        or found.says(r"invalid schema for function|tools[\[.]\d+\]?\.function\.parameters|"
+                      r"(grammar|json[ _]schema).*(pars|convert|unsupported|invalid)|"
+                      r"(pars|convert|unsupported|invalid).*(grammar|json[ _]schema)")) and True
+
+
+def change_schemas(simplify: Callable[[Json], Any]) -> Callable[[Json, Any], bool]:
+    def change(body: Json, argument: Any) -> bool:
+        has_changed = False
+        for tool in body.get("tools", ()):
+            function = tool["function"]
+            simple = simplify(function["parameters"])
+            has_changed = has_changed or simple != function["parameters"]
+            function["parameters"] = simple
+        return has_changed
+    return change
+
+
+def free_choice(body: Json, argument: Any) -> bool:
+    is_new = body.get("tool_choice", "auto") != "auto"
+    if is_new:
+        body["tool_choice"] = "auto"
+    return is_new
+
+
+def refuses_null_content(found: Refusal, body: Json) -> Any:
+    return re.search(r"\bcontent\b", found.message + " " + found.param) and found.says(
+        r"\bnull\b|\bNone\b|expected (a )?string|field required|valid string|missing field") and True
+
+
+def fill_null_content(body: Json, argument: Any) -> bool:
+    empty = [message for message in body["messages"] if message.get("content", "") is None]
+    for message in empty:
+        message["content"] = ""
+    return bool(empty)
+
+
+def part_tools_from_user(body: Json, argument: Any) -> bool:
+    """Puts an assistant message between tool results and the user message after them."""
+    messages: List[Json] = []
+    for message in body["messages"]:
+        if message["role"] == "user" and messages and messages[-1]["role"] == "tool":
+            messages.append({"role": "assistant", "content": "(tool results received)"})
+        messages.append(message)
+    has_changed = len(messages) > len(body["messages"])
+    body["messages"] = messages
+    return has_changed
+
+
+def shorten_ids(body: Json, argument: Any) -> bool:
+    has_changed = False
+    for message in body["messages"]:
+        for holder, key in [(message, "tool_call_id")] + [(call, "id") for call in message.get("tool_calls", ())]:
+            if key in holder and holder[key] != mistral_id(holder[key]):
+                holder[key] = mistral_id(holder[key])
+                has_changed = True
+    return has_changed
+
+
+def ask_for_json(body: Json, argument: Any) -> bool:
+    """JSON mode and a line in the system text, for servers that know no schemas."""
+    wanted = body.get("response_format", {})
+    if wanted.get("type") != "json_schema":
+        return False
+    line = format_instruction(wanted["json_schema"]["schema"])
+    first = body["messages"][0]
+    if first["role"] == "system":
+        first["content"] += "\n\n" + line
+    else:
+        body["messages"].insert(0, {"role": "system", "content": line})
+    body["response_format"] = {"type": "json_object"}
+    return True
+
+
+def drop_format(body: Json, argument: Any) -> bool:
+    ask_for_json(body, argument)
+    return body.pop("response_format", None) is not None
+
+
+def drop_carried_reasoning(body: Json, argument: Any) -> bool:
+    return any([message.pop(name, None) is not None for message in body["messages"]
+                for name in ("reasoning_content", "reasoning", "reasoning_details")])
+
+
+def refused_description_length(found: Refusal, body: Json) -> Any:
+    match = found.says(r"maximum length:? (\d+)")
+    is_named = re.search(r"tools[\[.]\d+\]?\.function\.description", found.param + " " + found.message)
+    return int(match[1]) if match and is_named else None
+
+
+def cut_descriptions(body: Json, limit: int) -> bool:
+    long = [tool["function"] for tool in body.get("tools", ()) if len(tool["function"].get("description", "")) > limit]
+    for function in long:
+        function["description"] = function["description"][:limit]
+    return bool(long)
+
+
+def refuses_images(found: Refusal, body: Json) -> Any:
+    return found.says(r"(image|vision|multi-?modal).*(not support|unsupported|unknown variant|not available|text[- ]only)|"
+                      r"(not support|unsupported|unknown variant|unknown (content )?type|no endpoints found)"
+                      r".*(image|vision|multi-?modal)|image_url.*invalid|invalid.*image_url") and True
+
+
+def drop_images(body: Json, argument: Any) -> bool:
+    note = text_part("[image omitted: the model does not accept images]")
+    has_changed = False
+    for message in body["messages"]:
+        content = message.get("content")
+        if isinstance(content, list) and any(part["type"] == "image_url" for part in content):
+            message["content"] = [note if part["type"] == "image_url" else part for part in content]
+            has_changed = True
+    return has_changed
+
+
+def when(test: Callable[[Refusal], Any]) -> Callable[[Refusal, Json], Any]:
+    """A `finds` without an argument to find."""
+    return lambda found, body: True if test(found) else None
+
+
+LESSONS = (
+    Lesson("limit_is_max_completion_tokens", when(lambda found: found.names("max_tokens")
+           and found.says("max_completion_tokens")), rename_limit("max_completion_tokens")),
+    Lesson("limit_is_max_tokens", when(lambda found: found.names("max_completion_tokens")
+           and (found.says(UNKNOWN_FIELD) or re.search(UNKNOWN_FIELD, found.words))), rename_limit("max_tokens")),
+    Lesson("limit_at_most", number_after(
+        r"(?:at most|<=|less than or equal to|maximum(?: allowed)?(?: value)? (?:is|of)|cannot exceed|up to|\[\d+, ?|"
+        r"between \d+ and) ?#"), lower_limit),
+    Lesson("limit_at_least", number_after(
+        r"(?:at least|>=|greater than or equal to|minimum value (?:is|of)|\[) ?#"), raise_limit),
+    Lesson("room_left", room_left, lower_limit, is_kept=False),
+    Lesson("effort_none", when(lambda found: found.says(r"set [`'\"]?reasoning_effort[`'\"]? to [`'\"]?none")),
+           force_no_effort),
+    Lesson("effort_nearest", supported_efforts, take_nearest_effort),
+    Lesson("options_dropped", named_option, drop_options),
+    Lesson("not_streamed", when(lambda found: found.names("stream")
+           or found.says("stream(ing)? (mode )?is not supported|does not support stream")), stop_streaming),
+    Lesson("strict_dropped", when(lambda found: found.names("strict") or found.says(r"function\.strict")
+           or found.param.endswith("function.strict")), drop_strict),
+    Lesson("schemas_simplified", refuses_schema, change_schemas(simple_schema)),
+    Lesson("schemas_without_keywords", refuses_schema, change_schemas(plain_schema)),
+    Lesson("tool_choice_auto", when(lambda found: found.names("tool_choice")), free_choice),
+    Lesson("content_never_null", refuses_null_content, fill_null_content),
+    Lesson("assistant_after_tools", when(lambda found: "3230" in found.words
+           or found.says(r"role ['\"]?user['\"]? after role ['\"]?tool")), part_tools_from_user),
+    Lesson("ids_of_nine", when(lambda found: found.says(r"tool[_ ]call[_ ]id.*(length of 9|9 characters)")), shorten_ids),
+    Lesson("json_mode", when(lambda found: found.names("response_format") or found.says(
+        r"response_format.*(json_schema|unavailable|not support|must be)")), ask_for_json),
+    Lesson("format_dropped", when(lambda found: found.names("response_format") or found.says(
+        r"response_format.*(json_object|unavailable|not support|must be)")), drop_format),
+    Lesson("reasoning_not_returned", when(lambda found: any(map(found.names, (
+        "reasoning_content", "reasoning", "reasoning_details")))
+        or found.says(r"messages?\W.*\breasoning(_content|_details)?\b")), drop_carried_reasoning),
+    Lesson("descriptions_cut", refused_description_length, cut_descriptions),
+    Lesson("images_left_out", refuses_images, drop_images),
+)
+
+
+# ============================================================================
+# 8. STREAM: CHUNKS TO EVENTS
+# ============================================================================
+#
+# OpenAI sends loose deltas, of several calls at once if it likes; Anthropic wants
+# numbered blocks, one open at a time, each started and stopped.  So deltas are
+# sorted into segments, a segment being a block in the making, and the segments
+# stand in a queue in the order of their first content.  Only the head of the queue
+# is sent, as it grows; the others collect:
+#
+#     head grows            -> content_block_start once, then a delta
+#     head is complete, and
+#     another stands behind -> content_block_stop; the next is head, and sends what it has
+#     the upstream's end    -> all are stopped in order; message_delta, message_stop
+#     anything bad          -> error, and nothing after it
+#
+# Bytes in, bytes out: no I/O, no clock, no parsing of tool arguments.
+# [Anthropic: streaming] [OpenAI: chunk object] [WHATWG: server-sent events]
+
+
+class StreamTranslator:
+    """Turns the bytes of an upstream's event stream into the bytes of Anthropic's.
+
+    feed() takes what one read gave, at any cut; finish() says that the upstream's body has ended.
+    While nothing has been produced (`started` is False) an error is raised as UpstreamError, so that
+    it can still be an HTTP status; later it becomes an `error` event and `done`.
+    """
+
+    def __init__(self, exchange: Exchange, new_id: NewId, request_id: str = "") -> None:
+        self.started = False
+        self.done = False
+        self.stop: Json = {}                     # stop_reason and its companions, at the end
+        self.usage: Json = {}
+        self.error: Optional[ProxyError] = None
+        self.finish_reason: Optional[str] = None
+        self._exchange = exchange
+        self._new_id = new_id
+        self._request_id = request_id
+        self._sse = SSEDecoder()
+        self._out: List[str] = []
+        self._queue: Deque[Segment] = deque()
+        self._blocks = 0                         # blocks started so far: the next one's index
+        self._calls = CallTable()
+        self._has_calls = False                  # a tool_use block was started
+        self._filter = TextFilter(exchange)
+        self._reasoning_kind = ""
+        self._choice_index: Any = None
+        self._last_choice: Json = {}
+        self._refusal = ""
+        self._raw_usage: Any = None
+        self._tier: Any = None
+        self._known_ids = set(exchange.known_ids)
+        self._written = WrittenText()
+        self._template = Template()
+
+    # ---- what goes in -------------------------------------------------------
+
+    def feed(self, data: bytes) -> bytes:
+        try:
+            self._take(self._sse.feed(data))
+        except ProxyError as error:
+            self._fail(error)
+        return self._flushed()
+
+    def finish(self) -> bytes:
+        """The upstream's body ended, whether well or not."""
+        try:
+            self._take(self._sse.finish())
+            if not self.done:
+                if not self.started:
+                    raise UpstreamError(502, "The upstream's answer is empty")
+                if self.finish_reason is None:
+                    raise UpstreamError(502, "The upstream closed the connection before the end of the answer")
+                self._end()
+        except ProxyError as error:
+            self._fail(error)
+        return self._flushed()
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The end by an error from outside: a lost connection, a time-out, the shutdown.
+
+        A connection that breaks after the finish reason has lost nothing: the answer is whole.
+        """
+        if isinstance(error, ConnectionLost) and self.finish_reason is not None:
+            return self.finish()
+        self._fail(error)
+        return self._flushed()
+
+    def begin(self) -> bytes:
+        """message_start, if it has not been sent: while the upstream still thinks."""
+        self._begin()
+        return self._flushed()
+
+    def ping(self) -> bytes:
+        """A sign of life.  Clients stop believing pings in a silent thinking block after minutes."""
+        head = self._queue[0] if self._queue else None
+        if self.started and not self.done:
+            if isinstance(head, ThinkingSegment) and head.index >= 0 and self._exchange.thinking is Thinking.OMITTED:
+                self._out.append(head.prefix + '""}}\n\n')
+            else:
+                self._out.append(PING)
+        return self._flushed()
+
+    def message(self, chunks_of: Json) -> bytes:
+        """A whole answer as events: for an upstream that answers a streamed request with plain JSON."""
+        self._begin(chunks_of["id"])
+        for index, block in enumerate(chunks_of["content"]):
+            self._out += block_events(index, block)
+        self.stop = {key: chunks_of[key] for key in ("stop_reason", "stop_sequence", "stop_details")}
+        self.usage = chunks_of["usage"]
+        self._end_events()
+        return self._flushed()
+
+    def _flushed(self) -> bytes:
+        data = "".join(self._out).encode("ascii")
+        self._out.clear()
+        return data
+
+    # ---- chunks -------------------------------------------------------------
+
+    def _take(self, payloads: List[str]) -> None:
+        template = self._template
+        for payload in payloads:
+            if self.done:
+                return
+            text = template.text_in(payload)
+            if text is not None:
+                template.sink(text)
+            elif payload == "[DONE]" or payload.strip() == "[DONE]":
+                self._end_of_answer()
+            elif payload:
+                self._chunk(payload)
+
+    def _chunk(self, payload: str) -> None:
+        try:
+            chunk = _decoder.decode(payload)
+        except (ValueError, RecursionError):
+            chunk = payload
+        if isinstance(chunk, list) and chunk and is_object(chunk[0]) and is_error(chunk[0]):
+            chunk = chunk[0]
+        if is_object(chunk) and (is_error(chunk) or isinstance(payload, ErrorData)):
+            raise error_of_object(chunk, self._exchange)
+        if isinstance(payload, ErrorData):
+            raise UpstreamError(500, redacted(str(payload), self._exchange.secrets))
+        if not is_object(chunk):
+            raise UpstreamError(502, "The upstream sent a chunk that is not JSON")
+        self._begin()
+        choice = self._noted(chunk)
+        delta = choice.get("delta", choice.get("message")) if choice is not None else None
+        if choice is not None and delta is None and is_name(choice.get("text")):
+            delta = {"content": choice["text"]}          # old completions
+        if is_object(delta):
+            self._delta(delta)
+        raise_if_failed(self.finish_reason)
+        self._template.learn(payload, chunk, delta, self)
+
+    def _noted(self, chunk: Json) -> Optional[Json]:
+        """Keeps what a chunk says beside its text; returns its choice, if it is one of ours."""
+        groq = chunk.get("x_groq")
+        for usage in (chunk.get("usage"), groq.get("usage") if is_object(groq) else None):
+            if is_object(usage):
+                self._raw_usage = usage
+        self._tier = chunk.get("service_tier") or self._tier
+        choices = chunk.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if not is_object(choice):
+                continue
+            index = choice.get("index") or 0
+            if self._choice_index is None:
+                self._choice_index = index
+            if index == self._choice_index:
+                if is_name(choice.get("finish_reason")):
+                    self.finish_reason = choice["finish_reason"]
+                    self._last_choice = choice
+                return choice
+        return None
+
+    def _delta(self, delta: Json) -> None:
+        kind, thought = reasoning_text(delta)
+        if thought:
+            self._reasoning_kind = self._reasoning_kind or kind
+            self._reasoning(thought, delta.get("reasoning_details"))
+        text, refusal = content_texts(delta)
+        if text:
+            self._text(text)
+        if refusal:
+            self._refusal += refusal
+            self._text(refusal)
+        calls = delta.get("tool_calls")
+        for entry in calls if isinstance(calls, list) else ():
+            if is_object(entry):
+                self._call(entry)
+        if is_object(delta.get("function_call")):
+            self._call({"function": delta["function_call"]})
+
+    def _reasoning(self, text: str, details: Any = None) -> None:
+        self._filter.note_reasoning()
+        self._end_of_text()
+        self._written.add(text)
+        if self._exchange.thinking is not Thinking.HIDDEN:
+            segment = self._last(ThinkingSegment)
+            if isinstance(segment, ThinkingSegment):
+                segment.note(self._reasoning_kind, text, details, self._exchange.thinking)
+            self._grow(segment, text)
+
+    def _text(self, text: str) -> None:
+        self._written.add(text)
+        if self._filter.is_idle():
+            self._grow(self._last(TextSegment), text)
+        else:
+            self._spans(self._filter.feed(text))
+
+    @property
+    def has_content(self) -> bool:
+        """Whether a block has started."""
+        return self._blocks > 0
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether a stop sequence ended the answer: more of it would still be paid for."""
+        return self._filter.hit is not None
+
+    def _end_of_text(self) -> None:
+        """No text follows directly: what the filter held back can be shown."""
+        if not self._filter.is_idle():
+            self._spans(self._filter.finish())
+
+    def _spans(self, spans: List[Span]) -> None:
+        for is_thought, text in spans:
+            if not is_thought:
+                self._grow(self._last(TextSegment), text)
+            elif self._exchange.thinking is not Thinking.HIDDEN:
+                segment = self._last(ThinkingSegment)
+                if isinstance(segment, ThinkingSegment):
+                    segment.note("n", text, None, self._exchange.thinking)
+                self._grow(segment, text)
+        if self._filter.hit is not None:
+            self._end()
+
+    def _call(self, entry: Json) -> None:
+        self._end_of_text()
+        if self.done:
+            return
+        call, is_new = self._calls.find(entry)
+        if call is None:
+            return
+        if is_new and not (self._exchange.is_single_call and len(self._calls.all) > 1):
+            self._queue.append(call)
+            self._advance()
+        arguments = fragment_arguments(entry)
+        if arguments:
+            self._arguments(call, arguments)
+
+    def _arguments(self, call: Call, arguments: str) -> None:
+        self._written.add(arguments)
+        text = call.accept(arguments)
+        if text and call in self._queue:
+            self._grow(call, text)
+        if call.state is CallState.CLOSED:
+            self._advance()
+
+    # ---- segments -----------------------------------------------------------
+
+    def _last(self, kind: Type[Segment]) -> Segment:
+        """The last segment if it is of that kind, else a new one behind it."""
+        if self._queue and type(self._queue[-1]) is kind:
+            return self._queue[-1]
+        segment = kind()
+        self._queue.append(segment)
+        self._advance()
+        return segment
+
+    def _grow(self, segment: Segment, text: str) -> None:
+        if segment.held or segment.index < 0 or segment is not self._queue[0]:
+            segment.held.append(text)
+            if segment is self._queue[0]:
+                self._send_held(segment)
+        else:
+            self._send(segment, text)
+
+    def _advance(self) -> None:
+        """Stops each head that is complete and has another behind it; sends what the new head has."""
+        while self._queue:
+            head = self._queue[0]
+            self._send_held(head)
+            if len(self._queue) == 1 or not head.is_complete():
+                return
+            self._stop(head)
+            self._queue.popleft()
+
+    def _send_held(self, head: Segment) -> None:
+        if head.held and head.may_start():
+            if head.index < 0:
+                self._start(head)
+            text = "".join(head.held)
+            head.held = []
+            self._send(head, text)
+
+    def _start(self, segment: Segment) -> None:
+        segment.index = self._blocks
+        self._blocks += 1
+        if isinstance(segment, Call):
+            self._has_calls = True
+            segment.client_id = client_id(segment.id, segment.extra, self._known_ids, self._new_id)
+            self._known_ids.update(filter(None, (segment.id, segment.client_id)))
+        block = segment.block(self._exchange)
+        segment.prefix = delta_prefix(segment.index, segment.delta_type, segment.delta_field)
+        self._write_start(segment, block)
+
+    def _send(self, segment: Segment, text: str) -> None:
+        if isinstance(segment, ThinkingSegment) and self._exchange.thinking is Thinking.OMITTED:
+            return
+        if segment.half or not text.isascii():
+            text = segment.half + text
+            segment.half = ""
+            if "\ud800" <= text[-1] <= "\udbff":         # its other half may be in the next fragment
+                segment.half, text = text[-1], text[:-1]
+        if text:
+            self._write_delta(segment, text)
+
+    def _stop(self, segment: Segment) -> None:
+        """The end of a segment: its block's stop, after what was still held of it."""
+        if isinstance(segment, Call):
+            rest = segment.rest(stop_class(self.finish_reason) == "max_tokens")
+            if rest is None:
+                return                                   # cut off: half a call must not run
+            if segment.index < 0:
+                self._start(segment)
+            if rest:
+                self._send(segment, rest)
+        if segment.index < 0:
+            return                                       # only white space: no block at all
+        if segment.half:
+            self._write_delta(segment, "\ufffd")
+            segment.half = ""
+        self._write_stop(segment)
+
+    # ---- the end ------------------------------------------------------------
+
+    def _end_of_answer(self) -> None:
+        """[DONE], or the end of the body after a finish reason."""
+        if self.finish_reason is None and not self._queue and not self._blocks and self._raw_usage is None:
+            raise UpstreamError(502, "The upstream's answer is empty")
+        self._end()
+
+    def _end(self) -> None:
+        if self._filter.hit is None:
+            raise_if_failed(self.finish_reason)
+            spans = self._filter.finish()
+            if spans:
+                self._spans(spans)
+                if self.done:
+                    return
+        is_cut = stop_class(self.finish_reason) in ("max_tokens", "refusal")
+        for segment in list(self._queue):
+            self._send_held(segment)
+            if isinstance(segment, Call):
+                if not segment.name:
+                    raise UpstreamError(502, "The upstream's answer has a tool call without a name")
+                if segment.state is CallState.OPEN and not segment.is_raw and not is_cut:
+                    raise UpstreamError(502, "The upstream ended inside a tool call")
+            self._stop(segment)
+            self._queue.popleft()
+        self.stop = stop_fields(self.finish_reason, self._has_calls, self._refusal, self._filter.hit,
+                                named_stop(self._last_choice, self._exchange))
+        self.usage = anthropic_usage(self._raw_usage, self._tier, self._exchange, self._written.tokens)
+        self._end_events()
+
+    def _fail(self, error: ProxyError) -> None:
+        if self.done:
+            return
+        self.error = error
+        if not self.started:
+            raise error
+        self.done = True
+        self._out.append(sse_event("error", error_fields(error, self._request_id)))
+
+    # ---- what comes out -----------------------------------------------------
+
+    def _begin(self, message_id: str = "") -> None:
+        if self.started:
+            return
+        self.started = True
+        message = message_object(self._exchange, self._new_id, [], stop_object(None), {
+            "input_tokens": self._exchange.input_estimate(), "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 0, "output_tokens": 0})
+        if message_id:
+            message["id"] = message_id
+        self._out += (sse_event("message_start", {"type": "message_start", "message": message}), PING)
+
+    def _write_start(self, segment: Segment, block: Json) -> None:
+        self._out.append(block_start(segment.index, block))
+
+    def _write_delta(self, segment: Segment, text: str) -> None:
+        self._out.append(segment.prefix + quoted(text) + "}}\n\n")
+
+    def _write_stop(self, segment: Segment) -> None:
+        if isinstance(segment, ThinkingSegment):
+            self._out.append(delta_prefix(segment.index, "signature_delta", "signature")
+                             + quote(segment.signature()) + "}}\n\n")
+        self._out.append(block_stop(segment.index))
+
+    def _end_events(self) -> None:
+        self.done = True
+        usage = {key: value for key, value in self.usage.items() if key != "service_tier"}
+        self._out += (sse_event("message_delta", {"type": "message_delta", "delta": self.stop, "usage": usage}),
+                      sse_event("message_stop", {"type": "message_stop"}))
+
+
+class MessageCollector(StreamTranslator):
+    """The same machine for a client that wants no stream: blocks are collected into one message.
+
+    Errors are always raised: no byte has gone to the client.
+    """
+
+    def __init__(self, exchange: Exchange, new_id: NewId, request_id: str = "") -> None:
+        super().__init__(exchange, new_id, request_id)
+        self._content: List[Json] = []
+        self._texts: List[List[str]] = []
+
+    def answer(self) -> Json:
+        """The message, once `done`."""
+        content = []
+        for block, texts in zip(self._content, self._texts):
+            text = repaired("".join(texts))
+            value: Any = text
+            if block["type"] == "tool_use":
+                value = tool_input(text, self.stop["stop_reason"] == "max_tokens")
+            if value is not None:                            # None: cut off, half a call must not run
+                content.append({**block, "input" if block["type"] == "tool_use" else block["type"]: value})
+        return message_object(self._exchange, self._new_id, content, self.stop, self.usage)
+
+    def _begin(self, message_id: str = "") -> None:
+        self.started = True
+
+    def _write_start(self, segment: Segment, block: Json) -> None:
+        self._content.append(block)
+        self._texts.append([])
+
+    def _write_delta(self, segment: Segment, text: str) -> None:
+        self._texts[segment.index].append(text)
+
+    def _write_stop(self, segment: Segment) -> None:
+        if isinstance(segment, ThinkingSegment):
+            self._content[segment.index]["signature"] = segment.signature()
+
+    def _end_events(self) -> None:
+        self.done = True
+
+    def _fail(self, error: ProxyError) -> None:
+        self.error = error
+        raise error
+
+
+# ---- segments ---------------------------------------------------------------
+
+class Segment:
+    """A block in the making.  `held` is what cannot be sent yet."""
+
+    delta_type, delta_field = "text_delta", "text"
+
+    def __init__(self) -> None:
+        self.index = -1                  # of its block; -1 while that has not started
+        self.held: List[str] = []
+        self.half = ""                   # a high surrogate that waits for its partner
+        self.prefix = ""                 # its delta events up to the text
+
+    def is_complete(self) -> bool:
+        """Whether it ends as soon as another segment stands behind it."""
+        return True
+
+    def may_start(self) -> bool:
+        return True
+
+    def block(self, exchange: Exchange) -> Json:
+        """The content_block of its start event."""
+        raise NotImplementedError
+
+
+class TextSegment(Segment):
+    """Visible text.  White space alone makes no block."""
+
+    def may_start(self) -> bool:
+        return self.index >= 0 or any(not text.isspace() for text in self.held)
+
+    def block(self, exchange: Exchange) -> Json:
+        return {"type": "text", "text": ""}
+
+
+class ThinkingSegment(Segment):
+    """Reasoning.  Its signature carries back to the upstream what the client does not see."""
+
+    delta_type, delta_field = "thinking_delta", "thinking"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kind = "n"
+        self._hidden: List[str] = []
+        self._details: List[Json] = []
+
+    def block(self, exchange: Exchange) -> Json:
+        return {"type": "thinking", "thinking": "", "signature": ""}
+
+    def note(self, kind: str, text: str, details: Any, thinking: Thinking) -> None:
+        self._kind = kind
+        if thinking is Thinking.OMITTED and kind in ("c", "r"):
+            self._hidden.append(text)
+        for entry in details if isinstance(details, list) and kind == "d" else ():
+            if is_object(entry):
+                join_detail(self._details, entry)
+
+    def signature(self) -> str:
+        payload = json_text(self._details) if self._kind == "d" else repaired("".join(self._hidden))
+        return carrier_signature(self._kind, payload)
+
+
+def join_detail(details: List[Json], entry: Json) -> None:
+    """Adds a fragment of reasoning_details: to the last entry, if it goes on with that one."""
+    last = details[-1] if details else {}
+    if not last or any(last.get(key) != entry.get(key) for key in ("type", "index")):
+        details.append(dict(entry))
+        return
+    for key, value in entry.items():
+        if key in ("text", "summary", "data") and isinstance(value, str) and isinstance(last.get(key), str):
+            last[key] += value
+        else:
+            last[key] = value
+
+
+class CallState(enum.Enum):
+    """How far the arguments of a call have come."""
+    NONE = 0             # no character of them yet
+    OPEN = 1
+    CLOSED = 2           # the JSON object is complete
+
+
+class Call(Segment):
+    """A tool call.  Its arguments are followed only to know where their JSON object ends."""
+
+    delta_type, delta_field = "input_json_delta", "partial_json"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.id = ""
+        self.name = ""
+        self.client_id = ""
+        self.extra: Any = None
+        self.state = CallState.NONE
+        self.is_raw = False              # the arguments are not an object: collected, repaired at the end
+        self._unsent = ""                # `{` and the white space after it, or all of a raw value
+        self._raw: List[str] = []
+        self._is_filled = False          # something stands inside the braces
+        self._depth = 0
+        self._in_string = False
+        self._is_escaped = False         # the last character was a backslash inside a string
+        self._blanks = 0                 # white space in a row outside strings
+
+    def is_complete(self) -> bool:
+        return self.state is CallState.CLOSED
+
+    def may_start(self) -> bool:
+        return self.name != ""
+
+    def block(self, exchange: Exchange) -> Json:
+        return {"type": "tool_use", "id": self.client_id,
+                "name": client_tool_name(self.name, exchange.tool_names), "input": {}}
+
+    def accept(self, text: str) -> str:
+        """What of a fragment of arguments can be sent now.  Raises UpstreamError for an endless blank."""
+        if self._in_string and not self._is_escaped and not IN_STRING.search(text):
+            return text                                          # the usual fragment
+        if self.state is CallState.CLOSED:
+            if self._is_filled or not text.lstrip(BLANKS).startswith("{"):
+                return ""                                        # a brace too many, or all of it again
+            self.state, self._unsent = CallState.NONE, ""        # a gateway's {} before the real one
+        if self.state is CallState.NONE:
+            text = self._without_lead(text)
+            if not text:
+                return ""
+            self.state = CallState.OPEN
+            self.is_raw = text[0] != "{"
+        if self.is_raw:
+            self._raw.append(text)
+            return ""
+        return self._filled(*self._scan(text))
+
+    def rest(self, is_cut: bool) -> Optional[str]:
+        """What must be sent when the segment ends; None for a call that must not be sent at all."""
+        if not self.is_raw:
+            return "" if self._is_filled else self._unsent
+        value = tool_input("".join(self._raw), is_cut)
+        return None if value is None else json_text(value) if value else ""
+
+    def _without_lead(self, text: str) -> str:
+        rest = text.lstrip(BLANKS)
+        self._count_blanks(text[:len(text) - len(rest)])
+        return rest
+
+    def _filled(self, text: str, rest: str) -> str:
+        """Holds an object back until something stands inside it."""
+        if self._is_filled:
+            return text
+        self._unsent += text
+        inside = self._unsent[1:].strip(BLANKS)
+        if not inside or (inside == "}" and self.state is CallState.CLOSED):
+            return self.accept(rest) if rest.strip(BLANKS) else ""
+        self._is_filled = True
+        return self._unsent
+
+    def _scan(self, text: str) -> Tuple[str, str]:
+        """Follows strings and braces.  Returns the text up to the object's end, and what is behind it."""
+        done: List[str] = []                                     # text whose control characters were escaped
+        place = 1 if self._is_escaped and text else 0
+        self._is_escaped = False
+        start = 0
+        while True:
+            match = (IN_STRING if self._in_string else OUT_OF_STRING).search(text, place)
+            if not self._in_string:
+                self._count_blanks(text[place:match.start() if match else len(text)])
+            if match is None:
+                return "".join(done) + text[start:], ""
+            place = match.end()
+            sign = match[0]
+            if sign == '"':
+                self._in_string = not self._in_string
+            elif sign == "\\":
+                self._is_escaped = place == len(text)
+                place += 1
+            elif self._in_string:
+                done += text[start:match.start()], quote(sign)[1:-1]
+                start = place
+            else:
+                self._depth += 1 if sign in "{[" else -1
+                if self._depth == 0:
+                    self.state = CallState.CLOSED
+                    return "".join(done) + text[start:place], text[place:]
+
+    def _count_blanks(self, text: str) -> None:
+        """Raises UpstreamError when white space goes on and on: some models never leave that loop."""
+        if not text:
+            self._blanks = 0
+            return
+        rest = text.lstrip(BLANKS)
+        self._blanks += len(text) - len(rest)
+        longest = max(self._blanks, max(map(len, BLANK_RUN.findall(rest)), default=0))
+        if longest >= MAX_BLANKS:
+            raise UpstreamError(502, f"The upstream sent {MAX_BLANKS} blanks in a row inside a tool call")
+        if rest:
+            self._blanks = len(rest) - len(rest.rstrip(BLANKS))
+
+
+BLANKS = " \t\r\n"
+MAX_BLANKS = 512                         # no JSON indents this deep
+BLANK_RUN = re.compile(r"[ \t\r\n]+")
+IN_STRING = re.compile(r'["\\\x00-\x1f]')
+OUT_OF_STRING = re.compile(r'["{}\[\]]')
+
+
+class CallTable:
+    """The calls of an answer, and which of them a fragment belongs to.
+
+    Servers number calls by index, by id, by both or by neither, and each in its own way.
+    """
+
+    def __init__(self) -> None:
+        self.all: List[Call] = []
+        self._by_id: Dict[str, Call] = {}
+        self._by_index: Dict[Any, Call] = {}
+
+    def find(self, entry: Json) -> Tuple[Optional[Call], bool]:
+        """(the call that a fragment means, whether it is new); (None, False) for one that means none."""
+        function = entry.get("function") if is_object(entry.get("function")) else {}
+        name = function["name"] if is_name(function.get("name")) else ""
+        call_id = entry["id"] if is_name(entry.get("id")) else ""
+        index = entry.get("index") if is_number(entry.get("index")) else None
+        call = self._known(index, call_id, name)
+        is_new = call is None and (index is not None or name != "" or fragment_arguments(entry) != "")
+        if is_new:
+            call = Call()
+            self.all.append(call)
+        if call is None:
+            return None, False
+        self._note(call, is_new, index, call_id, name)
+        if entry.get("extra_content") is not None and call.index < 0:
+            call.extra = entry["extra_content"]
+        return call, is_new
+
+    def _known(self, index: Any, call_id: str, name: str) -> Optional[Call]:
+        if call_id in self._by_id:
+            return self._by_id[call_id]
+        if index is None:
+            last = self.all[-1] if self.all else None
+            if not name or last is None:
+                return last if not name else None
+            goes_on = last.state is CallState.OPEN and last.name == name and not (last.id and call_id)
+            return last if goes_on else None
+        call = self._by_index.get(index)
+        if call is None:
+            return None
+        if call_id and call.id and name:
+            return call if call.state is CallState.OPEN and call.name == name else None
+        is_next = name != "" and call.state is CallState.CLOSED and not (call_id and call.id)
+        return None if is_next else call
+
+    def _note(self, call: Call, is_new: bool, index: Any, call_id: str, name: str) -> None:
+        if index is not None and (is_new or index not in self._by_index):
+            self._by_index[index] = call
+        if call_id and not call.id and call.index < 0:
+            call.id = call_id
+        if call_id and call.id == call_id:
+            self._by_id[call_id] = call
+        if name and name != call.name and (call.state is CallState.NONE or not call.name):
+            call.name += name
+
+
+def fragment_arguments(entry: Json) -> str:
+    """The argument text of a tool call fragment; an object is written as JSON."""
+    function = entry.get("function")
+    arguments = function.get("arguments") if is_object(function) else None
+    if isinstance(arguments, str):
+        return arguments
+    try:
+        return json_text(arguments) if is_object(arguments) else ""
+    except ValueError:
+        return json_text(str(arguments))
+
+
+# ---- reading the upstream's events ------------------------------------------
+
+class ErrorData(str):
+    """The data of an event that calls itself an error."""
+
+
+class SSEDecoder:
+    """Bytes, cut anywhere, to the data of each event.  [WHATWG: server-sent events, 9.2.6]
+
+    Tolerant where servers are careless: a line that is a whole JSON object is an event by itself, with
+    or without the empty line after it, and even without `data:` in front.
+    """
+
+    def __init__(self) -> None:
+        self._tail: List[bytes] = []             # the start of a line whose end has not come
+        self._tail_size = 0
+        self._is_first = True
+        self._skips_lf = False                   # the last read ended in CR: an LF belongs to it
+        self._data: List[str] = []
+        self._is_error = False
+
+    def feed(self, data: bytes) -> List[str]:
+        """The data of the events that are complete.  Raises UpstreamError for an endless line."""
+        if b"\r" in data or self._skips_lf:
+            data = self._unified(data)
+        end = data.rfind(b"\n") + 1
+        if not end:
+            self._keep(data)
+            return []
+        self._tail.append(data[:end])
+        text = b"".join(self._tail).decode("utf-8", "replace")
+        self._tail = []
+        self._tail_size = 0
+        self._keep(data[end:])
+        return self._events(text)
+
+    def finish(self) -> List[str]:
+        """What the end of the stream completes: whole values only."""
+        text = b"".join(self._tail).decode("utf-8", "replace")
+        self._tail = []
+        found = self._events(text + "\n")
+        return found + [data for data in self._joined() if is_whole(data)]
+
+    def _unified(self, data: bytes) -> bytes:
+        if self._skips_lf and data[:1] == b"\n":
+            data = data[1:]
+        self._skips_lf = data[-1:] == b"\r"
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    def _keep(self, data: bytes) -> None:
+        if data:
+            self._tail.append(data)
+            self._tail_size += len(data)
+            if self._tail_size > MAX_LINE:
+                raise UpstreamError(502, f"The upstream sent a line over {MAX_LINE >> 20} MiB")
+
+    def _events(self, text: str) -> List[str]:
+        if self._is_first:
+            self._is_first = False
+            text = text[1:] if text[:1] == "\ufeff" else text
+        lines = text.split("\n")
+        lines[-1] = ":"                          # what follows the last line is not known yet
+        found: List[str] = []
+        for line, following in zip(lines, lines[1:]):
+            if line[:6] == "data: ":
+                data = line[6:]
+            elif line[:5] == "data:":
+                data = line[5:]
+            elif line[:1] in ("{", "["):
+                data = line
+            else:
+                if not line:
+                    found += self._joined()
+                    self._is_error = False
+                elif line[:6] == "event:":
+                    self._is_error = line[6:].strip() == "error"
+                continue
+            if not self._data and (not following or is_whole(data)):
+                found.append(ErrorData(data) if self._is_error else data)
+            else:
+                self._data.append(data)
+        return found
+
+    def _joined(self) -> List[str]:
+        """The data lines of an event: one value together, or each one by itself."""
+        lines, self._data = self._data, []
+        if len(lines) > 1 and all(map(is_whole, lines)):
+            return lines
+        joined = "\n".join(lines)
+        return [ErrorData(joined) if self._is_error else joined] if joined else []
+
+
+MAX_LINE = 16 * 1024 * 1024              # bytes: far over any real chunk, far under what hurts
+
+
+def is_whole(data: str) -> bool:
+    """Whether data is one complete value: a JSON object by its look, or [DONE]."""
+    data = data.strip()
+    if data[:1] == "{":
+        return data[-1:] == "}" and data.count("{") == data.count("}")
+    return data == "[DONE]" or (data[:1] == "[" and data[-1:] == "]" and data.count("[") == data.count("]"))
+
+
+class Template:
+    """Passes the text of successive chunks on without parsing each: three times the chunks a second.
+
+    The chunks of one stream mostly differ in nothing but their text.  `learn` splits a parsed chunk
+    around the text and proves, by parsing it again with another text in it, that nothing else depends
+    on that.  A chunk with the same bytes before and after one JSON string is then the same chunk with
+    that text; anything else takes the full path.
+    """
+
+    def __init__(self) -> None:
+        self._head = ""
+        self._tail = ""
+        self._sink: Callable[[str], None] = str.strip
+        self._tries = 8                          # streams whose chunks all differ stop trying
+
+    def text_in(self, payload: str) -> Optional[str]:
+        head = self._head
+        if not head or not payload.startswith(head):
+            return None
+        try:
+            text, end = scanstring(payload, len(head))
+        except ValueError:
+            return None
+        if payload[end:] != self._tail:
+            return None
+        self._tries = 8
+        return text
+
+    def sink(self, text: str) -> None:
+        self._sink(text)
+
+    def learn(self, payload: str, chunk: Json, delta: Any, translator: StreamTranslator) -> None:
+        """Takes a chunk as the pattern of those after it, if it carries one text and nothing else."""
+        self._head = ""
+        self._tries -= 1
+        holder, key, sink = text_holder(delta, translator) if self._tries >= 0 else (None, "", None)
+        choices = chunk.get("choices")
+        if holder is None or sink is None or len(choices) != 1 or choices[0].get("finish_reason"):
+            return
+        for match in re.finditer(f'"{key}"\\s*:\\s*"', payload):
+            try:
+                text, end = scanstring(payload, match.end())
+                other = _decoder.decode(payload[:match.end()] + '?"' + payload[end:])
+            except ValueError:
+                continue
+            original, holder[key] = holder[key], "?"
+            is_proven = text == original and other == chunk
+            holder[key] = original
+            if is_proven:
+                self._head, self._tail, self._sink = payload[:match.end()], payload[end:], sink
+                return
+
+
+def text_holder(delta: Any, translator: StreamTranslator) -> Tuple[Any, str, Any]:
+    """(the object, the key in it, what takes the text) where a delta carries one text; else Nones."""
+    nothing = (None, "", None)
+    if not is_object(delta) or isinstance(delta.get("content"), list):
+        return nothing
+    carriers = [key for key in ("content", "reasoning_content", "reasoning", "reasoning_details", "refusal",
+                                "tool_calls", "function_call") if delta.get(key)]
+    if carriers == ["content"] and isinstance(delta["content"], str):
+        return delta, "content", translator._text
+    if carriers in (["reasoning_content"], ["reasoning"]) and isinstance(delta[carriers[0]], str):
+        return delta, carriers[0], translator._reasoning
+    if carriers != ["tool_calls"] or not isinstance(delta["tool_calls"], list) or len(delta["tool_calls"]) != 1:
+        return nothing
+    entry = delta["tool_calls"][0]
+    function = entry.get("function") if is_object(entry) else None
+    if not is_object(function) or function.get("name") or not isinstance(function.get("arguments"), str):
+        return nothing
+    call, _ = translator._calls.find(entry)
+    return (function, "arguments", partial(translator._arguments, call)) if call is not None else nothing
+
+
+class WrittenText:
+    """The size of what was generated, for when the upstream gives no usage.
+
+    The first part is kept and counted exactly as a prompt is; the rest is taken to be like it.
+    """
+
+    def __init__(self) -> None:
+        self._sample: List[str] = []
+        self._sampled = 0
+        self._total = 0
+
+    def add(self, text: str) -> None:
+        size = len(text)
+        self._total += size
+        if self._sampled < SAMPLED_TEXT:
+            self._sampled += size
+            self._sample.append(text)
+
+    def tokens(self) -> int:
+        """Estimated tokens, at least 1 if anything was written."""
+        if not self._total:
+            return 0
+        return max(1, estimated_tokens("".join(self._sample)) * self._total // self._sampled)
+
+
+SAMPLED_TEXT = 65536                     # characters: an answer never stays in memory whole
+
+
+# ---- writing events ---------------------------------------------------------
+
+def sse_event(name: str, data: Json) -> str:
+    return f"event: {name}\ndata: {json_text(data)}\n\n"
+
+
+def block_start(index: int, block: Json) -> str:
+    return sse_event("content_block_start", {"type": "content_block_start", "index": index, "content_block": block})
+
+
+def block_stop(index: int) -> str:
+    return f'event: content_block_stop\ndata: {{"type":"content_block_stop","index":{index}}}\n\n'
+
+
+def delta_prefix(index: int, kind: str, member: str) -> str:
+    """A delta event up to its text: a delta is this, the quoted text and `}}`."""
+    return (f'event: content_block_delta\ndata: {{"type":"content_block_delta","index":{index},'
+            f'"delta":{{"type":"{kind}","{member}":')
+
+
+def block_events(index: int, block: Json) -> List[str]:
+    """The events of a block that is already whole: start, one delta (thinking: two), stop."""
+    deltas = {"text": [("text_delta", "text", block.get("text"))],
+              "thinking": [("thinking_delta", "thinking", block.get("thinking")),
+                           ("signature_delta", "signature", block.get("signature"))],
+              "tool_use": [("input_json_delta", "partial_json",
+                            json_text(block["input"]) if block.get("input") else "")]}[block["type"]]
+    empty = {"text": "", "thinking": "", "signature": "", "input": {}}
+    events = [block_start(index, {key: empty.get(key, value) for key, value in block.items()})]
+    events += [delta_prefix(index, kind, member) + quoted(text) + "}}\n\n" for kind, member, text in deltas if text]
+    return [*events, block_stop(index)]
+
+
+def quoted(text: str) -> str:
+    """A JSON string, without half a surrogate pair."""
+    string = quote(text)
+    return LONE_SURROGATE.sub(_paired, string) if "\\ud" in string else string
+
+
+def repaired(text: str) -> str:
+    """Text with its surrogates paired or replaced."""
+    return text if text.isascii() else json.loads(quoted(text))
+
+
+quote = json.encoder.encode_basestring_ascii
+PING = 'event: ping\ndata: {"type":"ping"}\n\n'
+
+
+# ============================================================================
+# 9. HTTP/1.1 ON THE WIRE
+# ============================================================================
+#
+# Heads are pure functions of bytes, bodies are small objects with feed().  Strict
+# in all that could make two parsers disagree about where a message ends, since
+# that is how requests are smuggled; no socket is touched here.
+# [RFC 9110] [RFC 9112]
+
+Headers = Dict[str, str]                 # lower-case names; repeated ones joined by ", "
+
+
+class Request(NamedTuple):
+    """The head of a client's request."""
+    method: str
+    path: str                            # without the query, still percent-encoded
+    query: str
+    headers: Headers
+    is_http11: bool
+    authority: str                       # host and port that the client means
+
+    def keeps_alive(self) -> bool:
+        options = connection_options(self.headers)
+        return "close" not in options if self.is_http11 else "keep-alive" in options
+
+
+class Response(NamedTuple):
+    """A whole answer."""
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: Headers = {}
+
+
+def parse_request_head(head: bytes) -> Request:
+    """The Request in a head that ends before its empty line.  Raises ProtocolError.  [RFC 9112 3]"""
+    line, _, block = head.partition(b"\r\n")
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise ProtocolError(400, "The request line is malformed")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise ProtocolError(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here")
+    headers = parse_headers(block, ("host", "content-length"))
+    is_http11 = minor != b"0"
+    check_framing(headers, is_http11)
+    path, authority = target.decode("ascii"), headers.get("host", "")
+    if HOST.fullmatch(authority) is None and (is_http11 or authority):
+        raise ProtocolError(400, "The Host header is missing or malformed")
+    absolute = re.match(r"https?://([^/?#]*)", path, re.I)
+    if absolute:
+        path, authority = path[absolute.end():] or "/", absolute[1]
+    if not path.startswith("/") and not (path == "*" and method == b"OPTIONS"):
+        raise ProtocolError(400, "The request target must be a path")
+    path, _, query = path.partition("?")
+    return Request(method.decode("ascii"), path, query, headers, is_http11, authority)
+
+
+def parse_headers(block: bytes, single: Sequence[str] = ()) -> Headers:
+    """The header fields of a head.  Raises ProtocolError for what no field can be, or a repeated `single` one."""
+    if HEADER_BLOCK.fullmatch(block) is None:
+        raise ProtocolError(400, "A header line is malformed")
+    headers: Headers = {}
+    lines = block.split(b"\r\n") if block else []
+    if len(lines) > MAX_HEADERS:
+        raise ProtocolError(431, f"There are more than {MAX_HEADERS} header lines")
+    for line in lines:
+        raw_name, _, raw_value = line.partition(b":")
+        name, value = raw_name.decode("ascii").lower(), raw_value.strip(b" \t").decode("latin-1")
+        if name in headers:
+            if name in single:
+                raise ProtocolError(400, f"The {name} header is repeated")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def check_framing(headers: Headers, is_http11: bool) -> None:
+    """Raises ProtocolError where the end of the body could be seen in two ways.  [RFC 9112 6.3]"""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if coding is not None:
+        if length is not None:
+            raise ProtocolError(400, "Content-Length and Transfer-Encoding exclude each other")
+        if coding.lower() != "chunked" or not is_http11:
+            raise ProtocolError(400, "Transfer-Encoding must be exactly 'chunked', and HTTP/1.1 be spoken")
+    elif length is not None and re.fullmatch(r"[0-9]{1,18}", length) is None:
+        raise ProtocolError(400, "Content-Length must be a decimal number")
+
+
+def parse_response_head(head: bytes) -> Tuple[int, Headers, bool]:
+    """(status, headers, whether HTTP/1.1) of an upstream's answer.  Raises ProtocolError.  [RFC 9112 4]"""
+    line, _, block = head.partition(b"\n")
+    match = re.fullmatch(rb"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?", line)
+    if match is None:
+        raise ProtocolError(502, "not HTTP/1.1")
+    block = re.sub(rb"\r?\n[ \t]+", b" ", block.replace(b"\r\n", b"\n")).strip(b"\n").replace(b"\n", b"\r\n")
+    headers = parse_headers(block)
+    lengths = set(headers.get("content-length", "0").split(", "))
+    if len(lengths) > 1 or re.fullmatch(r"[0-9]{1,18}", min(lengths)) is None:
+        raise ProtocolError(502, "a malformed Content-Length")
+    return int(match[2]), headers, match[1] != b"0"
+
+
+def connection_options(headers: Headers) -> List[str]:
+    return [option.strip() for option in headers.get("connection", "").lower().split(",")]
+
+
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+HEADER_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*"
+HEADER_BLOCK = re.compile(rb"(?:%b(?:\r\n%b)*)?" % (HEADER_LINE, HEADER_LINE))
+HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:[0-9]{0,5})?|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9._~-]+)?\](:[0-9]{0,5})?")
+MAX_HEADERS = 128                        # lines; real clients send about 25
+MAX_HEAD = 65536                         # bytes of a head
+MAX_REQUEST_LINE = 8192                  # bytes, as nginx
+
+
+# ---- bodies -----------------------------------------------------------------
+
+class LengthBody:
+    """A body of so many bytes.  `rest` is what came behind it."""
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+        self.rest = b""
+
+    @property
+    def done(self) -> bool:
+        return not self.left
+
+    def feed(self, data: bytes) -> bytes:
+        if len(data) > self.left:
+            data, self.rest = data[:self.left], data[self.left:]
+        self.left -= len(data)
+        return data
+
+    def eof(self) -> None:
+        if self.left:
+            raise ProtocolError(400, "The body ended early")
+
+
+class ChunkedBody:
+    """A body in chunks, fed at any cut.  [RFC 9112 7.1]
+
+        SIZE --n--> DATA --CRLF--> SIZE ... SIZE --0--> TRAILER --empty line--> done
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self.rest = b""
+        self._kept = b""                 # the start of a line, or of the CRLF behind a chunk
+        self._left = 0                   # bytes of the current chunk still to come
+        self._needs_crlf = False         # the current chunk's own CRLF is still to come
+        self._in_trailer = False
+        self._overhead = 0               # bytes of extensions and trailers so far
+
+    def feed(self, data: bytes) -> bytes:
+        """The data in these bytes.  Raises ProtocolError."""
+        if self._kept:
+            data, self._kept = self._kept + data, b""
+        out: List[bytes] = []
+        place, size = 0, len(data)
+        while place < size and not self.done:
+            if self._left:
+                piece = data[place:place + self._left]
+                out.append(piece)
+                place += len(piece)
+                self._left -= len(piece)
+                self._needs_crlf = not self._left
+                continue
+            end = data.find(b"\r\n", place)
+            if end < 0:
+                self._check_partial(data[place:])
+                self._kept = data[place:]
+                break
+            if self._needs_crlf:
+                if end != place:
+                    raise ProtocolError(400, "A chunk is longer than its size says")
+                self._needs_crlf = False
+            elif self._in_trailer:
+                self._trailer(data[place:end])
+            else:
+                self._left = self._size(data[place:end])
+                self._in_trailer = not self._left
+            place = end + 2
+        if self.done:
+            self.rest = data[place:]
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def eof(self) -> None:
+        if not self.done:
+            raise ProtocolError(400, "The chunked body ended early")
+
+    def _size(self, line: bytes) -> int:
+        size = CHUNK_SIZES.get(line)
+        if size is not None:
+            return size
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?", line)
+        if match is None:
+            raise ProtocolError(400, "A chunk has a malformed size")
+        self._count(match[2] or b"")
+        return int(match[1], 16)
+
+    def _trailer(self, line: bytes) -> None:
+        if not line:
+            self.done = True
+        elif re.fullmatch(HEADER_LINE, line) is None:
+            raise ProtocolError(400, "A trailer line is malformed")
+        self._count(line)
+
+    def _count(self, line: bytes) -> None:
+        self._overhead += len(line)
+        if self._overhead > MAX_HEAD:
+            raise ProtocolError(400, "Too many bytes of chunk extensions and trailers")
+
+    def _check_partial(self, start: bytes) -> None:
+        """Raises ProtocolError for a line that cannot become right any more."""
+        if self._needs_crlf and not b"\r\n".startswith(start):
+            raise ProtocolError(400, "A chunk is longer than its size says")
+        if b"\n" in start or len(start) > MAX_HEAD or not self._in_trailer and not self._needs_crlf \
+                and re.match(rb"[0-9A-Fa-f]{1,15}[ \t]*(;|\r?$)|[0-9A-Fa-f]{0,15}$", start) is None:
+            raise ProtocolError(400, "A chunk has a malformed size")
+
+
+CHUNK_SIZES = {b"%x" % size: size for size in range(1024)}      # the usual ones need no check
+
+
+class UntilCloseBody:
+    """A body that the end of the connection ends.  [RFC 9112 6.3 rule 8]"""
+
+    done = False
+    rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def eof(self) -> None:
+        pass
+
+
+Body = Union[LengthBody, ChunkedBody, UntilCloseBody]
+
+
+def request_body(headers: Headers) -> Body:
+    return ChunkedBody() if "transfer-encoding" in headers else LengthBody(int(headers.get("content-length", 0)))
+
+
+def response_body(status: int, headers: Headers) -> Body:
+    """How an upstream's answer is framed.  Raises ProtocolError.  [RFC 9112 6.3]"""
+    if status in (204, 304):
+        return LengthBody(0)
+    coding = headers.get("transfer-encoding", "").lower()
+    if coding and coding != "identity":
+        if coding.split(",")[-1].strip() != "chunked" or coding.count("chunked") > 1:
+            raise ProtocolError(502, "a Transfer-Encoding that is not chunked")
+        return ChunkedBody()
+    if "content-length" in headers:
+        return LengthBody(int(headers["content-length"].split(",")[0]))
+    return UntilCloseBody()
+
+
+class Inflater:
+    """gzip or deflate data unpacked, a bounded piece at a time."""
+
+    def __init__(self, coding: str) -> None:
+        self._engine = zlib.decompressobj(47 if "gzip" in coding else 15)
+        self._may_be_raw = "gzip" not in coding
+
+    def feed(self, data: bytes) -> bytes:
+        """At most INFLATED_PIECE bytes; call again with b"" while `has_more`.  Raises zlib.error."""
+        data = self._engine.unconsumed_tail + data
+        try:
+            piece = self._engine.decompress(data, INFLATED_PIECE)
+        except zlib.error:
+            if not self._may_be_raw:
+                raise
+            self._engine = zlib.decompressobj(-15)               # many send deflate without its wrapper
+            piece = self._engine.decompress(data, INFLATED_PIECE)
+        self._may_be_raw = self._may_be_raw and not piece
+        return piece
+
+    @property
+    def has_more(self) -> bool:
+        return bool(self._engine.unconsumed_tail)
+
+
+INFLATED_PIECE = 262144                  # bytes: what a hostile upstream can make of one read
+
+
+def encoded_head(start_line: str, headers: Iterable[Tuple[str, str]]) -> bytes:
+    lines = [start_line, *(f"{name}: {value}" for name, value in headers), "\r\n"]
+    return "\r\n".join(lines).encode("latin-1", "replace")
+
+
+def encoded_chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def reason_phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Overloaded" if status == 529 else "Unknown"
+
+
+# ============================================================================
+# 10. LOGS AND METRICS
+# ============================================================================
+#
+# One line for an event, one `request` line for a request when it has ended; never
+# what was said in it, never a key.  A log that cannot be written is no reason to
+# stop.  Metrics are sums with bounded labels, so that those of several workers can
+# be added up.
+
+LOG = logging.getLogger("aiapiproxy")
+
+
+def log(level: int, event: str, **facts: Any) -> None:
+    """One line of the log: an event's name and its facts."""
+    if LOG.isEnabledFor(level):
+        LOG.log(level, event, extra={"facts": facts})
+
+
+def rfc3339(moment: float) -> str:
+    """A time as RFC 3339 UTC with milliseconds."""
+    second, millisecond = divmod(int(moment * 1000), 1000)
+    return f"{_second_text(second)}.{millisecond:03d}Z"
+
+
+@lru_cache(maxsize=4)
+def _second_text(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; escapes keep every value on it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = getattr(record, "facts", {})
+        fields = {"ts": rfc3339(record.created), "level": LEVEL_NAMES.get(record.levelno, "info"),
+                  "event": record.getMessage(), **facts}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, separators=(",", ":"), default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """The same for eyes: time, level, message."""
+
+    def __init__(self, is_coloured: bool) -> None:
+        super().__init__()
+        self._is_coloured = is_coloured
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = getattr(record, "facts", {})
+        level = LEVEL_NAMES.get(record.levelno, "info")
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        if record.getMessage() == "request":
+            text = request_line(facts)
+        else:
+            words = [f"{name}={value}" for name, value in facts.items() if name != "message" and value not in (None, "")]
+            text = "  ".join(filter(None, [str(facts.get("message") or record.getMessage()), *words]))
+        colour = LEVEL_COLOURS.get(level, "") if self._is_coloured else ""
+        if facts.get("status", 0) >= 400 and self._is_coloured and not colour:
+            colour = "\x1b[31m"
+        line = CONTROL.sub(" ", f"{clock} {level:5} {text}")
+        line = f"{colour}{line}\x1b[0m" if colour else line
+        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+
+
+def request_line(facts: Json) -> str:
+    """A request in one aligned line: model, tokens, cache, first token, total, speed, outcome."""
+    if not facts.get("model"):
+        return f"{facts['status']} {facts['method']} {facts['path']}  {facts['duration_ms']:.0f} ms  {facts['outcome']}"
+    seconds = facts["duration_ms"] / 1000
+    read, written = facts.get("input_tokens") or 0, facts.get("output_tokens") or 0
+    cached = facts.get("cache_read_input_tokens") or 0
+    first = facts.get("ttft_ms")
+    writing = seconds - first / 1000 if first is not None else seconds
+    models = f"{facts['model']} → {facts.get('upstream_model') or '?'}"
+    return (f"{facts['status']} {models:44} {read + cached:>7} in {cached:>7} cached {written:>6} out  "
+            f"first {'-' if first is None else f'{first / 1000:.2f}':>5} s  total {seconds:>6.2f} s  "
+            f"{written / writing if writing > 0 else 0:>5.0f} tok/s  {facts.get('stop_reason') or facts['outcome']}")
+
+
+LEVEL_NAMES = {10: "debug", 20: "info", 30: "warn", 40: "error", 50: "error"}
+LEVEL_COLOURS = {"warn": "\x1b[33m", "error": "\x1b[31m", "debug": "\x1b[2m"}
+
+
+class LogFile(logging.Handler):
+    """Writes whole lines to a file descriptor, and never blocks or fails for it.
+
+    Where the descriptor is a regular file (launchd opens it so), a file that was moved away by log
+    rotation is noticed and opened anew by its path, with or without a signal.
+    """
+
+    def __init__(self, descriptor: int, levels: Callable[[int], bool]) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._levels = levels
+        self._path = descriptor_path(descriptor)
+        self._checked = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self._levels(record.levelno)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record).encode("utf-8", "replace") + b"\n"
+            if self._path:
+                if not 0 <= record.created - self._checked < ROTATION_CHECK:
+                    self._checked = record.created
+                    self.reopen_if_moved()
+            elif not select.select([], [self._descriptor], [], 0)[1]:
+                return                               # a full pipe: better a line lost than all streams held
+            os.write(self._descriptor, line)
+        except (OSError, ValueError):
+            pass                                     # closed pipe, full disk: the service goes on
+
+    def reopen_if_moved(self) -> None:
+        try:
+            now, then = os.stat(self._path), os.fstat(self._descriptor)
+            if (now.st_ino, now.st_dev) == (then.st_ino, then.st_dev):
+                return
+        except OSError:
+            pass
+        try:
+            fresh = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            os.dup2(fresh, self._descriptor)
+            os.close(fresh)
+        except OSError:
+            pass
+
+
+ROTATION_CHECK = 1.0                     # seconds between two looks at a log file's path
+
+
+def descriptor_path(descriptor: int) -> str:
+    """The path of a descriptor that is a regular file; "" for a terminal, a pipe or a closed one."""
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return ""
+        if sys.platform == "darwin":
+            import fcntl
+            return fcntl.fcntl(descriptor, F_GETPATH, bytes(1024)).split(b"\0")[0].decode()
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        return "" if path.endswith(" (deleted)") else path
+    except (OSError, ValueError):
+        return ""
+
+
+F_GETPATH = 50                           # macOS's fcntl.h; Python has the name only from 3.9 on, and not always
+
+
+def start_logging(settings: Settings) -> List[LogFile]:
+    """Sends info and below to stdout, warnings and errors to stderr."""
+    is_terminal = os.isatty(2) if descriptor_is_open(2) else False
+    is_json = (settings.log_format or ("text" if is_terminal else "json")) == "json"
+    formatter = JsonFormatter() if is_json else TextFormatter(is_terminal and "NO_COLOR" not in os.environ)
+    files = [LogFile(1, lambda level: level < logging.WARNING), LogFile(2, lambda level: level >= logging.WARNING)]
+    for file in files:
+        file.setFormatter(formatter)
+    for name in ("aiapiproxy", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = files
+        logger.propagate = False
+        logger.setLevel(settings.log_level if name == "aiapiproxy" else logging.ERROR)
+    logging.raiseExceptions = False
+    return files
+
+
+def descriptor_is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+        return True
+    except OSError:
+        return False
+
+
+class Metrics:
+    """Sums by name and labels, histograms among them.  `sums` can be added up over workers."""
+
+    def __init__(self) -> None:
+        self.sums: Dict[str, Dict[str, float]] = {}
+        self._models: Dict[str, str] = {}
+
+    def add(self, name: str, labels: str = "", amount: float = 1) -> None:
+        """`labels` as Prometheus writes them: `a="x",b="y"`."""
+        series = self.sums.setdefault(name, {})
+        series[labels] = series.get(labels, 0) + amount
+
+    def observe(self, name: str, seconds: float) -> None:
+        place = bisect_left(BUCKETS, seconds)
+        self.add(name + "_bucket", str(place))
+        self.add(name + "_sum", "", seconds)
+
+    def model_label(self, model: str) -> str:
+        """A model's name as a label; after MAX_MODELS of them, `other`."""
+        label = self._models.get(model)
+        if label is None:
+            if len(self._models) >= MAX_MODELS:
+                return "other"
+            label = self._models[model] = label_value(model)
+        return label
+
+
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)    # seconds
+MAX_MODELS = 20                          # names of models are the client's to choose: labels must not grow
+
+
+def label_value(text: str) -> str:
+    return text[:100].replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
+
+
+def rendered_metrics(sums: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Prometheus text format 0.0.4."""
+    lines: List[str] = []
+    for name, (kind, help_text) in METRICS.items():
+        full = "aiapiproxy_" + name
+        lines += (f"# HELP {full} {help_text}", f"# TYPE {full} {kind}")
+        if kind == "histogram":
+            lines += rendered_histogram(full, sums.get(name + "_bucket", {}), sums.get(name + "_sum", {}).get("", 0))
+            continue
+        for labels, value in sorted((sums.get(name) or {}).items()):
+            lines.append(f"{full}{{{labels}}} {value:.15g}" if labels else f"{full} {value:.15g}")
+    return ("\n".join(lines) + "\n").encode("utf-8", "replace")
+
+
+def rendered_histogram(name: str, buckets: Mapping[str, float], total: float) -> Iterator[str]:
+    reached = 0.0
+    for place, edge in enumerate((*BUCKETS, "+Inf")):
+        reached += buckets.get(str(place), 0)
+        yield f'{name}_bucket{{le="{edge}"}} {reached:.15g}'
+    yield f"{name}_sum {total:.9g}"
+    yield f"{name}_count {reached:.15g}"
+
+
+METRICS = {
+    "build_info": ("gauge", "Version of the proxy and of Python."),
+    "uptime_seconds": ("gauge", "Seconds since the start."),
+    "requests_total": ("counter", "Requests by route, status and outcome."),
+    "in_flight": ("gauge", "API requests in work."),
+    "tokens_total": ("counter", "Tokens by kind and upstream model."),
+    "time_to_first_token_seconds": ("histogram", "From the request's head to the first token sent."),
+    "request_duration_seconds": ("histogram", "From the request's head to the answer's last byte."),
+    "upstream_seconds": ("histogram", "From sending the upstream's request to its response head."),
+    "upstream_connections_opened_total": ("counter", "Connections opened to the upstream."),
+    "upstream_connections_reused_total": ("counter", "Requests sent on a pooled connection."),
+    "upstream_connections_idle": ("gauge", "Pooled connections that wait."),
+    "upstream_resends_total": ("counter", "Requests sent again with a learned change."),
+    "learned_adjustments": ("gauge", "Changes that refusals have taught, by model."),
+}
+
+
+# ============================================================================
+# 11. BYTE STREAMS (waiting starts here)
+# ============================================================================
+#
+# The only place that touches asyncio's readers and writers, for both sides.  A
+# deadline costs no timer of its own: one watchdog per connection looks at a time
+# stamp, since wait_for around each read would cost more than the translation.
+
+
+class TimedOut(Exception):
+    """The peer was silent for too long."""
+
+
+class Timeout(NamedTuple):
+    """How long an answer may take, and the setting that says so."""
+    seconds: float
+    setting: str
+
+
+class WatchedProtocol(asyncio.StreamReaderProtocol):
+    """Tells at once when the peer closes, also while nobody reads: asyncio's streams do not."""
+
+    on_gone: Optional[Callable[[], None]] = None
+
+    def eof_received(self) -> Optional[bool]:
+        keeps_open = super().eof_received()
+        if self.on_gone is not None:
+            self.on_gone()
+        return keeps_open
+
+    def connection_lost(self, exc: Optional[Exception]) -> None:
+        super().connection_lost(exc)
+        if self.on_gone is not None:
+            self.on_gone()
+
+
+class ByteStream:
+    """One connection: reads with a deadline and push-back, writes with a bound."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.transport = writer.transport
+        self.transport.set_write_buffer_limits(high=WRITE_BUFFER)
+        self._reader = reader
+        self._writer = writer
+        self._loop = asyncio.get_running_loop()
+        self._pushed = b""
+        self._due: Optional[float] = None
+        self._watchdog: Optional[asyncio.TimerHandle] = None
+
+    def expect(self, due: float) -> None:
+        """From now on a read that still waits at this time of the loop's clock raises TimedOut."""
+        self._due = due
+        if self._watchdog is None or self._watchdog.when() > due + 0.001:
+            if self._watchdog is not None:
+                self._watchdog.cancel()
+            self._watchdog = self._loop.call_at(due, self._look)
+
+    def relax(self) -> None:
+        """No deadline: nothing is expected of the peer."""
+        self._due = None
+
+    def _look(self) -> None:
+        self._watchdog = None
+        if self._due is not None:
+            if self._loop.time() >= self._due - 0.001:
+                self._reader.set_exception(TimedOut())
+            else:
+                self._watchdog = self._loop.call_at(self._due, self._look)
+
+    async def read(self) -> bytes:
+        """The bytes that are there, or the next to come; b"" at the end.  Raises TimedOut, OSError."""
+        if self._pushed:
+            data, self._pushed = self._pushed, b""
+            return data
+        return await self._reader.read(READ_SIZE)
+
+    def push(self, data: bytes) -> None:
+        """Gives bytes back: they are read next."""
+        self._pushed = data + self._pushed
+
+    @property
+    def has_pushed(self) -> bool:
+        return bool(self._pushed)
+
+    async def head(self, end: Callable[[bytes, int], int], start: bytes = b"") -> Tuple[bytes, bytes]:
+        """(a head, the bytes behind it); `end` finds where the head ends, or gives -1, or raises."""
+        data = start
+        searched = 0
+        while True:
+            place = end(data, searched)
+            if place >= 0:
+                return data[:place], data[place:]
+            searched = max(0, len(data) - 3)
+            more = await self.read()
+            if not more:
+                raise EOFError
+            data += more
+
+    def write(self, data: bytes) -> None:
+        self._writer.write(data)
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the peer has not taken yet."""
+        return self.transport.get_write_buffer_size()
+
+    async def drain(self) -> None:
+        """Waits until the peer has taken enough.  Raises OSError when it has gone."""
+        if self.transport.is_closing():
+            raise ConnectionResetError("the connection is closed")
+        if self.unsent > WRITE_BUFFER:
+            await self._writer.drain()
+
+    def now(self) -> float:
+        """The loop's clock, in seconds."""
+        return self._loop.time()
+
+    def is_gone(self) -> bool:
+        return self.transport.is_closing() or self._reader.at_eof()
+
+    def end_writing(self) -> None:
+        """Half-closes, where that can be done: the peer sees the end and can still be read from."""
+        if self.transport.can_write_eof() and not self.transport.is_closing():
+            self.transport.write_eof()
+
+    def abort(self) -> None:
+        """Closes now; what is unsent is lost."""
+        self._stop_watching()
+        self.transport.abort()
+
+    def close(self) -> None:
+        """Closes when what was written has been taken."""
+        self._stop_watching()
+        self.transport.close()
+
+    def _stop_watching(self) -> None:
+        self._due = None
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+
+
+READ_SIZE = 65536                        # bytes a read: what one answer's burst brings
+WRITE_BUFFER = 65536                     # bytes that wait for a slow peer before its source has to wait
+
+
+def request_head_end(data: bytes, searched: int) -> int:
+    """Where a request's head ends, empty line included; -1 while it has not come.  Raises ProtocolError.
+
+    Empty lines before the request line must have been cut.  [RFC 9112 2.2]
+    """
+    end = data.find(b"\r\n\r\n", searched)
+    head = data if end < 0 else data[:end + 4]
+    line_end = head.find(b"\r\n")
+    if (line_end if line_end >= 0 else len(head)) > MAX_REQUEST_LINE:
+        raise ProtocolError(414, f"The request line is longer than {MAX_REQUEST_LINE} bytes")
+    if len(head) > MAX_HEAD:
+        raise ProtocolError(431, f"The request head is longer than {MAX_HEAD} bytes")
+    if head.count(b"\n") != head.count(b"\r\n"):
+        raise ProtocolError(400, "A line of the head ends in a bare LF")
+    if line_end >= 0 and searched == 0 and not head.startswith(b"PRI ") and REQUEST_LINE.fullmatch(head[:line_end]) is None:
+        raise ProtocolError(400, "The request line is malformed")
+    return end + 4 if end >= 0 else -1
+
+
+def response_head_end(data: bytes, searched: int) -> int:
+    """Where an upstream's head ends, empty line included; -1 while it has not come.  Raises ProtocolError."""
+    end = data.find(b"\r\n\r\n", searched)
+    end = end + 4 if end >= 0 else data.find(b"\n\n", searched) + 2
+    if (len(data) if end < 2 else end) > MAX_HEAD:
+        raise ProtocolError(502, "a response head over 64 KiB")
+    if not b"HTTP/1.".startswith(data[:7]) and not data.startswith(b"HTTP/1."):
+        raise ProtocolError(502, "an answer that is not HTTP/1.1")
+    return end if end >= 2 else -1
+
+
+# ============================================================================
+# 12. UPSTREAM
+# ============================================================================
+#
+# Requests to the upstream over pooled connections.
+#
+#     NEW --request--> ACTIVE --whole answer read--> IDLE --request--> ACTIVE
+#      any fault, 60 s of idling, a byte or an end while IDLE  --> CLOSED
+#
+# A POST that fails on a reused connection before any byte of an answer has come
+# met a connection that had died unseen, and is sent once more on a new one; nothing
+# else is ever repeated here.  [RFC 9112 9.3.1] [RFC 9110 9.2.2]
+
+
+@dataclass
+class Connection:
+    """One connection to the upstream."""
+    stream: ByteStream
+    protocol: WatchedProtocol
+    is_reused: bool = False
+    idle_since: float = 0.0              # time.time(): that clock goes on while a laptop sleeps
+
+
+class IdleGuard(asyncio.Protocol):
+    """Holds an idle connection's transport: whatever happens on it now makes it useless."""
+
+    def __init__(self, pool: List[Connection], connection: Connection) -> None:
+        self._pool = pool
+        self._connection = connection
+
+    def data_received(self, data: bytes) -> None:
+        self._leave()
+
+    def eof_received(self) -> None:
+        self._leave()
+
+    def connection_lost(self, exc: Optional[Exception]) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._connection in self._pool:
+            self._pool.remove(self._connection)
+        self._connection.stream.abort()
+
+
+class Upstream:
+    """The client of one upstream: its connections, its TLS, its outgoing proxy."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._idle: List[Connection] = []            # newest last: it is the least likely to have died
+        self._reaper: Optional[asyncio.TimerHandle] = None
+        self._loop = asyncio.get_running_loop()
+        url = settings.openai_base_url
+        self.host = url.hostname or ""
+        self.port = url.port or (443 if url.scheme == "https" else 80)
+        self._tls = tls_context(settings) if url.scheme == "https" else None
+        self._proxy = outgoing_proxy(settings, self.host)
+        self.attempts: Deque[Tuple[float, bool]] = deque(maxlen=3)      # (loop time, did it connect)
+
+    def __repr__(self) -> str:
+        return f"<Upstream {self.host}:{self.port}, {len(self._idle)} idle>"
+
+    @property
+    def idle_count(self) -> int:
+        return len(self._idle)
+
+    async def send(self, method: str, path: str, body: bytes, key: str, is_streamed: bool,
+                   timeout: Timeout, meanwhile: Callable[[], Any] = int) -> Reply:
+        """Sends one request and waits for the head of its answer, which must come within `timeout`.
+
+        `meanwhile` is called once the request is on its way.  Raises UpstreamError.
+        """
+        due = self._loop.time() + timeout.seconds
+        request = self._request(method, path, body, key, is_streamed)
+        connection = self._pooled() or await self._connected(due)
+        try:
+            return await self._exchanged(connection, request, body, due, timeout, meanwhile)
+        except ConnectionLost as error:
+            if not connection.is_reused or error.answered:
+                raise
+        return await self._exchanged(await self._connected(due), request, body, due, timeout, meanwhile)
+
+    def _request(self, method: str, path: str, body: bytes, key: str, is_streamed: bool) -> bytes:
+        """The head of a request: nothing of the client's goes into it.  [RFC 9112 3.2]"""
+        url = self._settings.openai_base_url
+        target = f"{url.path}{path}" + (f"?{url.query}" if url.query else "")
+        if self._proxy is not None and self._tls is None:
+            target = f"http://{url.netloc}{target}"
+        headers = {"Host": url.netloc, "Authorization": f"Bearer {key}", "Content-Type": "application/json",
+                   "Accept": "text/event-stream" if is_streamed else "application/json",
+                   "Accept-Encoding": "identity", "User-Agent": f"aiapiproxy/{__version__}"}
+        if method != "GET":
+            headers["Content-Length"] = str(len(body))
+        if self._proxy is not None and self._tls is None and self._proxy.username:
+            headers["Proxy-Authorization"] = basic_credentials(self._proxy)
+        for name, value in self._settings.upstream_headers:
+            for known in [known for known in headers if known.lower() == name.lower()]:
+                del headers[known]
+            headers[name] = value
+        return encoded_head(f"{method} {target} HTTP/1.1", headers.items())
+
+    # ---- connections --------------------------------------------------------
+
+    def _pooled(self) -> Optional[Connection]:
+        while self._idle:
+            connection = self._idle.pop()
+            connection.stream.transport.set_protocol(connection.protocol)
+            if 0 <= time.time() - connection.idle_since < IDLE_TIME and not connection.stream.is_gone():
+                connection.is_reused = True
+                self._metrics.add("upstream_connections_reused_total")
+                return connection
+            connection.stream.abort()
+        return None
+
+    def release(self, connection: Connection) -> None:
+        """Takes a connection back whose answer has been read to its end."""
+        if connection.stream.is_gone() or connection.stream.has_pushed:
+            connection.stream.abort()
+            return
+        connection.stream.relax()
+        connection.idle_since = time.time()
+        connection.stream.transport.set_protocol(IdleGuard(self._idle, connection))
+        self._idle.append(connection)
+        if self._reaper is None:
+            self._reaper = self._loop.call_later(IDLE_TIME / 4, self._reap)
+
+    def _reap(self) -> None:
+        """Closes what has been idle too long: the oldest stand first."""
+        while self._idle and not 0 <= time.time() - self._idle[0].idle_since < IDLE_TIME:
+            self._idle.pop(0).stream.abort()
+        self._reaper = self._loop.call_later(IDLE_TIME / 4, self._reap) if self._idle else None
+
+    def close(self) -> None:
+        """Closes all idle connections; those in use end with their answers."""
+        while self._idle:
+            self._idle.pop().stream.abort()
+        if self._reaper is not None:
+            self._reaper.cancel()
+            self._reaper = None
+
+    async def _connected(self, due: float) -> Connection:
+        """A new connection, TLS and the outgoing proxy's tunnel included.  Raises UpstreamError."""
+        seconds = min(due - self._loop.time(), CONNECT_TIME, self._settings.request_timeout)
+        is_connected = False
+        try:
+            connection = await asyncio.wait_for(self._connect(), max(seconds, 0.001))
+            is_connected = True
+            self._metrics.add("upstream_connections_opened_total")
+            return connection
+        except asyncio.TimeoutError:
+            raise UpstreamError(504, f"The upstream did not answer within {seconds:.3g} s: no connection to "
+                                f"{self.host}:{self.port} (REQUEST_TIMEOUT)") from None
+        except (OSError, EOFError, ProtocolError) as error:
+            raise connect_error(error, self.host, self.port) from None
+        finally:
+            self.attempts.append((self._loop.time(), is_connected))
+
+    async def _connect(self) -> Connection:
+        if self._proxy is None:
+            return await self._opened(self.host, self.port, self._tls)
+        connection = await self._opened(self._proxy.hostname or "", self._proxy.port or 80, None)
+        if self._tls is not None:
+            try:
+                return await self._tunnelled(connection)
+            except BaseException:
+                connection.stream.abort()
+                raise
+        return connection
+
+    async def _opened(self, host: str, port: int, tls: Optional[ssl.SSLContext]) -> Connection:
+        reader = asyncio.StreamReader(READ_SIZE, self._loop)
+        protocol = WatchedProtocol(reader, loop=self._loop)
+        options: Json = {"ssl": tls, "server_hostname": self.host} if tls else {}
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            options["happy_eyeballs_delay"] = 0.25       # [RFC 8305 5]
+        transport, _ = await self._loop.create_connection(lambda: protocol, host, port, **options)
+        writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
+        return Connection(ByteStream(reader, writer), protocol)
+
+    async def _tunnelled(self, connection: Connection) -> Connection:
+        """TLS through the outgoing proxy's CONNECT.  [RFC 9110 9.3.6]"""
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        target = f"{name}:{self.port}"
+        headers = [("Host", target)]
+        if self._proxy is not None and self._proxy.username:
+            headers.append(("Proxy-Authorization", basic_credentials(self._proxy)))
+        connection.stream.write(encoded_head(f"CONNECT {target} HTTP/1.1", headers))
+        head, rest = await connection.stream.head(response_head_end)
+        status, _, _ = parse_response_head(head[:-4])
+        if not 200 <= status < 300 or rest:
+            raise OSError(f"the outgoing proxy answered {status} to CONNECT")
+        reader = asyncio.StreamReader(READ_SIZE, self._loop)
+        protocol = WatchedProtocol(reader, loop=self._loop)
+        transport = await self._loop.start_tls(connection.stream.transport, protocol, self._tls,
+                                               server_hostname=self.host)
+        protocol.connection_made(transport)
+        writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
+        return Connection(ByteStream(reader, writer), protocol)
+
+    # ---- request and answer -------------------------------------------------
+
+    async def _exchanged(self, connection: Connection, request: bytes, body: bytes, due: float,
+                         timeout: Timeout, meanwhile: Callable[[], Any]) -> Reply:
+        stream = connection.stream
+        has_answered = False
+        try:
+            stream.expect(due)
+            await self._write(stream, request, body, due)
+            meanwhile()
+            start = await stream.read()
+            has_answered = bool(start)
+            while True:
+                head, start = await stream.head(response_head_end, start)
+                status, headers, is_http11 = parse_response_head(head.rstrip(b"\r\n"))
+                if status >= 200:
+                    break                                # 1xx are skipped  [RFC 9110 15.2]
+                if status == 101:
+                    raise ProtocolError(502, "an upgrade that nobody asked for")
+            stream.push(start)
+            stream.relax()
+            return Reply(self, connection, status, headers, is_http11, timeout, due)
+        except BaseException as error:
+            stream.abort()
+            raise exchange_error(error, self, has_answered, timeout) from None
+
+    async def _write(self, stream: ByteStream, request: bytes, body: bytes, due: float) -> None:
+        """Head and body in one write if they are small; else in pieces, as the upstream takes them."""
+        if len(body) <= WRITE_BUFFER:
+            stream.write(request + body)
+            return
+        stream.write(request)
+        try:
+            for place in range(0, len(body), WRITE_PIECE):
+                stream.write(body[place:place + WRITE_PIECE])
+                if stream.unsent > WRITE_BUFFER:
+                    await asyncio.wait_for(stream.drain(), max(due - self._loop.time(), 0.001))
+        except asyncio.TimeoutError:
+            raise TimedOut from None
+        except ConnectionError:
+            pass                         # it may have answered before it had read all: 413 and its like
+
+
+IDLE_TIME = 60.0                         # seconds; most servers and NATs keep longer
+CONNECT_TIME = 30.0                      # seconds for TCP, tunnel and TLS
+WRITE_PIECE = 262144                     # bytes of a large body at a time
+LAST_BYTES_WAIT = 1.0                    # seconds for what follows [DONE]
+
+
+class Reply:
+    """The upstream's answer: its head is here, its body comes by read().
+
+    The body must be whole at `due`, loop time; with `is_live` each read may take `timeout` anew.
+    """
+
+    def __init__(self, upstream: Upstream, connection: Connection, status: int, headers: Headers,
+                 is_http11: bool, timeout: Timeout, due: float) -> None:
+        self.timeout = timeout
+        self.is_live = False
+        self._due = due
+        self.status = status
+        self.headers = headers
+        self._upstream = upstream
+        self._connection: Optional[Connection] = connection
+        self._stream = connection.stream
+        self._body = response_body(status, headers)
+        options = connection_options(headers)
+        self._is_reusable = is_http11 and "close" not in options and not isinstance(self._body, UntilCloseBody)
+        coding = headers.get("content-encoding", "").lower()
+        self._inflater = Inflater(coding) if coding in ("gzip", "x-gzip", "deflate") else None
+
+    @property
+    def is_complete(self) -> bool:
+        return self._body.done and not (self._inflater and self._inflater.has_more)
+
+    async def read(self) -> bytes:
+        """The next bytes of the body; b"" at its end.  Raises UpstreamError, for a time-out with 504."""
+        try:
+            while not self.is_complete:
+                if self._inflater and self._inflater.has_more:
+                    data = self._inflater.feed(b"")
+                else:
+                    data = await self._read_body()
+                    if data is None:
+                        return b""
+                    if self._inflater and data:
+                        data = self._inflater.feed(data)
+                if data:
+                    return data
+            return b""
+        except BaseException as error:
+            self.abort()
+            raise exchange_error(error, self._upstream, True, self.timeout) from None
+
+    async def _read_body(self) -> Optional[bytes]:
+        """One read's worth of the body; None where the connection's end is the body's."""
+        stream = self._stream
+        stream.expect(stream.now() + self.timeout.seconds if self.is_live else self._due)
+        data = await stream.read()
+        stream.relax()                   # while the client does not read, nobody waits for the upstream
+        if data:
+            return self._body.feed(data)
+        self._body.eof()
+        return None
+
+    async def read_all(self, limit: int, is_cut: bool = False) -> bytes:
+        """The whole body; over `limit` bytes it is cut there, or an UpstreamError(502)."""
+        parts = []
+        size = 0
+        while True:
+            data = await self.read()
+            if not data:
+                break
+            parts.append(data)
+            size += len(data)
+            if size > limit:
+                self.abort()
+                if is_cut:
+                    break
+                raise UpstreamError(502, f"The upstream's answer is larger than {limit >> 20} MiB")
+        return b"".join(parts)[:limit]
+
+    async def finish(self) -> None:
+        """Reads the few bytes after the last event, so that the connection can be used again."""
+        self.timeout = Timeout(LAST_BYTES_WAIT, "")
+        self.is_live = True
+        try:
+            for _ in range(4):
+                if self.is_complete or not await self.read():
+                    break
+        except UpstreamError:
+            pass
+        self.close()
+
+    def close(self) -> None:
+        """Gives the connection back if the answer was read to its end, else closes it."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if self._is_reusable and self.is_complete and not self._body.rest:
+            self._upstream.release(connection)
+        else:
+            connection.stream.abort()
+
+    def abort(self) -> None:
+        """Closes the connection: no more tokens are wanted."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.stream.abort()
+
+    def hang_up(self) -> None:
+        """Ends the answer here: a read that waits sees the end of the connection."""
+        self._stream.transport.abort()
+
+
+def exchange_error(error: BaseException, upstream: Upstream, has_answered: bool, timeout: Timeout) -> BaseException:
+    """The UpstreamError for what went wrong on a connection; what is not about it as it is."""
+    if isinstance(error, TimedOut):
+        return UpstreamError(504, f"The upstream did not answer within {timeout.seconds:g} s ({timeout.setting})")
+    if isinstance(error, ProtocolError):
+        wrong = error.message[:1].lower() + error.message[1:]
+        return ConnectionLost(502, f"The upstream broke HTTP: {wrong}") if has_answered else \
+            UpstreamError(502, f"The upstream broke HTTP: {wrong}")
+    if isinstance(error, zlib.error):
+        return UpstreamError(502, "The upstream's compressed answer is damaged")
+    if not isinstance(error, (OSError, EOFError)):
+        return error
+    if has_answered:
+        lost = ConnectionLost(502, "The upstream closed the connection before the end of the answer")
+    else:
+        lost = ConnectionLost(502, f"Cannot connect to {upstream.host}:{upstream.port}: "
+                              "the connection was closed before an answer")
+    lost.answered = has_answered
+    return lost
+
+
+def connect_error(error: Exception, host: str, port: int) -> UpstreamError:
+    """The error for a connection that could not be made: says which step failed."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return UpstreamError(502, f"The certificate of {host} is not accepted: {error.verify_message}",
+                             headers={"x-should-retry": "false"})
+    if isinstance(error, ssl.SSLError):
+        return UpstreamError(502, f"TLS with {host}:{port} failed: {error.reason or 'handshake'}")
+    if isinstance(error, socket.gaierror):
+        return UpstreamError(502, f"Cannot resolve {host} (is OPENAI_BASE_URL right?)")
+    if isinstance(error, EOFError):
+        detail = "it closed the connection"
+    elif isinstance(error, ConnectionRefusedError) or "refused" in str(error).lower():
+        detail = "connection refused (is it running?)"
+    else:
+        detail = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or "unreachable"
+    return UpstreamError(502, f"Cannot connect to {host}:{port}: {detail}")
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext:
+    """TLS 1.2 or newer, certificates and names checked.  There is no switch that turns that off."""
+    context = ssl.create_default_context(cafile=settings.ssl_cert_file or None, capath=settings.ssl_cert_dir or None)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    if not (settings.ssl_cert_file or settings.ssl_cert_dir or context.cert_store_stats()["x509_ca"]) \
+            and not os.path.isdir(ssl.get_default_verify_paths().capath or "") and os.path.exists(SYSTEM_ROOTS):
+        context.load_verify_locations(SYSTEM_ROOTS)
+    return context
+
+
+SYSTEM_ROOTS = "/etc/ssl/cert.pem"       # macOS's own: python.org's builds start with an empty store
+
+
+def outgoing_proxy(settings: Settings, host: str) -> Optional[SplitResult]:
+    """The proxy that leads to a host, or None.  This machine is never behind one."""
+    proxy = settings.https_proxy if settings.openai_base_url.scheme == "https" else settings.http_proxy
+    if proxy is None or is_loopback(host) or any(is_exempt(host, entry) for entry in settings.no_proxy):
+        return None
+    return proxy
+
+
+def is_exempt(host: str, entry: str) -> bool:
+    """Whether a NO_PROXY entry (name, .suffix, address, network or *) covers a host."""
+    entry = entry.lower().lstrip("*.") if entry != "*" else entry
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        return entry == "*" or host.lower() == entry.partition(":")[0] or host.lower().endswith("." + entry)
+
+
+def basic_credentials(url: SplitResult) -> str:
+    pair = f"{unquote(url.username or '')}:{unquote(url.password or '')}"
+    return "Basic " + base64.b64encode(pair.encode("utf-8")).decode()
+
+
+# ============================================================================
+# 13. HANDLERS
+# ============================================================================
+#
+# One function for each endpoint, and the table that names them.  `respond` is the
+# only place where an exception becomes an answer.  A handler returns a whole
+# Response, or None when it has sent its events itself.
+
+class Transaction:
+    """A client's request and its answer, as a handler sees them: the body in, the events out."""
+
+    def __init__(self, stream: ByteStream, request: Request, request_id: str, client: str) -> None:
+        self.request = request
+        self.id = request_id
+        self.client = client
+        self.body = request_body(request.headers)
+        self.began = stream.now()
+        self.status = 0                          # of the answer, once its head is out
+        self.bytes_out = 0
+        self.last_write = self.began
+        self.first_token: Optional[float] = None
+        self.is_shut_down = False                # the proxy ends before the answer does
+        self.extra_headers: Headers = {}         # CORS, for every answer to this request
+        self.facts: Json = {}                    # for the log
+        self.secrets: Tuple[str, ...] = ()
+        self._stream = stream
+        self._waits_for_100 = "expect" in request.headers and request.is_http11
+
+    def note(self, **facts: Any) -> None:
+        self.facts.update(facts)
+
+    def has_begun(self) -> bool:
+        """Whether the answer's head is out: errors can then only be told inside the stream."""
+        return self.status != 0
+
+    # ---- the request's body -------------------------------------------------
+
+    async def json(self, limit: int) -> Json:
+        """The body as a JSON object.  Raises ProxyError."""
+        value = request_json(await self._read_body(limit))
+        if not is_object(value):
+            raise ProxyError(400, "Request body is not valid JSON: it must be an object")
+        return value
+
+    async def _read_body(self, limit: int) -> bytes:
+        if self._waits_for_100 and not self._stream.has_pushed and not self.body.done:
+            self._stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._waits_for_100 = False
+        data = bytearray()
+        while not self.body.done:
+            data += await self._body_piece()
+            if len(data) > limit:
+                raise too_large(limit)
+        if self.body.rest:
+            self._stream.push(self.body.rest)            # the next request, sent ahead
+            self.body.rest = b""
+        return bytes(data)
+
+    async def _body_piece(self) -> bytes:
+        self._stream.expect(self._stream.now() + BODY_SILENCE)
+        try:
+            data = await self._stream.read()
+        except TimedOut:
+            raise ProtocolError(408, f"The request's body was silent for {BODY_SILENCE:g} s") from None
+        self._stream.relax()
+        if not data:
+            raise ClientGone
+        return self.body.feed(data)
+
+    def may_skip_body(self) -> bool:
+        """Whether what is left of the body can be read away, so that the connection can be kept."""
+        return self.body.done or (isinstance(self.body, LengthBody) and self.body.left <= SKIPPED_BODY
+                                  and not self._waits_for_100)
+
+    async def skip_body(self) -> None:
+        while not self.body.done:
+            await self._body_piece()
+        if self.body.rest:
+            self._stream.push(self.body.rest)
+            self.body.rest = b""
+
+    # ---- the answer, as a stream --------------------------------------------
+
+    async def send(self, events: bytes, is_last: bool = False) -> None:
+        """Sends events, with the head before the first; waits for a client that reads slowly."""
+        self.send_now(events, is_last)
+        try:
+            await self._stream.drain()
+        except OSError:
+            raise ClientGone from None
+
+    def send_now(self, events: bytes, is_last: bool = False) -> None:
+        """The same without waiting: one write for all of it."""
+        is_chunked = self.request.is_http11
+        data = encoded_chunk(events) if events and is_chunked else events
+        if not self.status:
+            self.status = 200
+            data = self._stream_head(is_chunked) + data
+        if is_last and is_chunked:
+            data += LAST_CHUNK
+        self.bytes_out += len(data)
+        self.last_write = self._stream.now()
+        self._stream.write(data)
+
+    def _stream_head(self, is_chunked: bool) -> bytes:
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
+                   "x-accel-buffering": "no", "request-id": self.id, "date": http_date(), **self.extra_headers}
+        if is_chunked:
+            headers["transfer-encoding"] = "chunked"
+        if not self.keeps_alive():
+            headers["connection"] = "close"
+        elif not is_chunked:
+            headers["connection"] = "close"
+        return encoded_head("HTTP/1.1 200 OK", headers.items())
+
+    def check_client(self) -> None:
+        """Raises ClientGone for a client that has closed before it was answered."""
+        if self._stream.is_gone():
+            raise ClientGone
+
+    def is_clogged(self) -> bool:
+        """Whether the client takes nothing at the moment."""
+        return self._stream.unsent > WRITE_BUFFER
+
+    def keeps_alive(self) -> bool:
+        return self.request.keeps_alive() and not self.is_shut_down
+
+
+def too_large(limit: int) -> ProxyError:
+    return ProxyError(413, f"Request exceeds the maximum size of {limit} bytes (MAX_REQUEST_SIZE)")
+
+
+BODY_SILENCE = 60.0                      # seconds without a byte of a request's body
+SKIPPED_BODY = 65536                     # bytes of an unread body that are read away to keep a connection
+
+
+def http_date() -> str:
+    """[RFC 9110 5.6.7]"""
+    return _http_date(int(time.time()))
+
+
+@lru_cache(maxsize=2)
+def _http_date(second: int) -> str:
+    return formatdate(second, usegmt=True)
+
+
+class App:
+    """What all requests share: settings, upstream, what was learned, what is counted."""
+
+    def __init__(self, settings: Settings, page: str = "") -> None:
+        self.metrics = Metrics()
+        self.page = page                         # the status page
+        self.in_flight = 0
+        self.is_draining = False
+        self.began = time.time()
+        self.lessons: Dict[str, Dict[str, Any]] = {}         # mapped model -> lesson's name -> argument
+        self.tasks: Set[asyncio.Task] = set()
+        self.truncation_warned: Set[str] = set()
+        self.pid = os.getpid()
+        self.use(settings)
+
+    def use(self, settings: Settings) -> None:
+        """Takes settings, at the start and on SIGHUP; running requests go on with the old ones."""
+        if hasattr(self, "upstream"):
+            self.upstream.close()
+        self.settings = settings
+        self.lessons.clear()
+        self.secrets = tuple(settings.secrets())
+        self.upstream = Upstream(settings, self.metrics)
+
+    def learned(self, model: str) -> Dict[str, Any]:
+        """The lessons of a model, oldest models forgotten first."""
+        if model not in self.lessons and len(self.lessons) >= LEARNED_MODELS:
+            del self.lessons[next(iter(self.lessons))]
+        return self.lessons.setdefault(model, {})
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs work that nobody waits for; kept until it ends, or it could be collected before."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+
+LEARNED_MODELS = 100                     # names of models are the client's to choose
+
+
+def new_id(size: int) -> str:
+    """A random string of so many letters and digits."""
+    value = int.from_bytes(os.urandom(size * 3 // 4 + 2), "big")
+    digits = []
+    for _ in range(size):
+        value, digit = divmod(value, 62)
+        digits.append(BASE62[digit])
+    return "".join(digits)
+
+
+# ---- answering --------------------------------------------------------------
+
+async def respond(app: App, tx: Transaction) -> Optional[Response]:
+    """The answer to a request.  Every exception ends here, but the client's going."""
+    try:
+        return await handled(app, tx)
+    except ProxyError as error:
+        return error_response(app, tx, error)
+    except ClientGone:
+        raise
+    except asyncio.CancelledError:
+        if not tx.is_shut_down:
+            raise
+        return error_response(app, tx, ProxyError(529, "The proxy is shutting down"))
+    except Exception as error:
+        log(logging.ERROR, "internal_error", request_id=tx.id, path=tx.request.path,
+            error=redacted(f"{type(error).__name__}: {error}", (*app.secrets, *tx.secrets))[:500])
+        if app.settings.rust_backtrace:
+            LOG.error("traceback", exc_info=True)
+        return error_response(app, tx, ProxyError(500, "Internal error"))
+
+
+def error_response(app: App, tx: Transaction, error: ProxyError) -> Response:
+    """An error as an answer; also what the log says of it."""
+    tx.note(outcome=getattr(error, "outcome", "rejected"), error=error.message[:300])
+    if isinstance(error, UpstreamError):
+        tx.note(upstream_status=error.upstream_status)
+    if tx.is_shut_down:
+        tx.note(outcome="shutdown")
+    headers = dict(error.headers)
+    if error.status == 401 and tx.request.path in ("/", "/metrics", "/status"):
+        headers["www-authenticate"] = 'Basic realm="aiapiproxy"'
+    return Response(error.status, json_bytes(error_fields(error, tx.id)), headers=headers)
+
+
+async def handled(app: App, tx: Transaction) -> Optional[Response]:
+    request, settings = tx.request, app.settings
+    check_origin(tx, settings)
+    if request.method == "OPTIONS":
+        return preflight(tx)
+    check_host(request, settings)
+    check_key(request, settings)
+    route = ROUTES.get(request.path) or (ROUTES["/v1/models/"] if request.path.startswith("/v1/models/") else None)
+    if route is None:
+        raise ProxyError(404, f"{request.method} {request.path[:200]} is not available here")
+    if request.method != route.method and not (request.method == "HEAD" and route.method == "GET"):
+        allowed = "GET, HEAD" if route.method == "GET" else route.method
+        raise ProxyError(405, f"{request.path} takes {allowed}", headers={"allow": allowed})
+    if not route.is_api:
+        return await route.handle(app, tx)
+    check_body_headers(request, settings)
+    if app.is_draining or app.in_flight >= settings.max_concurrent_requests:
+        raise ProxyError(529, "The proxy is shutting down" if app.is_draining else
+                         f"{app.in_flight} requests are in work already (MAX_CONCURRENT_REQUESTS)",
+                         headers={"retry-after": "1"})
+    app.in_flight += 1
+    try:
+        return await route.handle(app, tx)
+    finally:
+        app.in_flight -= 1
+
+
+def check_body_headers(request: Request, settings: Settings) -> None:
+    """Raises ProxyError for a body that must not or cannot be read."""
+    headers = request.headers
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise ProxyError(417, "The only expectation that is met here is 100-continue")
+    if request.method != "POST":
+        return
+    if "content-length" not in headers and "transfer-encoding" not in headers:
+        raise ProxyError(411, "Content-Length or chunked coding is required")
+    if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
+        raise ProxyError(415, "Content-Encoding must be identity")
+    if int(headers.get("content-length", 0)) > settings.max_request_size:
+        raise too_large(settings.max_request_size)
+
+
+# ---- who may call -----------------------------------------------------------
+
+def check_origin(tx: Transaction, settings: Settings) -> None:
+    """Web pages: raises ProxyError(403) for an origin that may not call; notes CORS headers for one that may."""
+    origin = tx.request.headers.get("origin")
+    if origin is None or tx.request.path.startswith("/health"):
+        return
+    if not (is_own_origin(origin) or origin in settings.allowed_origins
+            or ("*" in settings.allowed_origins and (settings.proxy_api_key or settings.passes_keys_on))):
+        raise ProxyError(403, f"The origin {origin[:200]} may not call: list it in ALLOWED_ORIGINS")
+    tx.extra_headers = {"access-control-allow-origin": origin, "vary": "Origin",
+                        "access-control-expose-headers": "request-id, retry-after"}
+
+
+def is_own_origin(origin: str) -> bool:
+    """A page of this machine, or an application's."""
+    scheme, separator, rest = origin.partition("://")
+    if separator and scheme in ("app", "tauri", "vscode-webview", "capacitor"):
+        return True
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?", rest)
+    return scheme in ("http", "https") and match is not None and is_loopback(match[1])
+
+
+def preflight(tx: Transaction) -> Response:
+    """[Fetch: CORS preflight]"""
+    asked = tx.request.headers.get("access-control-request-headers", "")
+    headers = {"allow": "GET, HEAD, POST, OPTIONS"}
+    if tx.extra_headers:
+        headers.update({"access-control-allow-methods": "GET, HEAD, POST, OPTIONS", "access-control-max-age": "600"})
+        if asked and re.fullmatch(r"[A-Za-z0-9_, -]*", asked):
+            headers["access-control-allow-headers"] = asked
+    return Response(204, b"", "", headers)
+
+
+def check_host(request: Request, settings: Settings) -> None:
+    """DNS rebinding: a page whose name was made to point here shows by the Host it sends."""
+    if settings.proxy_api_key or settings.passes_keys_on or "*" in settings.allowed_hosts:
+        return
+    if request.path.startswith("/health") and not request.authority:
+        return
+    host = re.sub(r":[0-9]*$", "", request.authority).strip("[]").lower()
+    allowed = {name.lower() for name in (*settings.server_host, *settings.allowed_hosts)}
+    if not (is_loopback(host) or host in allowed or request.authority.lower() in allowed):
+        raise ProxyError(403, f"The host {request.authority[:200]} is not served: list it in ALLOWED_HOSTS")
+
+
+def check_key(request: Request, settings: Settings) -> None:
+    """Raises ProxyError(401) unless the client presents one of PROXY_API_KEY, where that is set."""
+    path = request.path
+    if not settings.proxy_api_key or path in ("/health", "/health/live", "/health/ready") \
+            or (request.method == "HEAD" and path == "/"):
+        return
+    keys = presented_keys(request, settings)
+    if path in ("/", "/metrics", "/status"):
+        keys += basic_passwords(request)
+    if not any([is_proxy_key(key, settings) for key in keys]):
+        raise ProxyError(401, "The key is not one of PROXY_API_KEY" if keys else
+                         "A key is required: send one of PROXY_API_KEY as x-api-key or Authorization: Bearer")
+
+
+def is_proxy_key(key: str, settings: Settings) -> bool:
+    """Compared in constant time, with all of them."""
+    given = key.encode("utf-8", "replace")
+    return any([hmac.compare_digest(given, known.encode()) for known in settings.proxy_api_key])
+
+
+def presented_keys(request: Request, settings: Settings) -> List[str]:
+    """The keys that a request presents, in every way that clients do."""
+    keys = []
+    for name in dict.fromkeys((settings.api_key_header.lower(), "authorization", "x-api-key")):
+        value = request.headers.get(name, "").strip()
+        scheme, _, rest = value.partition(" ")
+        if scheme.lower() == "bearer":
+            value = rest.strip()
+        elif name == "authorization" and (rest or settings.api_key_header.lower() != name):
+            value = ""
+        if value and value not in keys:
+            keys.append(value)
+    return keys
+
+
+def basic_passwords(request: Request) -> List[str]:
+    match = re.fullmatch(r"(?i)basic +([A-Za-z0-9+/=]+)", request.headers.get("authorization", ""))
+    try:
+        return [base64.b64decode(match[1]).decode("utf-8").partition(":")[2]] if match else []
+    except ValueError:
+        return []
+
+
+def upstream_key(request: Request, settings: Settings) -> str:
+    """The key for the upstream: ours, or else the client's.  Raises ProxyError(401)."""
+    if not settings.passes_keys_on:
+        return settings.openai_api_key
+    keys = [key for key in presented_keys(request, settings) if not is_proxy_key(key, settings)]
+    usable = [key for key in keys if not key.startswith("sk-ant-") and re.fullmatch(r"[\x21-\x7e]+", key)]
+    if usable:
+        return usable[0]
+    if any(key.startswith("sk-ant-") for key in keys):
+        raise ProxyError(401, "The key is one of Anthropic's (sk-ant-…) and is not passed on to another company: "
+                         "set OPENAI_API_KEY, or present a key of the upstream")
+    raise ProxyError(401, "No key for the upstream: set OPENAI_API_KEY, or present a key of the upstream "
+                     "(ANTHROPIC_AUTH_TOKEN)")
+
+
+# ---- POST /v1/messages ------------------------------------------------------
+
+async def messages(app: App, tx: Transaction) -> Optional[Response]:
+    """Translate, send, translate back.  [Anthropic: Messages]"""
+    key = upstream_key(tx.request, app.settings)
+    session = tx.request.headers.get("x-claude-code-session-id", "")
+    exchange = openai_request(await tx.json(app.settings.max_request_size), app.settings, session)
+    prepare(app, tx, exchange, key, session)
+    if exchange.is_empty:
+        return await whole_answer(app, tx, exchange, empty_message(exchange, new_id))
+    try:
+        reply = await ask_upstream(app, tx, exchange, key)
+    except NothingGenerated:
+        return await whole_answer(app, tx, exchange, empty_message(exchange, new_id))
+    tx.extra_headers.update(ratelimit_headers(reply.headers, time.time()))
+    relay = Relay(app, tx, exchange, reply)
+    try:
+        return await relay.run()
+    finally:
+        relay.close()
+
+
+class NothingGenerated(Exception):
+    """The upstream used up max_tokens before the first visible token: an answer without content."""
+
+
+def prepare(app: App, tx: Transaction, exchange: Exchange, key: str, session: str) -> None:
+    """What of a request the log, the redaction and the lessons of earlier ones need."""
+    exchange.secrets = tx.secrets = (*app.secrets, *((key,) if len(key) >= 8 and key not in app.secrets else ()))
+    tx.note(model=exchange.asked_model[:200], upstream_model=exchange.profile.model[:200], stream=exchange.is_streamed)
+    if session:
+        tx.note(session=session[:100])
+    if exchange.dropped:
+        log(logging.INFO, "dropped", request_id=tx.id, names=", ".join(exchange.dropped)[:300])
+    if exchange.profile.model in app.lessons:
+        apply_lessons(app.lessons[exchange.profile.model], exchange)
+
+
+async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str) -> Reply:
+    """The upstream's 2xx answer.  A refusal that teaches something changes the request, which is sent again."""
+    tx.check_client()
+    loop = asyncio.get_running_loop()
+    for tries_left in range(MAX_LESSONS, -1, -1):
+        settings = app.settings
+        is_streamed = exchange.body.get("stream") is True
+        silence = Timeout(settings.stream_timeout, "STREAM_TIMEOUT")
+        whole = Timeout(settings.request_timeout, "REQUEST_TIMEOUT")
+        began = loop.time()
+        reply = await app.upstream.send(
+            "POST", "/chat/completions", body_bytes(exchange), key, is_streamed,
+            silence if is_streamed and exchange.is_streamed else whole,
+            exchange.input_estimate if exchange.is_streamed else int)
+        app.metrics.observe("upstream_seconds", loop.time() - began)
+        tx.note(upstream_status=reply.status)
+        if "x-request-id" in reply.headers:
+            tx.note(upstream_request_id=reply.headers["x-request-id"][:100])
+        if 200 <= reply.status < 300:
+            if is_streamed:
+                reply.timeout, reply.is_live = silence, True
+            return reply
+        body = await reply.read_all(ERROR_BODY, is_cut=True)
+        reply.close()
+        if reached_output_limit(reply.status, body):
+            raise NothingGenerated
+        taught = lesson_from(reply.status, body, exchange) if tries_left else None
+        if taught is None:
+            error = upstream_error(reply.status, reply.headers, body, exchange, time.time())
+            if error.is_context_overflow:
+                log(logging.INFO, "context_overflow", request_id=tx.id,
+                    upstream_message=redacted(body[:2000].decode("utf-8", "replace"), exchange.secrets))
+            raise error
+        remember(app, tx, exchange, *taught)
+    raise AssertionError("unreachable")
+
+
+def body_bytes(exchange: Exchange) -> bytes:
+    try:
+        return json_bytes(exchange.body)
+    except ValueError:
+        raise ProxyError(400, "Request body is not valid JSON: nested too deeply") from None
+
+
+def remember(app: App, tx: Transaction, exchange: Exchange, lesson: Lesson, argument: Any) -> None:
+    app.metrics.add("upstream_resends_total")
+    if not lesson.is_kept:
+        return
+    learned = app.learned(exchange.profile.model)
+    known = learned.get(lesson.name)
+    if isinstance(argument, list) and isinstance(known, list):
+        argument = known + [item for item in argument if item not in known]
+    learned[lesson.name] = argument
+    log(logging.INFO, "learned", request_id=tx.id, upstream_model=exchange.profile.model, adjustment=lesson.name,
+        value=argument if argument is not True else None,
+        message=f"{exchange.profile.model}: {lesson.name.replace('_', ' ')}, from now on")
+
+
+ERROR_BODY = 1048576                     # bytes of an error's body that are looked at
+ANSWER_BODY = 67108864                   # bytes of a whole answer: 64 MiB
+
+
+class Relay:
+    """Carries one answer from the upstream to the client, and keeps the client awake meanwhile."""
+
+    def __init__(self, app: App, tx: Transaction, exchange: Exchange, reply: Reply) -> None:
+        self._app = app
+        self._tx = tx
+        self._exchange = exchange
+        self._reply = reply
+        self._loop = asyncio.get_running_loop()
+        kind = StreamTranslator if exchange.is_streamed else MessageCollector
+        self._translator = kind(exchange, new_id, tx.id)
+        self._last_read = self._loop.time()
+        self._timer = self._loop.call_later(FIRST_CHUNK_WAIT, self._tick) if exchange.is_streamed else None
+
+    async def run(self) -> Optional[Response]:
+        """The whole answer, or None when it was sent as events.  Raises ProxyError while it can be an HTTP status."""
+        try:
+            return await self._run()
+        except UpstreamError as error:
+            if not self._tx.has_begun():
+                raise
+            await self._send(self._translator.fail(error))
+        except asyncio.CancelledError:
+            if not self._tx.is_shut_down or not self._tx.has_begun():
+                raise
+            self._tx.send_now(self._translator.fail(ProxyError(529, "The proxy is shutting down")), is_last=True)
+        return None
+
+    async def _run(self) -> Optional[Response]:
+        start = await self._first_bytes()
+        if not is_event_stream(self._reply.headers.get("content-type", ""), start):
+            return await self._whole(start)
+        translator, read, feed = self._translator, self._read, self._translator.feed
+        events = feed(start)
+        while not translator.done:
+            if events:
+                await self._send(events)
+            try:
+                data = await read()
+            except UpstreamError as error:
+                events = translator.fail(error)
+                continue
+            events = feed(data) if data else translator.finish()
+        self._note()
+        if isinstance(translator, MessageCollector):
+            return json_response(translator.answer())
+        await self._send(events)
+        return None
+
+    async def _read(self) -> bytes:
+        self._last_read = self._loop.time()
+        return await self._reply.read()
+
+    async def _first_bytes(self) -> bytes:
+        """The body up to its first byte that is not a blank.  Raises UpstreamError for an empty one."""
+        start = b""
+        while not start.strip():
+            data = await self._read()
+            if not data:
+                raise UpstreamError(502, "The upstream's answer is empty")
+            start += data
+            if len(start) > ERROR_BODY:
+                raise UpstreamError(502, "The upstream's answer is nothing but blanks")
+        return start
+
+    async def _whole(self, start: bytes) -> Optional[Response]:
+        """An answer in plain JSON, whether it was to be a stream or not."""
+        body = start + await self._reply.read_all(ANSWER_BODY)
+        try:
+            completion = _decoder.decode(body.decode("utf-8-sig", "replace").strip())
+        except (ValueError, RecursionError):
+            message = described_answer(self._reply.status, {}, body) if body.lstrip()[:1] == b"<" else ""
+            raise UpstreamError(502, "The upstream's answer is not JSON"
+                                + (": " + redacted(message, self._exchange.secrets) if message else "")) from None
+        if isinstance(completion, list) and completion and is_object(completion[0]) and is_error(completion[0]):
+            completion = completion[0]
+        if is_object(completion) and is_error(completion):
+            raise error_of_object(completion, self._exchange)
+        message = anthropic_message(completion, self._exchange, new_id)
+        self._translator.stop, self._translator.usage = message, message["usage"]
+        self._translator.finish_reason = self._translator.finish_reason or "stop"
+        self._note()
+        return await whole_answer(self._app, self._tx, self._exchange, message, self._translator)
+
+    async def _send(self, events: bytes) -> None:
+        translator = self._translator
+        tx = self._tx
+        if tx.first_token is None and translator.has_content:
+            tx.first_token = self._loop.time()
+        await tx.send(events, is_last=translator.done)
+
+    def _tick(self) -> None:
+        """Once there was nothing to do for long: the start, a sign of life, or the end of an endless end."""
+        translator, tx, now = self._translator, self._tx, self._loop.time()
+        if translator.finish_reason is not None and now - self._last_read >= LAST_CHUNK_WAIT:
+            self._reply.hang_up()                        # [DONE] will not come any more
+            return
+        if not tx.has_begun():
+            tx.send_now(translator.begin())
+        elif now - tx.last_write >= PING_INTERVAL - 0.01 and not tx.is_clogged():
+            tx.send_now(translator.ping())
+        next_time = max(now + 0.1, min(tx.last_write + PING_INTERVAL, self._last_read + LAST_CHUNK_WAIT))
+        self._timer = self._loop.call_at(next_time if next_time > now + 0.1 else now + 1, self._tick)
+
+    def _note(self) -> None:
+        """What the log says of the answer."""
+        translator, tx = self._translator, self._tx
+        if translator.error is not None:
+            tx.note(outcome="upstream_error" if isinstance(translator.error, UpstreamError) else "shutdown",
+                    error=translator.error.message[:300])
+            return
+        usage = translator.usage
+        tx.note(stop_reason=translator.stop.get("stop_reason"), **{name: usage.get(name) for name in (
+            "input_tokens", "output_tokens", "cache_read_input_tokens")})
+        warn_of_truncation(self._app, self._exchange, usage)
+
+    def close(self) -> None:
+        """Gives the connection back, or closes it if the answer has not been read to its end."""
+        if self._timer is not None:
+            self._timer.cancel()
+        translator, reply = self._translator, self._reply
+        if reply.is_complete or not translator.done or translator.error is not None or translator.was_cut:
+            reply.close()
+        else:
+            self._app.spawn(reply.finish())
+
+
+FIRST_CHUNK_WAIT = 5.0                   # seconds until a stream starts although the upstream still thinks
+PING_INTERVAL = 10.0                     # seconds without an event: watchdogs of clients bark at 300
+LAST_CHUNK_WAIT = 10.0                   # seconds from the finish reason to the end that must follow
+
+
+def is_event_stream(content_type: str, start: bytes) -> bool:
+    """Whether an answer is server-sent events: by its first bytes, which lie less often than the type.
+
+    Raises UpstreamError for what is neither events nor JSON.
+    """
+    start = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start[:1] in (b"{", b"["):
+        return "event-stream" in content_type.lower()
+    if re.match(rb"(data|event|id|retry)?:", start) or "event-stream" in content_type.lower():
+        return True
+    return False
+
+
+async def whole_answer(app: App, tx: Transaction, exchange: Exchange, message: Json,
+                       translator: Optional[StreamTranslator] = None) -> Optional[Response]:
+    """A message that is there as a whole, in the form that the client asked for."""
+    usage = message["usage"]
+    tx.note(stop_reason=message["stop_reason"], **{name: usage[name] for name in (
+        "input_tokens", "output_tokens", "cache_read_input_tokens")})
+    if not exchange.is_streamed:
+        return json_response(message)
+    translator = translator or StreamTranslator(exchange, new_id, tx.id)
+    await tx.send(translator.message(message), is_last=True)
+    return None
+
+
+def warn_of_truncation(app: App, exchange: Exchange, usage: Json) -> None:
+    """Ollama and its like cut long prompts without a word: the token count gives them away."""
+    prompt = sum(usage.get(name) or 0 for name in (
+        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
+    if exchange.profile.host != "other" or prompt * 2 >= TRUNCATION_PROMPT and prompt * 2 >= exchange.input_estimate():
+        return
+    estimate = exchange.input_estimate()
+    if estimate >= TRUNCATION_PROMPT and 0 < prompt * 2 < estimate and exchange.profile.model not in app.truncation_warned:
+        app.truncation_warned.add(exchange.profile.model)
+        log(logging.WARNING, "prompt_truncated", upstream_model=exchange.profile.model, prompt_tokens=prompt, estimate=estimate,
+            message=f"{exchange.profile.model} saw {prompt} tokens of a prompt of about {estimate}: the server has cut "
+            "it. Raise its context window (Ollama: OLLAMA_CONTEXT_LENGTH=65536)")
+
+
+TRUNCATION_PROMPT = 3000                 # estimated tokens from which on a cut is plain to see
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    return Response(status, json_bytes(value))
+
+
+# ---- the other endpoints ----------------------------------------------------
+
+async def count_tokens(app: App, tx: Transaction) -> Response:
+    """POST /v1/messages/count_tokens: computed here, without the upstream.  [Anthropic: count tokens]"""
+    asked = await tx.json(app.settings.max_request_size)
+    exchange = openai_request(asked, app.settings, is_counting=True)
+    tx.note(model=exchange.asked_model[:200], upstream_model=exchange.profile.model[:200])
+    body_bytes(exchange)
+    tokens = exchange.input_estimate()
+    tx.note(input_tokens=tokens)
+    return json_response({"input_tokens": tokens})
+
+
+async def models(app: App, tx: Transaction) -> Response:
+    """GET /v1/models: the current Claude names, so that clients' pickers work.  [Anthropic: list models]"""
+    query = dict(parse_qsl(tx.request.query, keep_blank_values=True))
+    limit = query.get("limit", "20")
+    if not re.fullmatch(r"[0-9]{1,5}", limit) or not 1 <= int(limit) <= 1000:
+        raise ProxyError(400, "limit: Input should be between 1 and 1000")
+    names = list(CLAUDE_MODELS)
+    if "lifecycle" in query and "active" not in query["lifecycle"].split(","):
+        names = []
+    for cursor in ("after_id", "before_id"):
+        if query.get(cursor) and query[cursor] not in CLAUDE_MODELS:
+            raise ProxyError(400, f"{cursor}: unknown model id")
+    if query.get("after_id") and query.get("before_id"):
+        raise ProxyError(400, "after_id: may not be given together with before_id")
+    if query.get("before_id") in names:
+        found = names[:names.index(query["before_id"])]
+        page = found[-int(limit):]
+    else:
+        found = names[names.index(query["after_id"]) + 1:] if query.get("after_id") in names else names
+        page = found[:int(limit)]
+    return json_response({"data": [model_object(name, app.settings) for name in page], "has_more": len(page) < len(found),
+                          "first_id": page[0] if page else None, "last_id": page[-1] if page else None})
+
+
+async def model(app: App, tx: Transaction) -> Response:
+    """GET /v1/models/{id}"""
+    name = unquote(tx.request.path[len("/v1/models/"):])
+    settings = app.settings
+    configured = (settings.claude_haiku_model, settings.claude_sonnet_model, settings.claude_opus_model)
+    if not name or not (name in configured or re.search("claude|haiku|sonnet|opus", name, re.I)):
+        raise ProxyError(404, f"model: {redacted(name, ())[:200]}")
+    return json_response(model_object(name, settings))
+
+
+def model_object(name: str, settings: Settings) -> Json:
+    mapped = mapped_model(name, settings)
+    line, version = CLAUDE_MODELS.get(name, ("", ""))
+    shown = f"Claude {line.capitalize()} {version}" if line else name
+    return {"type": "model", "id": name, "display_name": f"{shown} ({mapped})", "created_at": "1970-01-01T00:00:00Z",
+            "lifecycle": "active", "line": line or None, "max_input_tokens": None, "max_tokens": None,
+            "capabilities": None, "deprecated_at": None, "retires_at": None}
+
+
+CLAUDE_MODELS = {
+    "claude-opus-5-5": ("opus", "5.5"), "claude-sonnet-5-5": ("sonnet", "5.5"), "claude-haiku-5-5": ("haiku", "5.5"),
+    "claude-opus-5": ("opus", "5"), "claude-sonnet-5": ("sonnet", "5"), "claude-opus-4-8": ("opus", "4.8"),
+    "claude-sonnet-4-6": ("sonnet", "4.6"), "claude-haiku-4-5": ("haiku", "4.5"),
+}
+
+
+def health_fields(app: App, status: str) -> Json:
+    return {"status": status, "service": "aiapiproxy", "version": __version__, "timestamp": rfc3339(time.time()),
+            "uptime_seconds": round(time.time() - app.began, 3), "in_flight": app.in_flight, "pid": app.pid}
+
+
+async def health(app: App, tx: Transaction) -> Response:
+    return json_response(health_fields(app, "ok"))
+
+
+async def health_live(app: App, tx: Transaction) -> Response:
+    return json_response(health_fields(app, "alive"))
+
+
+async def health_ready(app: App, tx: Transaction) -> Response:
+    """Whether a load balancer should send requests here."""
+    reason = unready_reason(app)
+    if reason:
+        return json_response({**health_fields(app, "not_ready"), "reason": reason}, 503)
+    return json_response(health_fields(app, "ready"))
+
+
+def unready_reason(app: App) -> str:
+    if app.is_draining:
+        return "shutting down"
+    attempts = app.upstream.attempts
+    is_recent = bool(attempts) and asyncio.get_running_loop().time() - attempts[-1][0] < 60
+    if len(attempts) >= 3 and is_recent and not any(is_good for _, is_good in attempts):
+        return f"the last {len(attempts)} connections to {app.upstream.host} failed"
+    return ""
+
+
+async def metrics(app: App, tx: Transaction) -> Response:
+    """GET /metrics  [Prometheus: text format 0.0.4]"""
+    sums = {name: dict(series) for name, series in app.metrics.sums.items()}
+    python = ".".join(map(str, sys.version_info[:3]))
+    sums["build_info"] = {f'version="{__version__}",python="{python}"': 1}
+    sums["uptime_seconds"] = {"": round(time.time() - app.began, 3)}
+    sums["in_flight"] = {"": app.in_flight}
+    sums["upstream_connections_idle"] = {"": app.upstream.idle_count}
+    sums["learned_adjustments"] = {
+        f'model="{app.metrics.model_label(name)}",adjustment="{lesson}"': 1
+        for name, learned in app.lessons.items() for lesson in learned}
+    for name in ("upstream_connections_opened_total", "upstream_connections_reused_total", "upstream_resends_total"):
+        sums.setdefault(name, {"": 0})
+    return Response(200, rendered_metrics(sums), "text/plain; version=0.0.4; charset=utf-8")
+
+
+async def front(app: App, tx: Transaction) -> Response:
+    """GET /: the status page for a browser, a few words of JSON for anything else."""
+    if app.page and "text/html" in tx.request.headers.get("accept", ""):
+        return Response(200, app.page.encode("utf-8"), "text/html; charset=utf-8", {
+            "content-security-policy": PAGE_POLICY, "cache-control": "no-store", "x-content-type-options": "nosniff",
+            "referrer-policy": "no-referrer", "x-frame-options": "DENY"})
+    return json_response({"name": "aiapiproxy", "version": __version__, "endpoints": sorted(ROUTES)})
+
+
+PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+               "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+
+class Route(NamedTuple):
+    method: str
+    handle: Callable[[App, Transaction], Awaitable[Optional[Response]]]
+    is_api: bool = False                 # counts for MAX_CONCURRENT_REQUESTS, and is logged at info
+
+
+ROUTES = {
+    "/v1/messages": Route("POST", messages, True),
+    "/v1/messages/count_tokens": Route("POST", count_tokens, True),
+    "/v1/models": Route("GET", models, True),
+    "/v1/models/": Route("GET", model, True),
+    "/health": Route("GET", health),
+    "/health/live": Route("GET", health_live),
+    "/health/ready": Route("GET", health_ready),
+    "/metrics": Route("GET", metrics),
+    "/": Route("GET", front),
+}
+
+
+# ============================================================================
+# 14. SERVER
+# ============================================================================
+#
+# One task for each client connection: read a head, answer, read the next one.  A
+# client that closes while it is being answered ends its task at once, and with it
+# the call to the upstream: tokens are money.
+# [RFC 9112 9]
+
+
+class Server:
+    """Listens, serves connections, and ends them in an orderly way."""
+
+    def __init__(self, settings: Settings, page: str = "") -> None:
+        self._settings = settings
+        self._page = page
+        self._listeners: List[asyncio.AbstractServer] = []
+        self._tasks: Set[asyncio.Task] = set()               # 3.9's streams keep no reference of their own
+        self._idle: Set[ByteStream] = set()                  # connections between two requests
+        self._active: Dict[Transaction, asyncio.Task] = {}
+        self.port = 0
+
+    async def start(self, sockets: Optional[List[socket.socket]] = None) -> None:
+        """Raises OSError where an address cannot be listened on."""
+        self._loop = asyncio.get_running_loop()
+        self.app = App(self._settings, self._page)
+        sockets = sockets or listening_sockets(self._settings)
+        self.port = sockets[0].getsockname()[1]
+        for item in sockets:
+            self._listeners.append(await self._loop.create_server(self._protocol, sock=item, backlog=BACKLOG))
+
+    def _protocol(self) -> WatchedProtocol:
+        reader = asyncio.StreamReader(READ_SIZE, self._loop)
+        return WatchedProtocol(reader, self._serve, self._loop)
+
+    async def drain(self, seconds: float) -> None:
+        """Stops listening, lets running requests end for so long, then ends them with an error."""
+        self.app.is_draining = True
+        for listener in self._listeners:
+            listener.close()
+        for stream in list(self._idle):
+            stream.close()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=seconds)
+        for tx, task in list(self._active.items()):
+            tx.is_shut_down = True
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=1.0)
+        for task in [*self._tasks, *self.app.tasks]:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=1.0)
+        self.app.upstream.close()
+
+    # ---- a connection -------------------------------------------------------
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        stream = ByteStream(reader, writer)
+        protocol = writer.transport.get_protocol()
+        peer = writer.get_extra_info("peername")
+        client = peer[0] if isinstance(peer, tuple) else ""
+        try:
+            while await self._serve_request(stream, protocol, client, task):
+                pass
+        except (OSError, ClientGone, asyncio.CancelledError):
+            pass                                             # the peer went, or the server ends
+        finally:
+            protocol.on_gone = None
+            self._tasks.discard(task)
+            stream.close()
+
+    async def _serve_request(self, stream: ByteStream, protocol: WatchedProtocol, client: str,
+                             task: asyncio.Task) -> bool:
+        """Answers one request.  Returns whether the connection can take another."""
+        request_id = "req_" + new_id(24)
+        try:
+            request = await self._next_request(stream)
+        except ProtocolError as error:
+            await self._refuse(stream, error, request_id, client)
+            return False
+        if request is None:
+            return False
+        tx = Transaction(stream, request, request_id, client)
+        self._active[tx] = task
+        protocol.on_gone = task.cancel
+        try:
+            response = await respond(self.app, tx)
+            is_kept = self._finish_answer(stream, tx, response)
+            protocol.on_gone = None
+            await stream.drain()
+        except (asyncio.CancelledError, ClientGone, OSError):
+            tx.note(outcome="shutdown" if tx.is_shut_down else "client_gone")
+            raise
+        except ProtocolError as error:                       # the body broke HTTP
+            self._write(stream, tx, error_response(self.app, tx, error), False)
+            is_kept = False
+        finally:
+            del self._active[tx]
+            self._account(tx)
+        if is_kept:
+            await tx.skip_body()
+        elif not tx.body.done:
+            await linger(stream)
+        return is_kept and not self.app.is_draining
+
+    async def _next_request(self, stream: ByteStream) -> Optional[Request]:
+        """The head of the next request; None when there will be none.  Raises ProtocolError."""
+        if self.app.is_draining:
+            return None
+        self._idle.add(stream)
+        stream.expect(self._loop.time() + IDLE_KEEP_ALIVE)
+        try:
+            data = b""
+            while not data:
+                data = await stream.read()
+                if not data:
+                    return None
+                data = data.lstrip(b"\r\n")                  # empty lines before a request  [RFC 9112 2.2]
+        except TimedOut:
+            return None
+        finally:
+            self._idle.discard(stream)
+        if b"\r\n\r\n" not in data:
+            stream.expect(self._loop.time() + HEAD_TIME)
+        try:
+            head, rest = await stream.head(request_head_end, data)
+        except TimedOut:
+            raise ProtocolError(408, f"The request head did not come within {HEAD_TIME:g} s") from None
+        except EOFError:
+            return None
+        stream.relax()
+        stream.push(rest)
+        return parse_request_head(head[:-4])
+
+    def _finish_answer(self, stream: ByteStream, tx: Transaction, response: Optional[Response]) -> bool:
+        """Writes a whole answer.  Returns whether the connection can be kept."""
+        if response is None:
+            return tx.keeps_alive() and tx.request.is_http11
+        is_kept = tx.keeps_alive() and tx.may_skip_body() and not self.app.is_draining
+        if isinstance(response, Response) and response.status in CLOSING_STATUSES:
+            is_kept = False
+        self._write(stream, tx, response, is_kept)
+        return is_kept
+
+    def _write(self, stream: ByteStream, tx: Transaction, response: Response, is_kept: bool) -> None:
+        headers = {"date": http_date(), "request-id": tx.id, **tx.extra_headers, **response.headers}
+        if response.status != 204:
+            headers["content-type"] = response.content_type
+            headers["content-length"] = str(len(response.body))
+        if not is_kept:
+            headers["connection"] = "close"
+        elif not tx.request.is_http11:
+            headers["connection"] = "keep-alive"
+        data = encoded_head(f"HTTP/1.1 {response.status} {reason_phrase(response.status)}", headers.items())
+        if tx.request.method != "HEAD":
+            data += response.body
+        tx.status = response.status
+        tx.bytes_out = len(data)
+        stream.write(data)
+
+    async def _refuse(self, stream: ByteStream, error: ProtocolError, request_id: str, client: str) -> None:
+        """Answers a head that is not one, and closes."""
+        tx = Transaction(stream, Request("-", "-", "", {}, True, ""), request_id, client)
+        self._write(stream, tx, error_response(self.app, tx, error), False)
+        self._account(tx)
+        await linger(stream)
+
+    def _account(self, tx: Transaction) -> None:
+        """The request's line in the log, and its part of the metrics."""
+        request, facts, metrics = tx.request, tx.facts, self.app.metrics
+        duration = self._loop.time() - tx.began
+        outcome = facts.get("outcome", "ok")
+        status = tx.status or 499                            # as nginx has it: the client went before an answer
+        path = request.path if request.path in ROUTES else "/v1/models/" if request.path.startswith("/v1/models/") else "other"
+        metrics.add("requests_total", f'route="{path}",status="{status}",outcome="{outcome}"')
+        if path == "/v1/messages":
+            metrics.observe("request_duration_seconds", duration)
+            if tx.first_token is not None:
+                metrics.observe("time_to_first_token_seconds", tx.first_token - tx.began)
+            if facts.get("output_tokens") is not None:
+                model_label = metrics.model_label(facts.get("upstream_model", ""))
+                for kind, name in TOKEN_KINDS:
+                    metrics.add("tokens_total", f'kind="{kind}",model="{model_label}"', facts.get(name) or 0)
+        level = logging.DEBUG if path.startswith("/health") or path == "/metrics" else logging.INFO
+        if not LOG.isEnabledFor(level):
+            return
+        if "x-request-id" in request.headers:
+            facts["client_request_id"] = request.headers["x-request-id"][:200]
+        first = None if tx.first_token is None else round((tx.first_token - tx.began) * 1000, 1)
+        facts.pop("outcome", None)
+        log(level, "request", request_id=tx.id, method=request.method[:20], path=request.path[:200], status=status,
+            **facts, ttft_ms=first, duration_ms=round(duration * 1000, 1), bytes_out=tx.bytes_out, client=tx.client,
+            outcome=outcome)
+
+
+async def linger(stream: ByteStream) -> None:
+    """Closes so that the answer arrives: a socket closed with unread bytes would reset the connection.
+
+    [RFC 9112 9.6]
+    """
+    stream.end_writing()
+    end = stream.now() + LINGER_TIME
+    try:
+        while stream.now() < end:
+            stream.expect(min(end, stream.now() + LINGER_SILENCE))
+            if not await stream.read():
+                break
+    except (TimedOut, OSError):
+        pass
+
+
+def listening_sockets(settings: Settings) -> List[socket.socket]:
+    """One socket for each address of each host.  Raises OSError."""
+    found: List[socket.socket] = []
+    port = settings.server_port
+    try:
+        for host in settings.server_host:
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for family, kind, protocol, _, address in dict.fromkeys(addresses):
+                item = socket.socket(family, kind, protocol)
+                found.append(item)
+                item.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    item.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                item.bind((address[0], port, *address[2:]))
+                port = port or item.getsockname()[1]
+                item.listen(BACKLOG)
+                item.setblocking(False)
+    except OSError:
+        for item in found:
+            item.close()
+        raise
+    return found
+
+
+BACKLOG = 2048                           # connections that wait to be accepted
+IDLE_KEEP_ALIVE = 75.0                   # seconds between two requests, as nginx
+HEAD_TIME = 30.0                         # seconds from a head's first byte to its last
+LINGER_TIME = 30.0                       # seconds in all that an answered client may go on sending
+LINGER_SILENCE = 5.0                     # seconds without a byte from it
+CLOSING_STATUSES = (408, 413, 414, 431)  # after these the connection's state is not known for sure
+TOKEN_KINDS = (("input", "input_tokens"), ("output", "output_tokens"), ("cache_read", "cache_read_input_tokens"))
+
+
+# ============================================================================
+# 15. DEMO
+# ============================================================================
+#
+# The upstream of --demo: a loopback listener in this process that speaks real Chat
+# Completions, so that a newcomer sees the whole path work without a key.
+
+
+class DemoUpstream:
+    """Answers every conversation with a few words about itself, or a tool call when it is asked for one."""
+
+    async def start(self) -> int:
+        """Listens on a free port of the loopback address, and returns it."""
+        self._tasks: Set[asyncio.Task] = set()
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self._server.sockets[0].getsockname()[1]
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        stream = ByteStream(reader, writer)
+        try:
+            while True:
+                head, rest = await stream.head(request_head_end)
+                request = parse_request_head(head[:-4])
+                body = LengthBody(int(request.headers.get("content-length", 0)))
+                data = bytearray(body.feed(rest))
+                while not body.done:
+                    data += body.feed(await stream.read())
+                await self._answer(stream, request, bytes(data))
+        except (OSError, EOFError, ProxyError, ValueError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            stream.close()
+
+    async def _answer(self, stream: ByteStream, request: Request, body: bytes) -> None:
+        if request.path.endswith("/models"):
+            await self._send_json(stream, {"object": "list", "data": [{"id": DEMO_MODEL, "object": "model"}]})
+            return
+        asked = json.loads(body)
+        message = demo_message(asked)
+        finish = "tool_calls" if "tool_calls" in message else "stop"
+        usage = {"prompt_tokens": estimated_request_tokens(asked), "completion_tokens": estimated_tokens(str(message))}
+        if not asked.get("stream"):
+            await self._send_json(stream, {"object": "chat.completion", "model": DEMO_MODEL, "usage": usage,
+                                           "choices": [{"index": 0, "message": message, "finish_reason": finish}]})
+            return
+        stream.write(encoded_head("HTTP/1.1 200 OK", [
+            ("content-type", "text/event-stream"), ("transfer-encoding", "chunked")]))
+        for delta in demo_deltas(message):
+            self._send_chunk(stream, [{"index": 0, "delta": delta, "finish_reason": None}])
+            await stream.drain()
+            await asyncio.sleep(DEMO_PAUSE)
+        self._send_chunk(stream, [{"index": 0, "delta": {}, "finish_reason": finish}])
+        self._send_chunk(stream, [], usage)
+        stream.write(encoded_chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
+
+    def _send_chunk(self, stream: ByteStream, choices: List[Json], usage: Optional[Json] = None) -> None:
+        chunk = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "model": DEMO_MODEL, "choices": choices,
+                 "usage": usage}
+        stream.write(encoded_chunk(b"data: " + json_bytes(chunk) + b"\n\n"))
+
+    async def _send_json(self, stream: ByteStream, value: Json) -> None:
+        data = json_bytes(value)
+        stream.write(encoded_head("HTTP/1.1 200 OK", [
+            ("content-type", "application/json"), ("content-length", str(len(data)))]) + data)
+        await stream.drain()
+
+
+def demo_message(asked: Json) -> Json:
+    """What the demo says to a conversation: the assistant message of its answer."""
+    last = asked["messages"][-1]
+    if last["role"] == "tool":
+        return {"role": "assistant", "content": "This is the demo of aiapiproxy: the tool has answered "
+                f"“{str(last['content'])[:200]}”. Set OPENAI_API_KEY and OPENAI_BASE_URL to talk to a real model."}
+    content = last.get("content")
+    text = content if isinstance(content, str) else " ".join(
+        part.get("text", "") for part in content or () if is_object(part))
+    tools = [tool["function"] for tool in asked.get("tools", ())]
+    wanted = [tool for tool in tools if re.search(rf"\b{re.escape(tool['name'])}\b", text, re.I)]
+    if not wanted and (re.search(r"\b(tool|function|call)\b", text, re.I) or is_object(asked.get("tool_choice"))
+                       or asked.get("tool_choice") == "required"):
+        wanted = tools
+    if wanted and asked.get("tool_choice") != "none":
+        arguments = demo_value(wanted[0]["parameters"])
+        return {"role": "assistant", "content": "This is the demo of aiapiproxy; it calls a tool. ", "tool_calls": [{
+            "id": "call_demo_" + new_id(8), "type": "function",
+            "function": {"name": wanted[0]["name"], "arguments": json_text(arguments)}}]}
+    return {"role": "assistant", "content": "Hello from the demo of aiapiproxy. No model has read this: your request of "
+            f"{len(asked['messages'])} message(s) was translated to Chat Completions, answered by a built-in upstream "
+            "word by word, and translated back. Set OPENAI_API_KEY and OPENAI_BASE_URL to talk to a real model."}
+
+
+def demo_value(schema: Any, depth: int = 0) -> Any:
+    """Something that fits a simple JSON schema."""
+    schema = schema if is_object(schema) and depth < 5 else {}
+    if isinstance(schema.get("enum"), list) and schema["enum"]:
+        return schema["enum"][0]
+    kind = schema.get("type")
+    kind = kind[0] if isinstance(kind, list) and kind else kind
+    if kind == "object" or (kind is None and "properties" in schema):
+        properties = schema.get("properties") or {}
+        return {name: demo_value(properties.get(name), depth + 1) for name in schema.get("required") or list(properties)[:1]}
+    return {"integer": 1, "number": 1.5, "boolean": True, "array": [], "null": None}.get(str(kind), "demo")
+
+
+def demo_deltas(message: Json) -> Iterator[Json]:
+    """A message as deltas: word by word, and a call's arguments in pieces.  [OpenAI: chunk object]"""
+    yield {"role": "assistant", "content": ""}
+    for word in re.findall(r"\S+\s*", message["content"]):
+        yield {"content": word}
+    for index, call in enumerate(message.get("tool_calls", ())):
+        function = call["function"]
+        yield {"tool_calls": [{**call, "index": index, "function": {"name": function["name"], "arguments": ""}}]}
+        for place in range(0, len(function["arguments"]), 12):
+            yield {"tool_calls": [{"index": index, "function": {"arguments": function["arguments"][place:place + 12]}}]}
+
+
+DEMO_MODEL = "aiapiproxy-demo"
+DEMO_PAUSE = 0.02                        # seconds between two words
+
+
+STATUS_PAGE = ""
+
+
+# ============================================================================
+# 17. MAIN
+# ============================================================================
+#
+# Reads the command line and the configuration, starts, waits for a signal, stops.
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """The program.  Returns its exit code: 0, 1 could not serve, 2 usage, 78 unusable configuration."""
+    options = command_line().parse_args(arguments)
+    try:
+        settings, warnings = configuration(options)
+    except ConfigError as error:
+        for problem in error.problems:
+            complain(problem)
+        return EX_CONFIG
+    try:
+        sockets = listening_sockets(settings)
+    except OSError as error:
+        complain(listen_problem(error, settings))
+        return 1
+    files = start_logging(settings)
+    for event, facts in warnings:
+        log(logging.WARNING, event, **facts)
+    try:
+        asyncio.run(run(settings, sockets, options, files))
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def command_line() -> argparse.ArgumentParser:
+    width = max(len(item.name) for item in fields(Settings))
+    lines = [f"  {item.name.upper():{width}}  {item.metadata['help']}{default_text(item)}" for item in fields(Settings)]
+    parser = argparse.ArgumentParser(
+        prog="aiapiproxy", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Lets clients of the Anthropic Messages API use any OpenAI-compatible model.",
+        epilog="Settings, from the environment or a .env file:\n" + "\n".join(lines))
+    parser.add_argument("--env-file", metavar="PATH", help="read settings from this file instead of ./.env")
+    parser.add_argument("--host", help="address to listen on; wins over SERVER_HOST")
+    parser.add_argument("--port", type=port_argument, help="port to listen on; wins over SERVER_PORT; 0: a free one")
+    parser.add_argument("--demo", action="store_true", help="serve with a built-in offline upstream; no key needed")
+    parser.add_argument("--version", action="version", version=f"aiapiproxy {__version__}")
+    return parser
+
+
+def default_text(item: Any) -> str:
+    default = item.default
+    if isinstance(default, SplitResult):
+        default = default.geturl()
+    elif item.name == "log_level":
+        default = "info"
+    elif isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    elif isinstance(default, bool):
+        default = int(default)
+    return "" if default in ("", None) else f" [{default:g}]" if isinstance(default, float) else f" [{default}]"
+
+
+def port_argument(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError("must be a number between 0 and 65535")
+    return int(text)
+
+
+EX_CONFIG = 78                           # sysexits.h
+
+
+def complain(problem: str) -> None:
+    """One line on stderr, in the format that the log would have."""
+    line = f"aiapiproxy: {problem}"
+    if os.environ.get("LOG_FORMAT", "").lower() == "json":
+        line = json.dumps({"ts": rfc3339(time.time()), "level": "error", "event": "not_started", "message": problem})
+    try:
+        os.write(2, line.encode("utf-8", "replace") + b"\n")
+    except OSError:
+        pass
+
+
+Warning_ = Tuple[str, Json]
+
+
+def configuration(options: argparse.Namespace) -> Tuple[Settings, List[Warning_]]:
+    """The settings, and what the log should say about where they came from.  Raises ConfigError."""
+    path = options.env_file or next((path for path in ENV_FILES if os.path.exists(path)), "")
+    dotenv, warnings = read_env_file(path, bool(options.env_file)) if path else ({}, [])
+    overrides: Json = {}
+    if options.host:
+        overrides["server_host"] = host_option(options.host)
+    if options.port is not None:
+        overrides["server_port"] = options.port
+    if options.demo:
+        overrides.update(openai_api_key="demo", upstream_headers=(), claude_haiku_model=DEMO_MODEL,
+                         claude_sonnet_model=DEMO_MODEL, claude_opus_model=DEMO_MODEL)
+    settings = load_settings(os.environ, dotenv, **overrides)
+    for name, near in unknown_names([*dotenv, *(name for name in os.environ if name.startswith(OWN_PREFIXES))]):
+        warnings.append(("unknown_setting", {"message": f"{name} is not a setting: is {near} meant?"}))
+    return settings, warnings
+
+
+def host_option(text: str) -> Tuple[str, ...]:
+    try:
+        return host_list(text)
+    except ValueError as error:
+        raise ConfigError([f"--host {error}"]) from None
+
+
+ENV_FILES = ("./.env", "/usr/local/etc/aiapiproxy/.env")
+OWN_PREFIXES = ("SERVER_", "OPENAI_", "CLAUDE_", "REQUEST_", "STREAM_", "LOG_", "ALLOWED_", "API_KEY_", "PROXY_",
+                "MAX_", "WORKERS", "UPSTREAM_", "PID_")
+
+
+def read_env_file(path: str, is_demanded: bool) -> Tuple[Dict[str, str], List[Warning_]]:
+    """The variables of a file, and the warnings about it.  Raises ConfigError for a demanded one that can't be read."""
+    warnings: List[Warning_] = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read(ENV_FILE_SIZE)
+            mode = os.fstat(file.fileno()).st_mode
+    except OSError as error:
+        if is_demanded:
+            raise ConfigError([f"--env-file {path} cannot be read: {error.strerror}"]) from None
+        if not isinstance(error, FileNotFoundError) and path == ENV_FILES[0]:
+            warnings.append(("env_file", {"message": f"{path} cannot be read: {error.strerror}"}))
+        return {}, warnings
+    values, malformed = dotenv_values(text)
+    warnings += [("env_file", {"message": f"{path} line {index} is not NAME=value and is skipped"})
+                 for index in malformed[:20]]
+    if mode & 0o077 and stat.S_ISREG(mode):
+        warnings.append(("env_file", {"message": f"{path} can be read by others and holds a key: chmod 600 {path}"}))
+    return values, warnings
+
+
+ENV_FILE_SIZE = 1048576                  # characters
+
+
+def listen_problem(error: OSError, settings: Settings) -> str:
+    where = f"{', '.join(settings.server_host)} port {settings.server_port}"
+    if error.errno == errno.EADDRINUSE:
+        return f"port {settings.server_port} is in use: see who has it with `lsof -i :{settings.server_port}`, " \
+               "or set SERVER_PORT"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"no permission to listen on {where}: set SERVER_PORT to 1024 or more"
+    return f"cannot listen on {where}: {error.strerror or error} (SERVER_HOST, SERVER_PORT)"
+
+
+async def run(settings: Settings, sockets: List[socket.socket], options: argparse.Namespace,
+              files: List[LogFile]) -> None:
+    """Serves until a signal asks for the end."""
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(log_loop_fault)
+    demo = DemoUpstream()
+    demo_url = urlsplit(f"http://127.0.0.1:{await demo.start()}/v1") if options.demo else None
+    if demo_url is not None:
+        settings = replace(settings, openai_base_url=demo_url)
+    server = Server(settings, STATUS_PAGE)
+    await server.start(sockets)
+    stop = asyncio.Event()
+    insist = asyncio.Event()
+
+    def asked_to_stop() -> None:
+        (insist if stop.is_set() else stop).set()
+
+    def reload() -> None:
+        for file in files:
+            file.reopen_if_moved()
+        try:
+            fresh, warnings = configuration(options)
+        except ConfigError as error:
+            log(logging.ERROR, "reload_failed", message="the old settings stay: " + "; ".join(error.problems))
+            return
+        for event, facts in warnings:
+            log(logging.WARNING, event, **facts)
+        server.app.use(replace(fresh, openai_base_url=demo_url) if demo_url is not None else fresh)
+        LOG.setLevel(fresh.log_level)
+        log(logging.INFO, "reloaded", message="settings read again")
+
+    for number, handler in ((signal.SIGTERM, asked_to_stop), (signal.SIGINT, asked_to_stop), (signal.SIGHUP, reload)):
+        loop.add_signal_handler(number, handler)
+    write_pid_file(settings.pid_file)
+    try:
+        log(logging.INFO, "started", **start_facts(server.app, server.port, options.demo))
+        await stop.wait()
+        log(logging.INFO, "stopping", in_flight=server.app.in_flight)
+        draining = asyncio.ensure_future(server.drain(DRAIN_TIME))
+        insisting = asyncio.ensure_future(insist.wait())
+        await asyncio.wait({draining, insisting}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (draining, insisting):
+            task.cancel()
+        log(logging.INFO, "stopped")
+    finally:
+        remove_pid_file(settings.pid_file)
+
+
+DRAIN_TIME = 10.0                        # seconds for running requests to end after the first signal
+
+
+def log_loop_fault(loop: asyncio.AbstractEventLoop, context: Json) -> None:
+    """What asyncio would print as a traceback: mostly what hostile peers do to sockets."""
+    error = context.get("exception")
+    log(logging.DEBUG, "connection_fault", error=f"{type(error).__name__}: {error}" if error else context.get("message"))
+
+
+def start_facts(app: App, port: int, is_demo: bool) -> Json:
+    """What the first line of the log tells: where, to whom, which models, and how to point a client here."""
+    settings = app.settings
+    host = settings.server_host[0]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    address = f"http://{host}:{port}"
+    models = {"haiku": settings.claude_haiku_model, "sonnet": settings.claude_sonnet_model, "opus": settings.claude_opus_model}
+    upstream = "the built-in demo" if is_demo else app.upstream.host
+    shown = ", ".join(f"{family} → {name}" for family, name in models.items())
+    return {"message": f"aiapiproxy {__version__} listens on {address}, upstream {upstream} ({shown}). Claude Code: "
+            f"ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={token_hint(settings)} claude",
+            "address": address, "upstream": upstream, "models": models, "version": __version__}
+
+
+def token_hint(settings: Settings) -> str:
+    if settings.proxy_api_key:
+        return "<one of PROXY_API_KEY>"
+    return "<your upstream's key>" if settings.passes_keys_on else "any"
+
+
+def write_pid_file(path: str) -> None:
+    if path:
+        try:
+            with open(path, "w", encoding="ascii") as file:
+                file.write(f"{os.getpid()}\n")
+        except OSError as error:
+            log(logging.WARNING, "pid_file", message=f"PID_FILE {path} cannot be written: {error.strerror}")
+
+
+def remove_pid_file(path: str) -> None:
+    if path:
+        try:
+            os.unlink(path)
+        except OSError:
+            pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())
