@@ -30,7 +30,7 @@ from collections import deque
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from http import HTTPStatus
 from json.decoder import scanstring
 from typing import (Any, Awaitable, Callable, Coroutine, Deque, Dict, Iterable, Iterator, List, Mapping, Match,
@@ -381,10 +381,14 @@ class Settings:
         """True when the key that a client presents is the one that goes upstream."""
         return not self.openai_api_key
 
-    @property
+    @cached_property
     def host(self) -> str:
         """The class of the upstream's host: a key of HOST_CLASSES, or `other`."""
-        return host_class(self.openai_base_url.hostname or "")
+        return host_class(self.hostname)
+
+    @cached_property
+    def hostname(self) -> str:
+        return self.openai_base_url.hostname or ""
 
     def secrets(self) -> List[str]:
         """All that must never be seen in a log, an answer or a page, longest first."""
@@ -575,6 +579,8 @@ class Profile(NamedTuple):
     model: str           # as the upstream knows it
     base: str            # lower case, without vendor prefix: what the tables match
     is_reasoning: bool   # refuses max_tokens, sampling and stop
+    token_cap: Optional[int]             # the most tokens that an answer can have, if known
+    efforts: Tuple[str, ...]             # what reasoning_effort takes; empty: nothing
 
 
 @dataclass
@@ -623,7 +629,7 @@ def openai_request(asked: Json, settings: Settings, session_id: str = "",
     system.append(format_line)
     system_text = "\n\n".join(filter(None, system))
     messages: List[Json] = [{"role": "system", "content": system_text}] if system_text else []
-    messages += openai_messages(talk, profile, asked)
+    messages += openai_messages(talk, profile, asked, tools.renamed)
     if not any(message["role"] != "system" for message in messages):
         raise ProxyError(400, "messages: at least one user message is required")
     choice, is_single_call = tool_choice(asked.get("tool_choice"), asked.get("tools"), tools, profile)
@@ -645,7 +651,7 @@ def openai_request(asked: Json, settings: Settings, session_id: str = "",
         stop_sequences=tuple(filter(None, asked.get("stop_sequences") or ())),
         prefill=last["content"] if last["role"] == "assistant" and "tool_calls" not in last else "",
         is_single_call=is_single_call, is_empty=not is_counting and asked["max_tokens"] == 0,
-        uses_own_key=not settings.passes_keys_on, upstream_host=settings.openai_base_url.hostname or "",
+        uses_own_key=not settings.passes_keys_on, upstream_host=settings.hostname,
         upstream_path=settings.openai_base_url.path + "/chat/completions",
         dropped=[name for name in ("inference_geo", "container") if asked.get(name) is not None]
         + tools.server_names)
@@ -653,12 +659,13 @@ def openai_request(asked: Json, settings: Settings, session_id: str = "",
 
 def check_fields(asked: Json, is_counting: bool) -> None:
     """Raises ProxyError(400) for the first top-level field that cannot be used."""
-    for name, is_right, sentence in FIELD_CHECKS:
-        value = asked.get(name)
-        if is_counting and name in ("max_tokens", "stream"):
-            continue
-        if name in REQUIRED_FIELDS and name not in asked:
+    for name in REQUIRED_FIELDS[:2 if is_counting else 3]:
+        if name not in asked:
             raise ProxyError(400, f"{name}: Field required")
+    for name, is_right, sentence in FIELD_CHECKS:
+        if name not in asked or (is_counting and name in ("max_tokens", "stream")):
+            continue
+        value = asked[name]
         if (value is not None or name in REQUIRED_FIELDS) and not is_right(value):
             raise ProxyError(400, f"{name}: {sentence}")
         if value == [] and name == "messages":
@@ -706,10 +713,12 @@ FIELD_CHECKS: Tuple[Tuple[str, Callable[[Any], bool], str], ...] = (
 
 # ---- model, limits, sampling ------------------------------------------------
 
+@lru_cache(maxsize=256)
 def model_profile(model: str, host: str) -> Profile:
     base = re.sub(r"^ft:", "", model.lower()).rpartition("/")[2]
     is_reasoning = bool(re.match(r"o\d|codex", base)) or gpt_version(base) >= (5, 0)
-    return Profile(host, model, base, is_reasoning)
+    cap = next((cap for pattern, cap in TOKEN_CAPS if re.match(pattern, base)), None)
+    return Profile(host, model, base, is_reasoning, cap, allowed_efforts(base, host))
 
 
 def gpt_version(base: str) -> Tuple[int, int]:
@@ -725,8 +734,7 @@ def is_chat_variant(base: str) -> bool:
 
 def token_limit(asked: int, profile: Profile) -> Json:
     """The limit under the name that the model takes, capped to what the model can give."""
-    cap = next((cap for pattern, cap in TOKEN_CAPS if re.match(pattern, profile.base)), None)
-    limit = asked if cap is None else min(asked, cap)
+    limit = asked if profile.token_cap is None else min(asked, profile.token_cap)
     return {"max_completion_tokens" if profile.is_reasoning else "max_tokens": limit}
 
 
@@ -810,7 +818,7 @@ def reasoning(asked: Json, later_effort: Optional[str], has_tools: bool, profile
             return {"thinking": {"type": "disabled"}}
         effort = {"low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}.get(wanted or "")
         return {"thinking": {"type": "enabled"}, **({"reasoning_effort": effort} if effort else {})}
-    allowed = allowed_efforts(profile)
+    allowed = profile.efforts
     if has_tools and allowed and profile.host in ("openai", "azure") and gpt_version(profile.base) >= (5, 4):
         return {"reasoning_effort": "none"}      # any other is refused there beside function tools
     return {"reasoning_effort": nearest_effort(wanted, allowed)} if wanted and allowed else {}
@@ -838,11 +846,11 @@ def nearest_effort(wanted: str, allowed: Sequence[str]) -> str:
     return (lower or ranked[:1])[-1] if ranked else wanted
 
 
-def allowed_efforts(profile: Profile) -> Tuple[str, ...]:
-    if is_chat_variant(profile.base):
+def allowed_efforts(base: str, host: str) -> Tuple[str, ...]:
+    if is_chat_variant(base):
         return ()
     for pattern, hosts, allowed in EFFORT_LISTS:
-        if re.search(pattern, profile.base) and profile.host in (hosts or (profile.host,)):
+        if re.search(pattern, base) and (not hosts or host in hosts):
             return tuple(allowed.split())
     return ()
 
@@ -892,6 +900,7 @@ class Tools(NamedTuple):
     """The tools of a request, as functions and by name."""
     functions: List[Json]
     names: Dict[str, str]           # the upstream's name -> the client's
+    renamed: Dict[str, str]         # the client's name -> the upstream's, where the made one was taken
     server_names: List[str]         # tools that only Anthropic's servers could run
 
 
@@ -917,12 +926,26 @@ def usable_tools(listed: List[Any], choice: Any, talk: Conversation, profile: Pr
         if function is not None:
             functions[definition.get("name") or function["name"]] = function
     wanted = talk.named_tools | {choice["name"] for choice in [choice] if is_object(choice) and is_name(choice.get("name"))}
-    has_search = any(re.search(r"tool_?search", name, re.I) for name in functions if name not in deferred)
+    has_search = bool(deferred) and any(re.search(r"tool_?search", name, re.I) for name in functions.keys() - deferred)
     loaded = [name for name in functions if name not in deferred or not has_search]
     loaded += [name for name in functions if name not in loaded and name in wanted]
     loaded = [name for name in loaded if name not in talk.removed_tools]
+    renamed = renamed_tools(functions)
     return Tools([{"type": "function", "function": functions[name]} for name in loaded],
-                 {functions[name]["name"]: name for name in loaded}, server_names)
+                 {functions[name]["name"]: name for name in loaded}, renamed, server_names)
+
+
+def renamed_tools(functions: Dict[str, Json]) -> Dict[str, str]:
+    """Gives another name to each function whose made name is already that of a tool."""
+    taken = {name for name, function in functions.items() if function["name"] == name}
+    renamed = {}
+    for name, function in functions.items():
+        number = 1
+        while function["name"] in taken and function["name"] != name:
+            number += 1
+            function["name"] = renamed[name] = upstream_tool_name(name)[:-8] + sha256_hex(f"{name}#{number}")[:8]
+        taken.add(function["name"])
+    return renamed
 
 
 def tool_function(tool: Any, where: str, profile: Profile) -> Optional[Json]:
@@ -963,12 +986,15 @@ def is_name(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 SERVER_TOOLS = r"(web_search|web_fetch|code_execution|advisor)_\d{8}$|mcp_toolset$|(computer|browser)_toolset_"
 
 
-def upstream_tool_name(name: str) -> str:
+def upstream_tool_name(name: str, renamed: Mapping[str, str] = {}) -> str:
     """A name that OpenAI takes: the same for the same name, in every turn.  [OpenAI: function name]"""
-    if re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name):
+    if name in renamed:
+        return renamed[name]
+    if TOOL_NAME.fullmatch(name):
         return name
     return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:55] + "_" + sha256_hex(name)[:8]
 
@@ -992,7 +1018,7 @@ def tool_choice(choice: Any, listed: Optional[List[Any]], tools: Tools, profile:
             raise ProxyError(400, "tool_choice: may only be specified while providing tools")
         check_choice(kind, choice.get("name"), tools)
     fields: Json = {"tool_choice": {"auto": "auto", "any": "required", "none": "none"}.get(kind) or {
-        "type": "function", "function": {"name": upstream_tool_name(choice["name"])}}}
+        "type": "function", "function": {"name": upstream_tool_name(choice["name"], tools.renamed)}}}
     is_single_call = kind != "none" and choice.get("disable_parallel_tool_use") is True
     if is_single_call and not re.match(r"o\d", profile.base):        # the o-series lacks the field
         fields["parallel_tool_calls"] = False
@@ -1083,11 +1109,30 @@ def clean_schema(schema: Any) -> Json:
     """
     if not is_object(schema):
         return {"type": "object", "properties": {}}
+    if "$schema" not in schema and schema.get("type") == "object" and is_complete_schema(schema):
+        return schema
     root = {key: value for key, value in schema.items() if key != "$schema"}
     root["type"] = "object"
     if not is_object(root.get("properties")):
         root["properties"] = {}
-    return mapped_subschemas(root, complete_object)
+    return root if is_complete_schema(root) else mapped_subschemas(root, complete_object)
+
+
+def is_complete_schema(root: Json) -> bool:
+    """Whether nothing inside a schema needs a change: a quick look, for that is the usual case."""
+    waiting = [root]
+    while waiting:
+        schema = waiting.pop()
+        for key, value in schema.items():
+            if key not in SUBSCHEMA_KEYS:
+                continue
+            if key in SUBSCHEMA_MAPS:
+                value = list(value.values()) if isinstance(value, dict) else ()
+            waiting += [item for item in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(item, dict)]
+        if schema.get("type") == "object" and "additionalProperties" not in schema \
+                and not isinstance(schema.get("properties"), dict):
+            return False
+    return isinstance(root.get("properties"), dict)
 
 
 def complete_object(schema: Any) -> Any:
@@ -1414,13 +1459,13 @@ def system_texts(system: Any) -> List[str]:
 
 # ---- messages: writing them -------------------------------------------------
 
-def openai_messages(talk: Conversation, profile: Profile, asked: Json) -> List[Json]:
+def openai_messages(talk: Conversation, profile: Profile, asked: Json, renamed: Dict[str, str]) -> List[Json]:
     """The messages after the system message: each call directly followed by its result."""
     messages: List[Json] = []
     calls: List[Tuple[str, str]] = []            # (client's id, upstream's id) still to be answered
     for turn in talk.turns:
         if turn.role == "assistant":
-            message, calls = assistant_message(turn.blocks, profile, asked)
+            message, calls = assistant_message(turn.blocks, profile, asked, renamed)
             messages.append(message)
         else:
             messages += user_messages(turn.blocks, calls, profile)
@@ -1443,7 +1488,8 @@ def tool_message(call_id: str, content: str) -> Json:
     return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
-def assistant_message(blocks: List[Block], profile: Profile, asked: Json) -> Tuple[Json, List[Tuple[str, str]]]:
+def assistant_message(blocks: List[Block], profile: Profile, asked: Json,
+                      renamed: Dict[str, str]) -> Tuple[Json, List[Tuple[str, str]]]:
     """(the message for an assistant turn, its calls as pairs of the client's and the upstream's id)."""
     content: List[str] = []
     calls: List[Json] = []
@@ -1457,7 +1503,7 @@ def assistant_message(blocks: List[Block], profile: Profile, asked: Json) -> Tup
             continue
         follows_text = False
         if kind == "tool_use":
-            call = openai_call(block, ids, profile)
+            call = openai_call(block, ids, profile, renamed)
             ids.append((block["id"], call["id"]))
             calls.append(call)
         else:
@@ -1472,7 +1518,7 @@ def assistant_message(blocks: List[Block], profile: Profile, asked: Json) -> Tup
     return message, ids
 
 
-def openai_call(block: Json, earlier: List[Tuple[str, str]], profile: Profile) -> Json:
+def openai_call(block: Json, earlier: List[Tuple[str, str]], profile: Profile, renamed: Dict[str, str]) -> Json:
     """The tool call for a tool_use block.  Of two calls with one id the second gets another."""
     plain, extra = decoded_id(block["id"])
     taken = {upstream_id for _, upstream_id in earlier}
@@ -1481,7 +1527,7 @@ def openai_call(block: Json, earlier: List[Tuple[str, str]], profile: Profile) -
         number += 1
         call_id = upstream_id("call_" + sha256_hex(f"{plain}#{number}")[:32], profile.host)
     call: Json = {"id": call_id, "type": "function", "function": {
-        "name": upstream_tool_name(block["name"]), "arguments": call_arguments(block.get("input"))}}
+        "name": upstream_tool_name(block["name"], renamed), "arguments": call_arguments(block.get("input"))}}
     if extra is not None:
         call["extra_content"] = extra
     return call
@@ -1740,7 +1786,7 @@ def document_placeholder(block: Json) -> str:
     return "\n".join(part["text"] for part in document_parts(block, UNKNOWN_PROFILE) if part["type"] == "text")
 
 
-UNKNOWN_PROFILE = Profile("other", "", "", False)
+UNKNOWN_PROFILE = Profile("other", "", "", False, None, ())
 ASSISTANT_PARAGRAPHS: Dict[str, Callable[[Json], str]] = {
     "server_tool_use": called_text,
     "mcp_tool_use": called_text,
@@ -2121,7 +2167,7 @@ def anthropic_usage(usage: Any, tier: Any, exchange: Exchange, generated: Callab
     prompt, output, total = (count(usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
     read = first_count(usage, CACHE_READ) or 0
     written = first_count(usage, CACHE_WRITTEN) or 0
-    thought = first_count(usage, ("completion_tokens_details.reasoning_tokens",))
+    thought = first_count(usage, REASONING)
     known = [number for number in (prompt, output) if number is not None]
     rest = total - known[0] if total is not None and len(known) == 1 and total >= known[0] else None
     if output is None:
@@ -2143,20 +2189,22 @@ def count(usage: Json, name: str) -> Optional[int]:
     return int(value) if is_number(value) and 0 <= value < 2 ** 53 else None
 
 
-def first_count(usage: Json, paths: Sequence[str]) -> Optional[int]:
-    for path in paths:
-        outer, _, name = path.rpartition(".")
+def first_count(usage: Json, paths: Sequence[Tuple[str, str]]) -> Optional[int]:
+    """The first of the numbers at (outer object or "", name) that is there."""
+    for outer, name in paths:
         holder = usage.get(outer) if outer else usage
-        found = count(holder, name) if is_object(holder) else None
-        if found is not None:
-            return found
+        if isinstance(holder, dict) and name in holder:
+            found = count(holder, name)
+            if found is not None:
+                return found
     return None
 
 
-CACHE_READ = ("prompt_tokens_details.cached_tokens", "prompt_cache_hit_tokens", "cached_tokens",
-              "cache_read_input_tokens")
-CACHE_WRITTEN = ("prompt_tokens_details.cache_write_tokens", "prompt_tokens_details.cache_creation_tokens",
-                 "cache_creation_input_tokens")
+CACHE_READ = (("prompt_tokens_details", "cached_tokens"), ("", "prompt_cache_hit_tokens"), ("", "cached_tokens"),
+              ("", "cache_read_input_tokens"))
+CACHE_WRITTEN = (("prompt_tokens_details", "cache_write_tokens"), ("prompt_tokens_details", "cache_creation_tokens"),
+                 ("", "cache_creation_input_tokens"))
+REASONING = (("completion_tokens_details", "reasoning_tokens"),)
 SERVICE_TIERS = {"priority": "priority", "fast": "priority", "default": "standard", "auto": "standard",
                  "flex": "standard", "scale": "standard"}
 
@@ -2644,18 +2692,17 @@ class Lesson(NamedTuple):
     finds: Callable[[Refusal, Json], Any]
     change: Callable[[Json, Any], bool]
     is_kept: bool = True                 # remembered for later requests
+    statuses: Tuple[int, ...] = (400, 422)
 
 
 def lesson_from(status: int, body: bytes, exchange: Exchange) -> Optional[Tuple[Lesson, Any]]:
     """The first lesson of a refusal that changes the request, already applied to it; else None."""
-    if status not in TEACHING_STATUSES:
-        return None
     try:
         found = refusal(status, _decoder.decode(body.decode("utf-8", "replace")))
     except (ValueError, RecursionError):
         found = Refusal(status, body[:ERROR_TEXT].decode("utf-8", "replace"))
     for lesson in LESSONS:
-        argument = lesson.finds(found, exchange.body)
+        argument = lesson.finds(found, exchange.body) if status in lesson.statuses else None
         if argument is not None and argument is not False and lesson.change(exchange.body, argument):
             exchange.estimate = 0
             return lesson, argument
@@ -2669,7 +2716,8 @@ def apply_lessons(learned: Mapping[str, Any], exchange: Exchange) -> None:
             lesson.change(exchange.body, learned[lesson.name])
 
 
-TEACHING_STATUSES = (400, 404, 413, 422, 500, 501)       # servers of local models refuse with 404 and 500 too
+ANY_STATUS = tuple(range(400, 600))
+LOCAL_STATUSES = (400, 404, 422, 500, 501)               # servers of local models refuse by 500, routers by 404
 MAX_LESSONS = 4                                          # re-sends for one client request
 
 
@@ -2898,7 +2946,7 @@ LESSONS = (
         r"between \d+ and) ?#"), lower_limit),
     Lesson("limit_at_least", number_after(
         r"(?:at least|>=|greater than or equal to|minimum value (?:is|of)|\[) ?#"), raise_limit),
-    Lesson("room_left", room_left, lower_limit, is_kept=False),
+    Lesson("room_left", room_left, lower_limit, is_kept=False, statuses=ANY_STATUS),
     Lesson("effort_none", when(lambda found: found.says(r"set [`'\"]?reasoning_effort[`'\"]? to [`'\"]?none")),
            force_no_effort),
     Lesson("effort_nearest", supported_efforts, take_nearest_effort),
@@ -2907,8 +2955,8 @@ LESSONS = (
            or found.says("stream(ing)? (mode )?is not supported|does not support stream")), stop_streaming),
     Lesson("strict_dropped", when(lambda found: found.names("strict") or found.says(r"function\.strict")
            or found.param.endswith("function.strict")), drop_strict),
-    Lesson("schemas_simplified", refuses_schema, change_schemas(simple_schema)),
-    Lesson("schemas_without_keywords", refuses_schema, change_schemas(plain_schema)),
+    Lesson("schemas_simplified", refuses_schema, change_schemas(simple_schema), statuses=LOCAL_STATUSES),
+    Lesson("schemas_without_keywords", refuses_schema, change_schemas(plain_schema), statuses=LOCAL_STATUSES),
     Lesson("tool_choice_auto", when(lambda found: found.names("tool_choice")), free_choice),
     Lesson("content_never_null", refuses_null_content, fill_null_content),
     Lesson("assistant_after_tools", when(lambda found: "3230" in found.words
@@ -2922,7 +2970,7 @@ LESSONS = (
         "reasoning_content", "reasoning", "reasoning_details")))
         or found.says(r"messages?\W.*\breasoning(_content|_details)?\b")), drop_carried_reasoning),
     Lesson("descriptions_cut", refused_description_length, cut_descriptions),
-    Lesson("images_left_out", refuses_images, drop_images),
+    Lesson("images_left_out", refuses_images, drop_images, statuses=LOCAL_STATUSES),
 )
 
 
@@ -3519,7 +3567,7 @@ class Call(Segment):
         self._blanks = 0                 # white space in a row outside strings
 
     def is_complete(self) -> bool:
-        return self.state is CallState.CLOSED
+        return self.state is CallState.CLOSED and self.name != ""
 
     def is_in_string(self) -> bool:
         """Whether plain characters pass without changing anything."""
@@ -5329,12 +5377,8 @@ LEARNED_MODELS = 100                     # names of models are the client's to c
 
 def new_id(size: int) -> str:
     """A random string of so many letters and digits."""
-    value = int.from_bytes(os.urandom(size * 3 // 4 + 2), "big")
-    digits = []
-    for _ in range(size):
-        value, digit = divmod(value, 62)
-        digits.append(BASE62[digit])
-    return "".join(digits)
+    text = base64.b64encode(os.urandom(size), b"Zz").decode()
+    return text[:size]
 
 
 # ---- answering --------------------------------------------------------------
@@ -5673,19 +5717,23 @@ class Relay:
         return None
 
     async def _read(self) -> bytes:
-        self._last_read = self._loop.time()
+        if self._translator.finish_reason is None:           # else comments could keep a finished answer open
+            self._last_read = self._loop.time()
         return await self._reply.read()
 
     async def _first_bytes(self) -> bytes:
-        """The body up to its first byte that is not a blank.  Raises UpstreamError for an empty one."""
+        """What tells events from JSON: the first byte that is not a blank, or a whole line of JSON.
+
+        Raises UpstreamError for an empty body.
+        """
         start = b""
-        while not start.strip():
+        while not start.strip() or (start.lstrip()[:1] in (b"{", b"[") and b"\n" not in start.strip()):
             data = await self._read()
-            if not data:
-                raise UpstreamError(502, "The upstream's answer is empty")
             start += data
-            if len(start) > ERROR_BODY:
-                raise UpstreamError(502, "The upstream's answer is nothing but blanks")
+            if not start.strip() and (not data or len(start) > ERROR_BODY):
+                raise UpstreamError(502, "The upstream's answer is empty")
+            if not data or len(start) > ERROR_BODY:
+                break
         return start
 
     async def _whole(self, start: bytes) -> Optional[Response]:
@@ -5761,11 +5809,10 @@ def is_event_stream(content_type: str, start: bytes) -> bool:
     Raises UpstreamError for what is neither events nor JSON.
     """
     start = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start[:1] in (b"{", b"["):
-        return "event-stream" in content_type.lower()
-    if re.match(rb"(data|event|id|retry)?:", start) or "event-stream" in content_type.lower():
-        return True
-    return False
+    claims = "event-stream" in content_type.lower()
+    if start[:1] in (b"{", b"["):                        # a line of bare JSON, or a body that only claims to be events
+        return claims and is_whole(start.partition(b"\n")[0].decode("utf-8", "replace"))
+    return claims or re.match(rb"(data|event|id|retry)?:", start) is not None
 
 
 async def whole_answer(app: App, tx: Transaction, exchange: Exchange, message: Json,
