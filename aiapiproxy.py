@@ -26,7 +26,7 @@ import sys
 import time
 import zlib
 from bisect import bisect_left
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
@@ -470,6 +470,7 @@ DOTENV_LINE = re.compile(r"""
     (?: \s*'([^']*)' \s*(?:\#.*)? | \s*"([^"]*)" \s*(?:\#.*)? | (?!\s*['"]) ((?:(?!\s\#).)*) (?:\s+\#.*)? )""", re.VERBOSE)
 
 
+@lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address can only mean this machine."""
     name = host.lower().rstrip(".")
@@ -601,6 +602,7 @@ class Exchange:
     secrets: Tuple[str, ...] = ()           # what must not be seen in errors
     upstream_host: str = ""
     upstream_path: str = ""
+    sent_bytes: int = 0                     # size of the upstream's request
     dropped: List[str] = field(default_factory=list)             # worth a line in the log
     estimate: int = 0                       # see input_estimate
 
@@ -2582,7 +2584,9 @@ def duration(text: Any) -> Optional[float]:
 
 def ratelimit_headers(headers: Mapping[str, str], now: float) -> Dict[str, str]:
     """Anthropic's rate limit headers from OpenAI's."""
-    made = {}
+    made: Dict[str, str] = {}
+    if not any([name.startswith("x-ratelimit-") for name in headers]):
+        return made
     for what in ("requests", "tokens"):
         for part in ("limit", "remaining", "reset"):
             value = headers.get(f"x-ratelimit-{part}-{what}", "")
@@ -4081,12 +4085,12 @@ def parse_headers(block: bytes, single: Sequence[str] = ()) -> Headers:
     if HEADER_BLOCK.fullmatch(block) is None:
         raise ProtocolError(400, "A header line is malformed")
     headers: Headers = {}
-    lines = block.split(b"\r\n") if block else []
+    lines = block.decode("latin-1").split("\r\n") if block else []
     if len(lines) > MAX_HEADERS:
         raise ProtocolError(431, f"There are more than {MAX_HEADERS} header lines")
     for line in lines:
-        raw_name, _, raw_value = line.partition(b":")
-        name, value = raw_name.decode("ascii").lower(), raw_value.strip(b" \t").decode("latin-1")
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
         if name in headers:
             if name in single:
                 raise ProtocolError(400, f"The {name} header is repeated")
@@ -4122,6 +4126,8 @@ def parse_response_head(head: bytes) -> Tuple[int, Headers, bool]:
 
 
 def connection_options(headers: Headers) -> List[str]:
+    if "connection" not in headers:
+        return []
     return [option.strip() for option in headers.get("connection", "").lower().split(",")]
 
 
@@ -4313,8 +4319,8 @@ INFLATED_PIECE = 262144                  # bytes: what a hostile upstream can ma
 
 
 def encoded_head(start_line: str, headers: Iterable[Tuple[str, str]]) -> bytes:
-    lines = [start_line, *(f"{name}: {value}" for name, value in headers), "\r\n"]
-    return "\r\n".join(lines).encode("latin-1", "replace")
+    lines = [f"{name}: {value}\r\n" for name, value in headers]
+    return f"{start_line}\r\n{''.join(lines)}\r\n".encode("latin-1", "replace")
 
 
 def encoded_chunk(data: bytes) -> bytes:
@@ -4509,18 +4515,17 @@ class Metrics:
     """Sums by name and labels, histograms among them.  `sums` can be added up over workers."""
 
     def __init__(self) -> None:
-        self.sums: Dict[str, Dict[str, float]] = {}
+        self.sums: Dict[str, Dict[str, float]] = defaultdict(lambda: defaultdict(int))
         self._models: Dict[str, str] = {}
 
     def add(self, name: str, labels: str = "", amount: float = 1) -> None:
         """`labels` as Prometheus writes them: `a="x",b="y"`."""
-        series = self.sums.setdefault(name, {})
-        series[labels] = series.get(labels, 0) + amount
+        self.sums[name][labels] += amount
 
     def observe(self, name: str, seconds: float) -> None:
-        place = bisect_left(BUCKETS, seconds)
-        self.add(name + "_bucket", str(place))
-        self.add(name + "_sum", "", seconds)
+        """A histogram keeps how many fell into each bucket alone, and their sum."""
+        self.sums[name + "_bucket"][str(bisect_left(BUCKETS, seconds))] += 1
+        self.sums[name + "_sum"][""] += seconds
 
     def model_label(self, model: str) -> str:
         """A model's name as a label; after MAX_MODELS of them, `other`."""
@@ -4679,7 +4684,7 @@ class ByteStream:
             data += more
 
     def write(self, data: bytes) -> None:
-        self._writer.write(data)
+        self.transport.write(data)
 
     @property
     def unsent(self) -> int:
@@ -4776,6 +4781,7 @@ class Connection:
     stream: ByteStream
     protocol: WatchedProtocol
     is_reused: bool = False
+    guard: Optional[asyncio.Protocol] = None         # its transport's protocol while it is idle
     idle_since: float = 0.0              # time.time(): that clock goes on while a laptop sleeps
 
 
@@ -4808,6 +4814,7 @@ class Upstream:
         self._settings = settings
         self._metrics = metrics
         self._idle: List[Connection] = []            # newest last: it is the least likely to have died
+        self._heads: Dict[Any, bytes] = {}           # request heads made before: they hardly ever differ
         self._reaper: Optional[asyncio.TimerHandle] = None
         self._loop = asyncio.get_running_loop()
         url = settings.openai_base_url
@@ -4831,7 +4838,12 @@ class Upstream:
         `meanwhile` is called once the request is on its way.  Raises UpstreamError.
         """
         due = self._loop.time() + timeout.seconds
-        request = self._request(method, path, body, key, is_streamed)
+        head = self._heads.get((method, path, key, is_streamed))
+        if head is None:
+            if len(self._heads) >= KEPT_HEADS:
+                self._heads.clear()
+            head = self._heads[method, path, key, is_streamed] = self._request_head(method, path, key, is_streamed)
+        request = head + (b"\r\n" if method == "GET" else b"Content-Length: %d\r\n\r\n" % len(body))
         connection = self._pooled() or await self._connected(due)
         try:
             return await self._exchanged(connection, request, body, due, timeout, meanwhile)
@@ -4840,8 +4852,8 @@ class Upstream:
                 raise
         return await self._exchanged(await self._connected(due), request, body, due, timeout, meanwhile)
 
-    def _request(self, method: str, path: str, body: bytes, key: str, is_streamed: bool) -> bytes:
-        """The head of a request: nothing of the client's goes into it.  [RFC 9112 3.2]"""
+    def _request_head(self, method: str, path: str, key: str, is_streamed: bool) -> bytes:
+        """The head of a request but for its length: nothing of the client's goes into it.  [RFC 9112 3.2]"""
         url = self._settings.openai_base_url
         target = f"{url.path}{path}" + (f"?{url.query}" if url.query else "")
         if self._proxy is not None and self._tls is None:
@@ -4849,15 +4861,13 @@ class Upstream:
         headers = {"Host": url.netloc, "Authorization": f"Bearer {key}", "Content-Type": "application/json",
                    "Accept": "text/event-stream" if is_streamed else "application/json",
                    "Accept-Encoding": "identity", "User-Agent": f"aiapiproxy/{__version__}"}
-        if method != "GET":
-            headers["Content-Length"] = str(len(body))
         if self._proxy is not None and self._tls is None and self._proxy.username:
             headers["Proxy-Authorization"] = basic_credentials(self._proxy)
         for name, value in self._settings.upstream_headers:
             for known in [known for known in headers if known.lower() == name.lower()]:
                 del headers[known]
             headers[name] = value
-        return encoded_head(f"{method} {target} HTTP/1.1", headers.items())
+        return encoded_head(f"{method} {target} HTTP/1.1", headers.items())[:-2]
 
     # ---- connections --------------------------------------------------------
 
@@ -4879,7 +4889,8 @@ class Upstream:
             return
         connection.stream.relax()
         connection.idle_since = time.time()
-        connection.stream.transport.set_protocol(IdleGuard(self._idle, connection))
+        connection.guard = connection.guard or IdleGuard(self._idle, connection)
+        connection.stream.transport.set_protocol(connection.guard)
         self._idle.append(connection)
         if self._reaper is None:
             self._reaper = self._loop.call_later(IDLE_TIME / 4, self._reap)
@@ -5003,6 +5014,7 @@ class Upstream:
 
 
 IDLE_TIME = 60.0                         # seconds; most servers and NATs keep longer
+KEPT_HEADS = 64                          # in pass-through mode there is one for each client's key
 CONNECT_TIME = 30.0                      # seconds for TCP, tunnel and TLS
 WRITE_PIECE = 262144                     # bytes of a large body at a time
 LAST_BYTES_WAIT = 1.0                    # seconds for what follows [DONE]
@@ -5248,7 +5260,8 @@ class Transaction:
         return bytes(data)
 
     async def _body_piece(self) -> bytes:
-        self._stream.expect(self._stream.now() + BODY_SILENCE)
+        if not self._stream.has_pushed:
+            self._stream.expect(self._stream.now() + BODY_SILENCE)
         try:
             data = await self._stream.read()
         except TimedOut:
@@ -5348,6 +5361,8 @@ class App:
         self.tasks: Set[asyncio.Task] = set()
         self.truncation_warned: Set[str] = set()
         self.pid = os.getpid()
+        self.loop = asyncio.get_running_loop()
+        self.new_id = RandomIds()
         self.use(settings)
 
     def use(self, settings: Settings) -> None:
@@ -5375,10 +5390,17 @@ class App:
 LEARNED_MODELS = 100                     # names of models are the client's to choose
 
 
-def new_id(size: int) -> str:
-    """A random string of so many letters and digits."""
-    text = base64.b64encode(os.urandom(size), b"Zz").decode()
-    return text[:size]
+class RandomIds:
+    """Makes random strings of letters and digits; asks the system for many bytes at a time."""
+
+    def __init__(self) -> None:
+        self._pool = ""
+
+    def __call__(self, size: int) -> str:
+        if len(self._pool) < size:
+            self._pool = base64.b64encode(os.urandom(3072), b"Zz").decode()
+        text, self._pool = self._pool[:size], self._pool[size:]
+        return text
 
 
 # ---- answering --------------------------------------------------------------
@@ -5576,11 +5598,11 @@ async def messages(app: App, tx: Transaction) -> Optional[Response]:
     exchange = openai_request(await tx.json(app.settings.max_request_size), app.settings, session)
     prepare(app, tx, exchange, key, session)
     if exchange.is_empty:
-        return await whole_answer(app, tx, exchange, empty_message(exchange, new_id))
+        return await whole_answer(app, tx, exchange, empty_message(exchange, app.new_id))
     try:
         reply = await ask_upstream(app, tx, exchange, key)
     except NothingGenerated:
-        return await whole_answer(app, tx, exchange, empty_message(exchange, new_id))
+        return await whole_answer(app, tx, exchange, empty_message(exchange, app.new_id))
     tx.extra_headers.update(ratelimit_headers(reply.headers, time.time()))
     relay = Relay(app, tx, exchange, reply)
     try:
@@ -5608,7 +5630,7 @@ def prepare(app: App, tx: Transaction, exchange: Exchange, key: str, session: st
 async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str) -> Reply:
     """The upstream's 2xx answer.  A refusal that teaches something changes the request, which is sent again."""
     tx.check_client()
-    loop = asyncio.get_running_loop()
+    loop = app.loop
     for tries_left in range(MAX_LESSONS, -1, -1):
         settings = app.settings
         is_streamed = exchange.body.get("stream") is True
@@ -5644,7 +5666,9 @@ async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str) 
 
 def body_bytes(exchange: Exchange) -> bytes:
     try:
-        return json_bytes(exchange.body)
+        data = json_bytes(exchange.body)
+        exchange.sent_bytes = len(data)
+        return data
     except ValueError:
         raise ProxyError(400, "Request body is not valid JSON: nested too deeply") from None
 
@@ -5675,9 +5699,9 @@ class Relay:
         self._tx = tx
         self._exchange = exchange
         self._reply = reply
-        self._loop = asyncio.get_running_loop()
+        self._loop = app.loop
         kind = StreamTranslator if exchange.is_streamed else MessageCollector
-        self._translator = kind(exchange, new_id, tx.id)
+        self._translator = kind(exchange, app.new_id, tx.id)
         self._last_read = self._loop.time()
         self._timer = self._loop.call_later(FIRST_CHUNK_WAIT, self._tick) if exchange.is_streamed else None
 
@@ -5749,7 +5773,7 @@ class Relay:
             completion = completion[0]
         if is_object(completion) and is_error(completion):
             raise error_of_object(completion, self._exchange)
-        message = anthropic_message(completion, self._exchange, new_id)
+        message = anthropic_message(completion, self._exchange, self._app.new_id)
         self._translator.stop, self._translator.usage = message, message["usage"]
         self._translator.finish_reason = self._translator.finish_reason or "stop"
         self._note()
@@ -5823,7 +5847,7 @@ async def whole_answer(app: App, tx: Transaction, exchange: Exchange, message: J
         "input_tokens", "output_tokens", "cache_read_input_tokens")})
     if not exchange.is_streamed:
         return json_response(message)
-    translator = translator or StreamTranslator(exchange, new_id, tx.id)
+    translator = translator or StreamTranslator(exchange, app.new_id, tx.id)
     await tx.send(translator.message(message), is_last=True)
     return None
 
@@ -5832,16 +5856,18 @@ def warn_of_truncation(app: App, exchange: Exchange, usage: Json) -> None:
     """Ollama and its like cut long prompts without a word: the token count gives them away."""
     prompt = sum(usage.get(name) or 0 for name in (
         "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
-    if exchange.profile.host != "other" or prompt * 2 >= TRUNCATION_PROMPT and prompt * 2 >= exchange.input_estimate():
+    if exchange.profile.host != "other" or prompt * MANY_BYTES > exchange.sent_bytes \
+            or exchange.profile.model in app.truncation_warned:
         return
     estimate = exchange.input_estimate()
-    if estimate >= TRUNCATION_PROMPT and 0 < prompt * 2 < estimate and exchange.profile.model not in app.truncation_warned:
+    if estimate >= TRUNCATION_PROMPT and 0 < prompt * 2 < estimate:
         app.truncation_warned.add(exchange.profile.model)
         log(logging.WARNING, "prompt_truncated", upstream_model=exchange.profile.model, prompt_tokens=prompt, estimate=estimate,
             message=f"{exchange.profile.model} saw {prompt} tokens of a prompt of about {estimate}: the server has cut "
             "it. Raise its context window (Ollama: OLLAMA_CONTEXT_LENGTH=65536)")
 
 
+MANY_BYTES = 5                           # bytes for each token: only above that is it worth to estimate
 TRUNCATION_PROMPT = 3000                 # estimated tokens from which on a cut is plain to see
 
 
@@ -5937,7 +5963,7 @@ def unready_reason(app: App) -> str:
     if app.is_draining:
         return "shutting down"
     attempts = app.upstream.attempts
-    is_recent = bool(attempts) and asyncio.get_running_loop().time() - attempts[-1][0] < 60
+    is_recent = bool(attempts) and app.loop.time() - attempts[-1][0] < 60
     if len(attempts) >= 3 and is_recent and not any(is_good for _, is_good in attempts):
         return f"the last {len(attempts)} connections to {app.upstream.host} failed"
     return ""
@@ -6069,7 +6095,7 @@ class Server:
     async def _serve_request(self, stream: ByteStream, protocol: WatchedProtocol, client: str,
                              task: asyncio.Task) -> bool:
         """Answers one request.  Returns whether the connection can take another."""
-        request_id = "req_" + new_id(24)
+        request_id = "req_" + self.app.new_id(24)
         try:
             request = await self._next_request(stream)
         except ProtocolError as error:
@@ -6327,7 +6353,7 @@ def demo_message(asked: Json) -> Json:
     if wanted and asked.get("tool_choice") != "none":
         arguments = demo_value(wanted[0]["parameters"])
         return {"role": "assistant", "content": "This is the demo of aiapiproxy; it calls a tool. ", "tool_calls": [{
-            "id": "call_demo_" + new_id(8), "type": "function",
+            "id": "call_demo_" + RandomIds()(8), "type": "function",
             "function": {"name": wanted[0]["name"], "arguments": json_text(arguments)}}]}
     return {"role": "assistant", "content": "Hello from the demo of aiapiproxy. No model has read this: your request of "
             f"{len(asked['messages'])} message(s) was translated to Chat Completions, answered by a built-in upstream "
