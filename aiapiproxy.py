@@ -1,8 +1,101 @@
 #!/usr/bin/env python3
 """aiapiproxy: the Anthropic Messages API in front of any OpenAI-compatible model.
+
+    python3 aiapiproxy.py --demo         serves on 127.0.0.1:8082 without a key, to look at
+    python3 aiapiproxy.py                serves with OPENAI_API_KEY and OPENAI_BASE_URL from ./.env
+    python3 aiapiproxy.py --check        says what is missing
+
+Claude Code and all that speaks the Anthropic SDKs sends POST /v1/messages; this program translates it
+to POST {OPENAI_BASE_URL}/chat/completions and the answer back, streams chunk by chunk.  One file, the
+standard library, Python 3.9 and newer.
+
+The first half cannot block, because it cannot wait: sections 1 to 10 hold no await and no socket, and
+5 to 8, the translations, are the heart.  A section names nothing from a section below it; inside one,
+the function that is the section comes first, then what it calls, the tables that it reads last.
+
+     1  ERRORS                                            ProxyError and its kinds: every failure a client can see
+     2  JSON                                              reading hostile JSON, writing clean JSON
+     3  SETTINGS                                          Settings: one field for each environment variable
+     4  TOKENS                                            estimated_tokens: the size of a prompt without a vocabulary
+     5  REQUEST: ANTHROPIC TO OPENAI                      openai_request -> Exchange
+     6  RESPONSE: OPENAI TO ANTHROPIC                     anthropic_message; stop reasons, usage, TextFilter
+     7  REFUSALS: WHAT THE UPSTREAM SAYS WHEN IT WILL NOT    upstream_error; LESSONS: changes that refusals teach
+     8  STREAM: CHUNKS TO EVENTS                          StreamTranslator, MessageCollector, SSEDecoder
+     9  HTTP/1.1 ON THE WIRE                              heads as pure functions, bodies with feed()
+    10  LOGS AND METRICS                                  log, Metrics, History
+    11  BYTE STREAMS (waiting starts here)                ByteStream: one connection, on both sides
+    12  UPSTREAM                                          Upstream.send -> Reply; pool, TLS, outgoing proxy
+    13  HANDLERS                                          respond, ROUTES, messages, Relay; who may call
+    14  SERVER                                            Server: a task for each connection
+    15  DEMO                                              the upstream of --demo
+    16  STATUS PAGE                                       the page at /
+    17  MAIN                                              command line, signals, workers, --check, --replay
+
+One request as data:
+
+    bytes -> Request -> Json (Anthropic) -> Exchange with Json (OpenAI) -> bytes => UPSTREAM
+    UPSTREAM => bytes -> data of events -> deltas -> segments -> events -> bytes
+
+    Server._serve -> respond -> messages -> openai_request, Upstream.send, Relay -> StreamTranslator
+
+What always holds:
+  - an answer that looks complete is complete: what broke ends with an error, never with message_stop;
+  - a client that goes ends its upstream call at once;
+  - no key but the upstream's own leaves for the upstream, and none appears in a log, page or answer;
+  - what is in memory is bounded: a slow reader slows its upstream;
+  - no state outlives a request but connections and lessons: any number of copies can share the work.
+
+To add: a content block, a row of USER_PARTS or ASSISTANT_PARAGRAPHS (5); a quirk of an upstream that it
+tells by an error, a row of LESSONS (7); an endpoint, a function and a row of ROUTES (13); a setting, a
+field of Settings (3) and its line in env.example; a metric, a row of METRICS (10).
+
+Left out on purpose: batches, files, the Responses API, server tools, HTTP/2, TLS towards clients (nginx
+has it), answers from a cache, anything that would have to remember a conversation.
+
+References: [Anthropic: ...] and [OpenAI: ...] are their API references, [RFC 9110] HTTP, [RFC 9112]
+HTTP/1.1, [WHATWG] server-sent events, [Fetch] CORS, [Prometheus] its text format.
 """
 
 from __future__ import annotations
+
+import os
+import sys
+
+
+def start_over_lean() -> None:
+    """Replaces this process by one that runs the same code without its syntax tree: 30 MB at idle instead of 44.
+
+    Python keeps the tree of the script that it was started with for as long as the script runs.  So the
+    code, once compiled, goes through an unlinked file to a fresh interpreter: same process id, arguments and
+    streams, 20 ms.  Where that can't be done, or somebody watches (a debugger, a profiler), nothing is.
+    """
+    import marshal
+    frame = sys._getframe(1)
+    if sys.gettrace() or sys.getprofile() or sys.warnoptions or sys._xoptions or sys.flags != CLEAN_FLAGS:
+        return
+    path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f".aiapiproxy-{os.getpid()}-{os.urandom(8).hex()}")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        os.unlink(path)
+        with open(descriptor, "wb", closefd=False) as file:
+            marshal.dump(frame.f_code, file)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.set_inheritable(descriptor, True)
+        os.execv(sys.executable, [sys.executable, "-S", "-c", LEAN_START, __file__, str(descriptor), *sys.argv[1:]])
+    except OSError:
+        return
+
+
+LEAN_START = """\
+import marshal, os, sys
+del sys.argv[0]
+with os.fdopen(int(sys.argv.pop(1)), "rb") as file: code = marshal.load(file)
+exec(code, {"__name__": "__main__", "__file__": sys.argv[0], "__builtins__": __builtins__, "IS_LEAN": True})
+"""
+CLEAN_FLAGS = sys.flags
+
+if __name__ == "__main__" and "IS_LEAN" not in globals():
+    start_over_lean()
 
 import argparse
 import asyncio
@@ -15,21 +108,20 @@ import ipaddress
 import json
 import logging
 import math
-import os
+import mmap
 import re
 import select
 import signal
 import socket
 import ssl
 import stat
-import sys
+import struct
 import time
 import zlib
 from bisect import bisect_left
 from collections import defaultdict, deque
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
-from email.utils import formatdate, parsedate_to_datetime
 from functools import cached_property, lru_cache
 from http import HTTPStatus
 from json.decoder import scanstring
@@ -39,86 +131,12 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 __version__ = "1.0.0"
 
-
-# ============================================================================
-# 1. JSON
-# ============================================================================
-#
-# What comes in is read with care for what hostile text can hold: numbers that no
-# float can hold, nesting that no stack can hold.  What goes out is compact ASCII
-# and never has half a surrogate pair, which would kill Python clients.
-
 Json = Dict[str, Any]
 NewId = Callable[[int], str]             # a random string of so many letters and digits
 
 
-def json_text(value: Any) -> str:
-    """Compact ASCII JSON.  Raises ValueError for NaN, infinity and what is nested too deep."""
-    try:
-        text = _encode(value)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return LONE_SURROGATE.sub(_paired, text) if "\\ud" in text else text
-
-
-def json_bytes(value: Any) -> bytes:
-    return json_text(value).encode("ascii")
-
-
-def json_value(text: str) -> Any:
-    """The value of JSON text; raw control characters inside strings are let pass.
-
-    Raises ValueError for all that is not JSON, NaN and infinity included.
-    """
-    try:
-        return _strict_decoder.decode(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def request_json(body: bytes) -> Any:
-    """The JSON value of a client's body.  Raises ProxyError(400) that says what is wrong, and where."""
-    try:
-        text = body.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ProxyError(400, f"Request body is not valid JSON: not UTF-8 at byte {error.start}") from None
-    try:
-        return _client_decoder.decode(text)
-    except json.JSONDecodeError as error:
-        raise ProxyError(400, "Request body is not valid JSON: "
-                         f"{error.msg} (line {error.lineno}, column {error.colno})") from None
-    except ValueError as error:
-        raise ProxyError(400, f"Request body is not valid JSON: {str(error)[:200]}") from None
-    except RecursionError:
-        raise ProxyError(400, "Request body is not valid JSON: nested too deeply") from None
-
-
-def finite_float(text: str) -> float:
-    value = float(text)
-    if value in (math.inf, -math.inf):
-        raise ValueError(f"the number {text[:20]} is too large")
-    return value
-
-
-def no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not allowed")
-
-
-def _paired(match: Match[str]) -> str:
-    return "\\ufffd" if match[1] else match[0]
-
-
-# An escaped backslash or a whole pair is passed over; what group 1 catches has no partner.
-LONE_SURROGATE = re.compile(r"\\\\|\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|\\u(d[89a-f][0-9a-f]{2})")
-
-_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
-_client_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=no_constant)
-_strict_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=no_constant, strict=False)
-_decoder = json.JSONDecoder(strict=False)        # for what an upstream sends, whatever it holds
-
-
 # ============================================================================
-# 2. ERRORS
+# 1. ERRORS
 # ============================================================================
 #
 # Every failure that a client can see is a ProxyError: the status, the kind that
@@ -192,6 +210,79 @@ ERROR_KINDS = {
     413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
     529: "overloaded_error",
 }
+
+
+# ============================================================================
+# 2. JSON
+# ============================================================================
+#
+# What comes in is read with care for what hostile text can hold: numbers that no
+# float can hold, nesting that no stack can hold.  What goes out is compact ASCII
+# and never has half a surrogate pair, which would kill Python clients.
+
+def json_text(value: Any) -> str:
+    """Compact ASCII JSON.  Raises ValueError for NaN, infinity and what is nested too deep."""
+    try:
+        text = _encode(value)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return LONE_SURROGATE.sub(_paired, text) if "\\ud" in text else text
+
+
+def json_bytes(value: Any) -> bytes:
+    return json_text(value).encode("ascii")
+
+
+def json_value(text: str) -> Any:
+    """The value of JSON text; raw control characters inside strings are let pass.
+
+    Raises ValueError for all that is not JSON, NaN and infinity included.
+    """
+    try:
+        return _strict_decoder.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def request_json(body: bytes) -> Any:
+    """The JSON value of a client's body.  Raises ProxyError(400) that says what is wrong, and where."""
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ProxyError(400, f"Request body is not valid JSON: not UTF-8 at byte {error.start}") from None
+    try:
+        return _client_decoder.decode(text)
+    except json.JSONDecodeError as error:
+        raise ProxyError(400, "Request body is not valid JSON: "
+                         f"{error.msg} (line {error.lineno}, column {error.colno})") from None
+    except ValueError as error:
+        raise ProxyError(400, f"Request body is not valid JSON: {str(error)[:200]}") from None
+    except RecursionError:
+        raise ProxyError(400, "Request body is not valid JSON: nested too deeply") from None
+
+
+def finite_float(text: str) -> float:
+    value = float(text)
+    if value in (math.inf, -math.inf):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _paired(match: Match[str]) -> str:
+    return "\\ufffd" if match[1] else match[0]
+
+
+# An escaped backslash or a whole pair is passed over; what group 1 catches has no partner.
+LONE_SURROGATE = re.compile(r"\\\\|\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|\\u(d[89a-f][0-9a-f]{2})")
+
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
+_client_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=no_constant)
+_strict_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=no_constant, strict=False)
+_decoder = json.JSONDecoder(strict=False)        # for what an upstream sends, whatever it holds
 
 
 # ============================================================================
@@ -2561,6 +2652,7 @@ def retry_after(text: str, found: Refusal, now: float) -> Optional[float]:
     if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
         return float(text)
     if text:
+        from email.utils import parsedate_to_datetime        # rarely needed: 1 MB that idles
         try:
             return parsedate_to_datetime(text).timestamp() - now
         except (TypeError, ValueError, IndexError, OverflowError):
@@ -4568,6 +4660,83 @@ def rendered_histogram(name: str, buckets: Mapping[str, float], total: float) ->
     yield f"{name}_count {reached:.15g}"
 
 
+class History:
+    """The last requests, and the last hour by minutes: what the status page draws."""
+
+    def __init__(self) -> None:
+        self.recent: Deque[Json] = deque(maxlen=RECENT_REQUESTS)
+        self.minutes: Deque[Json] = deque(maxlen=60)
+
+    def add(self, request: Json) -> None:
+        self.recent.append(request)
+        minute = int(time.time()) // 60 * 60
+        if not self.minutes or self.minutes[-1]["minute"] != minute:
+            self.minutes.append({"minute": minute, **dict.fromkeys(MINUTE_SUMS, 0)})
+        sums = self.minutes[-1]
+        sums["requests"] += 1
+        sums["errors"] += request["outcome"] not in ("ok", "client_gone")
+        for name in ("input_tokens", "cache_read_input_tokens", "output_tokens"):
+            sums[name] += request.get(name) or 0
+        for name in ("ttft_ms", "duration_ms"):
+            if request.get(name) is not None:
+                sums[name] += request[name]
+                sums[name + "_count"] += 1
+
+
+RECENT_REQUESTS = 50
+MINUTE_SUMS = ("requests", "errors", "input_tokens", "cache_read_input_tokens", "output_tokens", "ttft_ms",
+               "ttft_ms_count", "duration_ms", "duration_ms_count")
+
+
+def last_hour(minutes: Iterable[Json], now: float) -> List[Json]:
+    """Sixty minutes, oldest first, with the means of the times; minutes of several workers are added up."""
+    newest = int(now) // 60 * 60
+    sums = {newest - 60 * age: dict.fromkeys(MINUTE_SUMS, 0) for age in range(59, -1, -1)}
+    for entry in minutes:
+        for name in MINUTE_SUMS if entry["minute"] in sums else ():
+            sums[entry["minute"]][name] += entry[name]
+    hour = []
+    for minute, entry in sums.items():
+        means = {name: round(entry[name] / entry[name + "_count"], 1) if entry[name + "_count"] else None
+                 for name in ("ttft_ms", "duration_ms")}
+        hour.append({"minute": minute, **{name: entry[name] for name in MINUTE_SUMS[:5]}, **means})
+    return hour
+
+
+class Board:
+    """Memory that workers share: each writes what it has counted into its own slot, all can read all.
+
+    A slot is a sequence number, odd while it is being written, a length, and JSON.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._memory = mmap.mmap(-1, slots * SLOT_SIZE)
+        self.slots = slots
+
+    def write(self, slot: int, value: Any) -> None:
+        data = json_bytes(value)
+        start = slot * SLOT_SIZE
+        sequence = SLOT_HEAD.unpack_from(self._memory, start)[0]
+        if len(data) <= SLOT_SIZE - SLOT_HEAD.size:
+            SLOT_HEAD.pack_into(self._memory, start, sequence | 1, len(data))
+            self._memory[start + SLOT_HEAD.size:start + SLOT_HEAD.size + len(data)] = data
+            SLOT_HEAD.pack_into(self._memory, start, (sequence | 1) + 1, len(data))
+
+    def read(self, slot: int) -> Json:
+        """What a worker wrote last; {} for one that has written nothing, or writes just now."""
+        start = slot * SLOT_SIZE
+        for _ in range(100):
+            sequence, size = SLOT_HEAD.unpack_from(self._memory, start)
+            data = self._memory[start + SLOT_HEAD.size:start + SLOT_HEAD.size + size]
+            if not sequence & 1 and SLOT_HEAD.unpack_from(self._memory, start)[0] == sequence:
+                return json.loads(data) if data else {}
+        return {}
+
+
+SLOT_SIZE = 262144                       # bytes: fifty requests, sixty minutes and all sums take about 40,000
+SLOT_HEAD = struct.Struct("QQ")
+
+
 METRICS = {
     "build_info": ("gauge", "Version of the proxy and of Python."),
     "uptime_seconds": ("gauge", "Seconds since the start."),
@@ -5345,14 +5514,22 @@ def http_date() -> str:
 
 @lru_cache(maxsize=2)
 def _http_date(second: int) -> str:
-    return formatdate(second, usegmt=True)
+    moment = time.gmtime(second)
+    return time.strftime(f"{DAYS[moment.tm_wday]}, %d {MONTHS[moment.tm_mon - 1]} %Y %H:%M:%S GMT", moment)
+
+
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
 class App:
     """What all requests share: settings, upstream, what was learned, what is counted."""
 
-    def __init__(self, settings: Settings, page: str = "") -> None:
+    def __init__(self, settings: Settings, page: str = "", board: Optional[Board] = None, slot: int = 0) -> None:
         self.metrics = Metrics()
+        self.history = History()
+        self.board = board                       # where several workers add up what they count
+        self.slot = slot
         self.page = page                         # the status page
         self.in_flight = 0
         self.is_draining = False
@@ -5360,9 +5537,10 @@ class App:
         self.lessons: Dict[str, Dict[str, Any]] = {}         # mapped model -> lesson's name -> argument
         self.tasks: Set[asyncio.Task] = set()
         self.truncation_warned: Set[str] = set()
-        self.pid = os.getpid()
+        self.pid = os.getpid() if board is None else os.getppid()
         self.loop = asyncio.get_running_loop()
         self.new_id = RandomIds()
+        self._is_published = True
         self.use(settings)
 
     def use(self, settings: Settings) -> None:
@@ -5387,6 +5565,40 @@ class App:
         task.add_done_callback(self.tasks.discard)
 
 
+    def count(self, request: Optional[Json]) -> None:
+        """Keeps a request for the status page, and lets the other workers know, soon."""
+        if request is not None:
+            self.history.add(request)
+        if self.board is not None and self._is_published:
+            self._is_published = False
+            self.loop.call_later(PUBLISH_TIME, self.publish)
+
+    def publish(self) -> None:
+        self._is_published = True
+        if self.board is not None:
+            self.board.write(self.slot, self.counts())
+
+    def counts(self) -> Json:
+        """All that this worker has counted, and how it is."""
+        return {"sums": self.metrics.sums, "in_flight": self.in_flight, "idle": self.upstream.idle_count,
+                "recent": list(self.history.recent), "minutes": list(self.history.minutes), "lessons": self.lessons}
+
+    def all_counts(self) -> List[Json]:
+        """The counts of all workers, this one's first."""
+        others = [self.board.read(slot) for slot in range(self.board.slots) if slot != self.slot] if self.board else []
+        return [self.counts(), *filter(None, others)]
+
+    def inherit(self) -> None:
+        """Goes on counting where a worker that died in this slot had stopped."""
+        found = self.board.read(self.slot) if self.board is not None else {}
+        for name, series in found.get("sums", {}).items():
+            for labels, amount in series.items():
+                self.metrics.add(name, labels, amount)
+        self.history.recent.extend(found.get("recent", ()))
+        self.history.minutes.extend(found.get("minutes", ()))
+
+
+PUBLISH_TIME = 0.05                      # seconds for which the counts of several requests are gathered
 LEARNED_MODELS = 100                     # names of models are the client's to choose
 
 
@@ -5595,8 +5807,21 @@ async def messages(app: App, tx: Transaction) -> Optional[Response]:
     """Translate, send, translate back.  [Anthropic: Messages]"""
     key = upstream_key(tx.request, app.settings)
     session = tx.request.headers.get("x-claude-code-session-id", "")
-    exchange = openai_request(await tx.json(app.settings.max_request_size), app.settings, session)
+    asked = await tx.json(app.settings.max_request_size)
+    exchange = openai_request(asked, app.settings, session)
     prepare(app, tx, exchange, key, session)
+    recording = Recording(tx, exchange, asked, app.settings) if app.settings.record_dir else None
+    del asked                            # a large request stands in memory once, as the upstream's
+    try:
+        return await answered(app, tx, exchange, key, recording)
+    finally:
+        if recording is not None:
+            recording.save()
+
+
+async def answered(app: App, tx: Transaction, exchange: Exchange, key: str,
+                   recording: Optional[Recording]) -> Optional[Response]:
+    """Asks the upstream and brings its answer to the client."""
     if exchange.is_empty:
         return await whole_answer(app, tx, exchange, empty_message(exchange, app.new_id))
     try:
@@ -5604,7 +5829,9 @@ async def messages(app: App, tx: Transaction) -> Optional[Response]:
     except NothingGenerated:
         return await whole_answer(app, tx, exchange, empty_message(exchange, app.new_id))
     tx.extra_headers.update(ratelimit_headers(reply.headers, time.time()))
-    relay = Relay(app, tx, exchange, reply)
+    if recording is not None:
+        recording.answered(reply)
+    relay = Relay(app, tx, exchange, reply, recording)
     try:
         return await relay.run()
     finally:
@@ -5691,10 +5918,65 @@ ERROR_BODY = 1048576                     # bytes of an error's body that are loo
 ANSWER_BODY = 67108864                   # bytes of a whole answer: 64 MiB
 
 
+class Recording:
+    """One exchange as it went over the wire, for a report of a fault: RECORD_DIR has a file of each."""
+
+    def __init__(self, tx: Transaction, exchange: Exchange, asked: Json, settings: Settings) -> None:
+        self._secrets = exchange.secrets
+        self._began = time.time()
+        self._size = 0
+        self._folder = settings.record_dir
+        self._name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(self._began))}-{tx.id}.json"
+        self.fields: Json = {
+            "version": __version__, "request_id": tx.id, "time": rfc3339(self._began),
+            "settings": {"OPENAI_BASE_URL": settings.openai_base_url._replace(query="").geturl(),
+                         **{f"CLAUDE_{family.upper()}_MODEL": name for family, name in model_map(settings).items()}},
+            "session_id": tx.request.headers.get("x-claude-code-session-id", ""),
+            "client_request": asked, "upstream_request": exchange.body, "upstream_status": 0,
+            "upstream_headers": {}, "upstream": [], "events": []}
+
+    def answered(self, reply: Reply) -> None:
+        kept = ("content-type", "content-encoding", "transfer-encoding", "retry-after", "x-request-id")
+        self.fields["upstream_status"] = reply.status
+        self.fields["upstream_headers"] = {name: reply.headers[name] for name in kept if name in reply.headers}
+
+    def add(self, stream: str, data: bytes) -> None:
+        """Bytes of `upstream` or `events`, with the milliseconds since the start; latin-1 keeps every byte."""
+        self._size += len(data)
+        if self._size <= RECORDED_BYTES:
+            self.fields[stream].append([round((time.time() - self._began) * 1000, 1), data.decode("latin-1")])
+        else:
+            self.fields["is_cut"] = True
+
+    def save(self) -> None:
+        """Writes the file, mode 600, and removes the oldest ones over RECORDED_FILES."""
+        text = json.dumps(self.fields, indent=1)
+        for secret in self._secrets:
+            text = text.replace(json.dumps(secret)[1:-1], f"sk-...{secret[-4:]}")
+        try:
+            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+            path = os.path.join(self._folder, self._name)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+            names = sorted(name for name in os.listdir(self._folder) if RECORDED_NAME.fullmatch(name))
+            for name in names[:-RECORDED_FILES]:
+                os.unlink(os.path.join(self._folder, name))
+        except OSError as error:
+            log(logging.WARNING, "record", message=f"RECORD_DIR {self._folder} cannot be written: {error.strerror}")
+
+
+RECORDED_BYTES = 16777216                # bytes of one exchange that are kept
+RECORDED_FILES = 200                     # files that are kept
+RECORDED_NAME = re.compile(r"\d{8}T\d{6}-req_\w{24}\.json")
+
+
 class Relay:
     """Carries one answer from the upstream to the client, and keeps the client awake meanwhile."""
 
-    def __init__(self, app: App, tx: Transaction, exchange: Exchange, reply: Reply) -> None:
+    def __init__(self, app: App, tx: Transaction, exchange: Exchange, reply: Reply,
+                 recording: Optional[Recording]) -> None:
+        self._recording = recording
         self._app = app
         self._tx = tx
         self._exchange = exchange
@@ -5743,7 +6025,10 @@ class Relay:
     async def _read(self) -> bytes:
         if self._translator.finish_reason is None:           # else comments could keep a finished answer open
             self._last_read = self._loop.time()
-        return await self._reply.read()
+        data = await self._reply.read()
+        if self._recording is not None:
+            self._recording.add("upstream", data)
+        return data
 
     async def _first_bytes(self) -> bytes:
         """What tells events from JSON: the first byte that is not a blank, or a whole line of JSON.
@@ -5762,7 +6047,10 @@ class Relay:
 
     async def _whole(self, start: bytes) -> Optional[Response]:
         """An answer in plain JSON, whether it was to be a stream or not."""
-        body = start + await self._reply.read_all(ANSWER_BODY)
+        rest = await self._reply.read_all(ANSWER_BODY)
+        body = start + rest
+        if self._recording is not None:
+            self._recording.add("upstream", rest)
         try:
             completion = _decoder.decode(body.decode("utf-8-sig", "replace").strip())
         except (ValueError, RecursionError):
@@ -5784,6 +6072,8 @@ class Relay:
         tx = self._tx
         if tx.first_token is None and translator.has_content:
             tx.first_token = self._loop.time()
+        if self._recording is not None:
+            self._recording.add("events", events)
         await tx.send(events, is_last=translator.done)
 
     def _tick(self) -> None:
@@ -5940,7 +6230,9 @@ CLAUDE_MODELS = {
 
 def health_fields(app: App, status: str) -> Json:
     return {"status": status, "service": "aiapiproxy", "version": __version__, "timestamp": rfc3339(time.time()),
-            "uptime_seconds": round(time.time() - app.began, 3), "in_flight": app.in_flight, "pid": app.pid}
+            "uptime_seconds": round(time.time() - app.began, 3),
+            "in_flight": sum(counts["in_flight"] for counts in app.all_counts()) if app.board else app.in_flight,
+            "pid": app.pid}
 
 
 async def health(app: App, tx: Transaction) -> Response:
@@ -5971,18 +6263,71 @@ def unready_reason(app: App) -> str:
 
 async def metrics(app: App, tx: Transaction) -> Response:
     """GET /metrics  [Prometheus: text format 0.0.4]"""
-    sums = {name: dict(series) for name, series in app.metrics.sums.items()}
+    workers = app.all_counts()
+    sums = summed(counts["sums"] for counts in workers)
     python = ".".join(map(str, sys.version_info[:3]))
     sums["build_info"] = {f'version="{__version__}",python="{python}"': 1}
     sums["uptime_seconds"] = {"": round(time.time() - app.began, 3)}
-    sums["in_flight"] = {"": app.in_flight}
-    sums["upstream_connections_idle"] = {"": app.upstream.idle_count}
+    sums["in_flight"] = {"": sum(counts["in_flight"] for counts in workers)}
+    sums["upstream_connections_idle"] = {"": sum(counts["idle"] for counts in workers)}
     sums["learned_adjustments"] = {
         f'model="{app.metrics.model_label(name)}",adjustment="{lesson}"': 1
-        for name, learned in app.lessons.items() for lesson in learned}
+        for counts in workers for name, learned in counts["lessons"].items() for lesson in learned}
     for name in ("upstream_connections_opened_total", "upstream_connections_reused_total", "upstream_resends_total"):
         sums.setdefault(name, {"": 0})
     return Response(200, rendered_metrics(sums), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def summed(parts: Iterable[Mapping[str, Mapping[str, float]]]) -> Dict[str, Dict[str, float]]:
+    """The sums of several workers as one."""
+    total: Dict[str, Dict[str, float]] = {}
+    for sums in parts:
+        for name, series in sums.items():
+            kept = total.setdefault(name, {})
+            for labels, amount in series.items():
+                kept[labels] = kept.get(labels, 0) + amount
+    return total
+
+
+async def status(app: App, tx: Transaction) -> Response:
+    """GET /status: what the status page shows.  Never a prompt, never a key."""
+    settings, workers = app.settings, app.all_counts()
+    recent = sorted((request for counts in workers for request in counts["recent"]),
+                    key=lambda request: request["time"], reverse=True)[:RECENT_REQUESTS]
+    requests = summed(counts["sums"] for counts in workers).get("requests_total", {})
+    api = {labels: amount for labels, amount in requests.items() if 'route="/v1/messages"' in labels}
+    reason = unready_reason(app)
+    return json_response({
+        "version": __version__, "uptime_seconds": round(time.time() - app.began, 3),
+        "health": "not_ready" if reason else "ready", "reason": reason,
+        "upstream": {"host": app.upstream.host, "url": settings.openai_base_url._replace(query="").geturl()},
+        "models": model_map(settings), "in_flight": sum(counts["in_flight"] for counts in workers),
+        "workers": settings.workers, "requests": sum(api.values()),
+        "errors": sum(amount for labels, amount in api.items()
+                      if 'outcome="ok"' not in labels and 'outcome="client_gone"' not in labels),
+        "recent": recent,
+        "minutes": last_hour((entry for counts in workers for entry in counts["minutes"]), time.time()),
+        "adjustments": [{"model": name, "adjustment": lesson.replace("_", " "),
+                         "value": "" if value is True else str(value)}
+                        for counts in workers for name, learned in counts["lessons"].items()
+                        for lesson, value in learned.items()],
+        "environment": shell_lines(settings, tx.request.authority)})
+
+
+def model_map(settings: Settings) -> Dict[str, str]:
+    return {"haiku": settings.claude_haiku_model, "sonnet": settings.claude_sonnet_model,
+            "opus": settings.claude_opus_model}
+
+
+def shell_lines(settings: Settings, authority: str) -> List[str]:
+    """What points Claude Code here, as lines for a shell."""
+    return [f"export ANTHROPIC_BASE_URL=http://{authority}", f"export ANTHROPIC_AUTH_TOKEN={token_hint(settings)}"]
+
+
+def token_hint(settings: Settings) -> str:
+    if settings.proxy_api_key:
+        return "ONE_OF_PROXY_API_KEY"
+    return "YOUR_UPSTREAM_KEY" if settings.passes_keys_on else "any"
 
 
 async def front(app: App, tx: Transaction) -> Response:
@@ -6013,6 +6358,7 @@ ROUTES = {
     "/health/live": Route("GET", health_live),
     "/health/ready": Route("GET", health_ready),
     "/metrics": Route("GET", metrics),
+    "/status": Route("GET", status),
     "/": Route("GET", front),
 }
 
@@ -6030,9 +6376,11 @@ ROUTES = {
 class Server:
     """Listens, serves connections, and ends them in an orderly way."""
 
-    def __init__(self, settings: Settings, page: str = "") -> None:
+    def __init__(self, settings: Settings, page: str = "", board: Optional[Board] = None, slot: int = 0) -> None:
         self._settings = settings
         self._page = page
+        self._board = board
+        self._slot = slot
         self._listeners: List[asyncio.AbstractServer] = []
         self._tasks: Set[asyncio.Task] = set()               # 3.9's streams keep no reference of their own
         self._idle: Set[ByteStream] = set()                  # connections between two requests
@@ -6042,11 +6390,14 @@ class Server:
     async def start(self, sockets: Optional[List[socket.socket]] = None) -> None:
         """Raises OSError where an address cannot be listened on."""
         self._loop = asyncio.get_running_loop()
-        self.app = App(self._settings, self._page)
+        self.app = App(self._settings, self._page, self._board, self._slot)
+        self.app.inherit()
         sockets = sockets or listening_sockets(self._settings)
         self.port = sockets[0].getsockname()[1]
         for item in sockets:
-            self._listeners.append(await self._loop.create_server(self._protocol, sock=item, backlog=BACKLOG))
+            # One accept a turn of the loop, so that one worker doesn't take all that wait; then the true backlog.
+            self._listeners.append(await self._loop.create_server(self._protocol, sock=item, backlog=1))
+            item.listen(BACKLOG)
 
     def _protocol(self) -> WatchedProtocol:
         reader = asyncio.StreamReader(READ_SIZE, self._loop)
@@ -6204,12 +6555,16 @@ class Server:
                 model_label = metrics.model_label(facts.get("upstream_model", ""))
                 for kind, name in TOKEN_KINDS:
                     metrics.add("tokens_total", f'kind="{kind}",model="{model_label}"', facts.get(name) or 0)
-        level = logging.DEBUG if path.startswith("/health") or path == "/metrics" else logging.INFO
+        first = None if tx.first_token is None else round((tx.first_token - tx.began) * 1000, 1)
+        self.app.count({
+            "time": rfc3339(time.time()), "status": status, "outcome": outcome, "ttft_ms": first,
+            "duration_ms": round(duration * 1000, 1), "session": facts.get("session", ""), "error": facts.get("error", ""),
+            **{name: facts.get(name) for name in SHOWN_FACTS}} if path == "/v1/messages" else None)
+        level = logging.DEBUG if path.startswith("/health") or path in ("/metrics", "/status") else logging.INFO
         if not LOG.isEnabledFor(level):
             return
         if "x-request-id" in request.headers:
             facts["client_request_id"] = request.headers["x-request-id"][:200]
-        first = None if tx.first_token is None else round((tx.first_token - tx.began) * 1000, 1)
         facts.pop("outcome", None)
         log(level, "request", request_id=tx.id, method=request.method[:20], path=request.path[:200], status=status,
             **facts, ttft_ms=first, duration_ms=round(duration * 1000, 1), bytes_out=tx.bytes_out, client=tx.client,
@@ -6261,6 +6616,7 @@ IDLE_KEEP_ALIVE = 75.0                   # seconds between two requests, as ngin
 HEAD_TIME = 30.0                         # seconds from a head's first byte to its last
 LINGER_TIME = 30.0                       # seconds in all that an answered client may go on sending
 LINGER_SILENCE = 5.0                     # seconds without a byte from it
+SHOWN_FACTS = ("model", "upstream_model", "input_tokens", "cache_read_input_tokens", "output_tokens", "stop_reason")
 CLOSING_STATUSES = (408, 413, 414, 431)  # after these the connection's state is not known for sure
 TOKEN_KINDS = (("input", "input_tokens"), ("output", "output_tokens"), ("cache_read", "cache_read_input_tokens"))
 
@@ -6389,6 +6745,12 @@ DEMO_MODEL = "aiapiproxy-demo"
 DEMO_PAUSE = 0.02                        # seconds between two words
 
 
+# ============================================================================
+# 16. STATUS PAGE
+# ============================================================================
+#
+# What a browser sees at /: one page without anything from outside, drawn from /status.
+
 STATUS_PAGE = ""
 
 
@@ -6401,12 +6763,19 @@ STATUS_PAGE = ""
 def main(arguments: Optional[List[str]] = None) -> int:
     """The program.  Returns its exit code: 0, 1 could not serve, 2 usage, 78 unusable configuration."""
     options = command_line().parse_args(arguments)
+    if options.replay:
+        return replay(options.replay)
     try:
         settings, warnings = configuration(options)
     except ConfigError as error:
         for problem in error.problems:
             complain(problem)
         return EX_CONFIG
+    if options.env:
+        print("\n".join(shell_lines(settings, authority(settings, settings.server_port))))
+        return 0
+    if options.check:
+        return asyncio.run(check(settings, warnings))
     try:
         sockets = listening_sockets(settings)
     except OSError as error:
@@ -6415,22 +6784,13 @@ def main(arguments: Optional[List[str]] = None) -> int:
     files = start_logging(settings)
     for event, facts in warnings:
         log(logging.WARNING, event, **facts)
-    return_free_memory()
+    if settings.workers > 1:
+        return Supervisor(settings, sockets, options, files).run()
     try:
         asyncio.run(run(settings, sockets, options, files))
     except KeyboardInterrupt:
         pass
     return 0
-
-
-def return_free_memory() -> None:
-    """Gives back what compiling this file took: of 40 MB at idle 12 are only free lists.  (glibc)"""
-    if sys.platform.startswith("linux"):
-        try:
-            import ctypes
-            ctypes.CDLL(None).malloc_trim(0)
-        except (ImportError, OSError, AttributeError):
-            pass
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -6444,6 +6804,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--host", help="address to listen on; wins over SERVER_HOST")
     parser.add_argument("--port", type=port_argument, help="port to listen on; wins over SERVER_PORT; 0: a free one")
     parser.add_argument("--demo", action="store_true", help="serve with a built-in offline upstream; no key needed")
+    parser.add_argument("--check", action="store_true", help="check the configuration and the upstream, and exit")
+    parser.add_argument("--env", action="store_true", help='print what points Claude Code here: eval "$(aiapiproxy --env)"')
+    parser.add_argument("--replay", metavar="FILE", help="translate a recorded exchange (RECORD_DIR) again, and exit")
     parser.add_argument("--version", action="version", version=f"aiapiproxy {__version__}")
     return parser
 
@@ -6481,7 +6844,7 @@ def complain(problem: str) -> None:
         pass
 
 
-Warning_ = Tuple[str, Json]
+Warning_ = Tuple[str, Json]              # an event of the log, and its facts
 
 
 def configuration(options: argparse.Namespace) -> Tuple[Settings, List[Warning_]]:
@@ -6549,15 +6912,15 @@ def listen_problem(error: OSError, settings: Settings) -> str:
 
 
 async def run(settings: Settings, sockets: List[socket.socket], options: argparse.Namespace,
-              files: List[LogFile]) -> None:
-    """Serves until a signal asks for the end."""
+              files: List[LogFile], board: Optional[Board] = None, slot: int = 0, lifeline: int = -1) -> None:
+    """Serves until a signal asks for the end; a worker also ends when its supervisor is gone."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_fault)
     demo = DemoUpstream()
     demo_url = urlsplit(f"http://127.0.0.1:{await demo.start()}/v1") if options.demo else None
     if demo_url is not None:
         settings = replace(settings, openai_base_url=demo_url)
-    server = Server(settings, STATUS_PAGE)
+    server = Server(settings, STATUS_PAGE, board, slot)
     await server.start(sockets)
     stop = asyncio.Event()
     insist = asyncio.Event()
@@ -6581,19 +6944,29 @@ async def run(settings: Settings, sockets: List[socket.socket], options: argpars
 
     for number, handler in ((signal.SIGTERM, asked_to_stop), (signal.SIGINT, asked_to_stop), (signal.SIGHUP, reload)):
         loop.add_signal_handler(number, handler)
-    write_pid_file(settings.pid_file)
+    if lifeline >= 0:
+        loop.add_reader(lifeline, stop.set)                  # readable only when the supervisor has died
+    else:
+        write_pid_file(settings.pid_file)
     try:
-        log(logging.INFO, "started", **start_facts(server.app, server.port, options.demo))
+        if lifeline < 0:
+            log(logging.INFO, "started", **start_facts(settings, server.port, options.demo))
         await stop.wait()
-        log(logging.INFO, "stopping", in_flight=server.app.in_flight)
+        if lifeline >= 0:
+            loop.remove_reader(lifeline)
+        else:
+            log(logging.INFO, "stopping", in_flight=server.app.in_flight)
         draining = asyncio.ensure_future(server.drain(DRAIN_TIME))
         insisting = asyncio.ensure_future(insist.wait())
         await asyncio.wait({draining, insisting}, return_when=asyncio.FIRST_COMPLETED)
         for task in (draining, insisting):
             task.cancel()
-        log(logging.INFO, "stopped")
+        server.app.publish()
+        if lifeline < 0:
+            log(logging.INFO, "stopped")
     finally:
-        remove_pid_file(settings.pid_file)
+        if lifeline < 0:
+            remove_pid_file(settings.pid_file)
 
 
 DRAIN_TIME = 10.0                        # seconds for running requests to end after the first signal
@@ -6605,24 +6978,22 @@ def log_loop_fault(loop: asyncio.AbstractEventLoop, context: Json) -> None:
     log(logging.DEBUG, "connection_fault", error=f"{type(error).__name__}: {error}" if error else context.get("message"))
 
 
-def start_facts(app: App, port: int, is_demo: bool) -> Json:
-    """What the first line of the log tells: where, to whom, which models, and how to point a client here."""
-    settings = app.settings
+def authority(settings: Settings, port: int) -> str:
+    """The host and port under which a client on this machine reaches the proxy."""
     host = settings.server_host[0]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    address = f"http://{host}:{port}"
-    models = {"haiku": settings.claude_haiku_model, "sonnet": settings.claude_sonnet_model, "opus": settings.claude_opus_model}
-    upstream = "the built-in demo" if is_demo else app.upstream.host
+    return f"{host}:{port}"
+
+
+def start_facts(settings: Settings, port: int, is_demo: bool) -> Json:
+    """What the first line of the log tells: where, to whom, which models, and how to point a client here."""
+    address = "http://" + authority(settings, port)
+    models = model_map(settings)
+    upstream = "the built-in demo" if is_demo else settings.hostname
     shown = ", ".join(f"{family} → {name}" for family, name in models.items())
     return {"message": f"aiapiproxy {__version__} listens on {address}, upstream {upstream} ({shown}). Claude Code: "
             f"ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={token_hint(settings)} claude",
             "address": address, "upstream": upstream, "models": models, "version": __version__}
-
-
-def token_hint(settings: Settings) -> str:
-    if settings.proxy_api_key:
-        return "<one of PROXY_API_KEY>"
-    return "<your upstream's key>" if settings.passes_keys_on else "any"
 
 
 def write_pid_file(path: str) -> None:
@@ -6640,6 +7011,243 @@ def remove_pid_file(path: str) -> None:
             os.unlink(path)
         except OSError:
             pass
+
+
+# ---- several processes ------------------------------------------------------
+
+class Supervisor:
+    """WORKERS processes on one listening socket, and their parent, which only watches them.
+
+    A worker that dies is replaced, at most once a second; the sockets stay open meanwhile, so nobody
+    is refused.  Signals go on to all workers; when the parent dies, they end.
+    """
+
+    def __init__(self, settings: Settings, sockets: List[socket.socket], options: argparse.Namespace,
+                 files: List[LogFile]) -> None:
+        self._settings = settings
+        self._sockets = sockets
+        self._options = options
+        self._files = files
+        self._board = Board(settings.workers)
+        self._lifeline, self._held_end = os.pipe()
+        self._workers: Dict[int, int] = {}                   # process id -> slot
+        self._is_stopping = False
+
+    def run(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._pass_on)
+        write_pid_file(self._settings.pid_file)
+        try:
+            log(logging.INFO, "started", **start_facts(
+                self._settings, self._sockets[0].getsockname()[1], self._options.demo), workers=self._settings.workers)
+            for slot in range(self._settings.workers):
+                self._start(slot)
+            while self._workers:
+                self._await_end()
+            log(logging.INFO, "stopped")
+        finally:
+            remove_pid_file(self._settings.pid_file)
+        return 0
+
+    def _start(self, slot: int) -> None:
+        """Forks a worker.  Signals wait meanwhile, so that none is lost between two owners."""
+        signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        pid = 0 if self._is_stopping else os.fork()
+        if pid:
+            self._workers[pid] = slot
+        elif not self._is_stopping:
+            self._work(slot, signals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+    def _work(self, slot: int, signals: Set[signal.Signals]) -> None:
+        """The life of a worker; never returns."""
+        code = 1
+        try:
+            os.close(self._held_end)
+            for number in signals:
+                signal.signal(number, signal.SIG_DFL)
+
+            async def serve() -> None:
+                asyncio.get_running_loop().call_soon(signal.pthread_sigmask, signal.SIG_UNBLOCK, signals)
+                await run(self._settings, self._sockets, self._options, self._files, self._board, slot, self._lifeline)
+
+            asyncio.run(serve())
+            code = 0
+        finally:
+            os._exit(code)
+
+    def _await_end(self) -> None:
+        began = time.monotonic()
+        pid, code = os.wait()
+        slot = self._workers.pop(pid, None)
+        if slot is None or self._is_stopping:
+            return
+        log(logging.ERROR, "worker_died", message=f"worker {slot} (pid {pid}) ended and is replaced", wait_status=code)
+        time.sleep(max(0.0, WORKER_PAUSE - (time.monotonic() - began)))
+        self._start(slot)
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            for file in self._files:
+                file.reopen_if_moved()
+        else:
+            if not self._is_stopping:
+                log(logging.INFO, "stopping")
+            self._is_stopping = True
+        for pid in list(self._workers):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+
+
+WORKER_PAUSE = 1.0                       # seconds between two starts of workers, lest a fault at the start eats a core
+
+
+# ---- --check and --replay ---------------------------------------------------
+
+class Findings:
+    """The lines of --check: ok, warn or fail, and what to do."""
+
+    def __init__(self) -> None:
+        self.has_failed = False
+        self._is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def add(self, level: str, text: str) -> None:
+        self.has_failed = self.has_failed or level == "fail"
+        colour = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}[level] if self._is_coloured else ""
+        print(f"{colour}{level:5}{chr(27) + '[0m' if colour else ''} {CONTROL.sub(' ', text)}", flush=True)
+
+
+async def check(settings: Settings, warnings: List[Warning_]) -> int:
+    """--check: tries all that serving will need.  Returns 1 where something has failed."""
+    findings = Findings()
+    check_settings(settings, warnings, findings)
+    try:
+        app = App(settings)
+    except (OSError, ssl.SSLError) as error:
+        findings.add("fail", f"CA certificates cannot be read: {error} (SSL_CERT_FILE, SSL_CERT_DIR)")
+        return 1
+    await check_upstream(app, findings)
+    await check_running(app, findings)
+    app.upstream.close()
+    findings.add("ok", "Claude Code: " + "; ".join(shell_lines(settings, authority(settings, settings.server_port))))
+    return 1 if findings.has_failed else 0
+
+
+def check_settings(settings: Settings, warnings: List[Warning_], findings: Findings) -> None:
+    findings.add("ok", f"configuration: listens on {', '.join(settings.server_host)} port {settings.server_port}, "
+                 f"upstream {settings.openai_base_url._replace(query='').geturl()}")
+    for _, facts in warnings:
+        findings.add("warn", facts["message"])
+    if settings.passes_keys_on:
+        findings.add("warn", "OPENAI_API_KEY is not set, or still the text of env.example: the key of each client is passed on")
+    else:
+        findings.add("ok", f"OPENAI_API_KEY is set (…{settings.openai_api_key[-4:]})")
+    for family, name in model_map(settings).items():
+        base = model_profile(name, settings.host).base
+        window = next((size for pattern, size in SMALL_WINDOWS if re.match(pattern, base)), None)
+        if window is not None:
+            findings.add("warn", f"CLAUDE_{family.upper()}_MODEL {name} has a window of {window} tokens: too small for "
+                         "Claude Code, whose first request alone takes about 20,000")
+
+
+SMALL_WINDOWS = ((r"gpt-4$|gpt-4-0[36]", 8192), (r"gpt-4-32k", 32768), (r"gpt-3\.5", 16385))
+
+
+async def check_upstream(app: App, findings: Findings) -> None:
+    """DNS, TCP, TLS, the key, and the three models."""
+    upstream, settings = app.upstream, app.settings
+    proxy = outgoing_proxy(settings, upstream.host)
+    host, port = (proxy.hostname or "", proxy.port or 80) if proxy else (upstream.host, upstream.port)
+    try:
+        addresses = await app.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        findings.add("ok", f"DNS: {host} is {addresses[0][4][0]}" + (" (the outgoing proxy)" if proxy else ""))
+    except OSError:
+        findings.add("fail", f"DNS: {host} cannot be resolved: check OPENAI_BASE_URL{' and HTTPS_PROXY' if proxy else ''}")
+        return
+    timeout = Timeout(settings.request_timeout, "REQUEST_TIMEOUT")
+    try:
+        reply = await upstream.send("GET", "/models", b"", settings.openai_api_key or "none", False, timeout)
+        body = await reply.read_all(ANSWER_BODY)
+    except UpstreamError as error:
+        findings.add("fail", redacted(error.message, app.secrets))
+        return
+    findings.add("ok", f"TCP{' and TLS' if settings.openai_base_url.scheme == 'https' else ''}: "
+                 f"{upstream.host}:{upstream.port} answers")
+    if reply.status in (401, 403):
+        level = "warn" if settings.passes_keys_on else "fail"
+        findings.add(level, f"the upstream answered {reply.status} to GET /models: " + (
+            "it wants a key, which clients must present" if settings.passes_keys_on else "it does not accept OPENAI_API_KEY"))
+    elif reply.status != 200:
+        findings.add("warn" if reply.status in (404, 405, 501) else "fail",
+                     f"the upstream answered {reply.status} to GET {settings.openai_base_url.path}/models: "
+                     "it has no list of models, or OPENAI_BASE_URL is wrong")
+    else:
+        check_models(settings, body, findings)
+
+
+def check_models(settings: Settings, body: bytes, findings: Findings) -> None:
+    try:
+        listed = {entry["id"] for entry in _decoder.decode(body.decode("utf-8", "replace"))["data"]}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        findings.add("warn", "the upstream's list of models is not understood")
+        return
+    for family, name in model_map(settings).items():
+        if listed & {name, name + ":latest", "models/" + name}:
+            findings.add("ok", f"CLAUDE_{family.upper()}_MODEL {name} is there")
+        else:
+            findings.add("fail", f"CLAUDE_{family.upper()}_MODEL {name} is not among the upstream's {len(listed)} models")
+
+
+async def check_running(app: App, findings: Findings) -> None:
+    """What a proxy that runs with this configuration says of itself."""
+    settings = app.settings
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.server_host[0], settings.server_host[0])
+    here = authority(settings, settings.server_port)
+    local = Upstream(replace(settings, openai_base_url=urlsplit(f"http://{here}"), upstream_headers=()), app.metrics)
+    try:
+        reply = await local.send("GET", "/status", b"", "".join(settings.proxy_api_key[:1]) or "none", False, Timeout(2, ""))
+        found = _decoder.decode((await reply.read_all(ANSWER_BODY)).decode("utf-8", "replace"))
+        findings.add("ok", f"aiapiproxy {found['version']} runs on {host} port {settings.server_port}, {found['requests']:g} requests so far")
+        for entry in found["adjustments"]:
+            findings.add("ok", f"it has learned of {entry['model']}: {entry['adjustment']} {entry['value']}".rstrip())
+    except UpstreamError:
+        findings.add("warn", f"nothing answers on port {settings.server_port} yet: start the proxy")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        findings.add("warn", f"port {settings.server_port} is answered by another program: set SERVER_PORT")
+    local.close()
+
+
+def replay(path: str) -> int:
+    """--replay: prints the events that a recorded exchange is translated to now."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            recorded = json.load(file)
+        settings = load_settings(recorded["settings"])
+        exchange = openai_request(recorded["client_request"], settings, recorded["session_id"])
+        pieces = [data.encode("latin-1") for _, data in recorded["upstream"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        complain(f"--replay {path}: not a recorded exchange ({type(error).__name__}: {error})")
+        return 1
+    except ProxyError as error:
+        complain(f"--replay {path}: {error.message}")
+        return 1
+    exchange.is_streamed = True
+    translator = StreamTranslator(exchange, RandomIds(), recorded["request_id"])
+    try:
+        if is_event_stream(recorded["upstream_headers"].get("content-type", ""), b"".join(pieces[:1])):
+            for piece in filter(None, pieces):
+                sys.stdout.write(translator.feed(piece).decode())
+            sys.stdout.write(translator.finish().decode())
+        else:
+            completion = _decoder.decode(b"".join(pieces).decode("utf-8", "replace"))
+            sys.stdout.write(translator.message(anthropic_message(completion, exchange, RandomIds())).decode())
+    except (ProxyError, ValueError, RecursionError) as error:
+        complain(f"--replay {path}: {error}")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,4339 @@
+"""aiapiproxy, said in tables: what goes in, what has to come out.
+
+    python3 -m pytest -q
+
+A row is (sentence, given, want); the sentence is the requirement and the name of the test.  Section 0 holds
+the notation, the sections after it are numbered as the program's own.  Nothing here leaves this machine:
+the upstream is `FakeUpstream`, a real server on a free port that plays a script and records what it is sent.
+"""
+from __future__ import annotations
+
+import ast
+import asyncio
+import base64
+import contextlib
+import copy
+import itertools
+import json
+import os
+import pathlib
+import plistlib
+import pty
+import random
+import re
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import zlib
+
+import pytest
+
+import aiapiproxy
+
+ROOT = pathlib.Path(__file__).resolve().parent
+
+# ============================================================================
+# 0. NOTATION
+# ============================================================================
+#
+# Short names, because the tables are long.  U, A and S are messages of either API; lower-case builders make
+# Anthropic blocks, upper-case ones what OpenAI gets.
+
+
+def table(rows, names="given, want"):
+    """Each row (sentence, ...) as one test, named by its sentence."""
+    values = [row[1:] if "," in names else row[1] for row in rows]
+    return pytest.mark.parametrize(names, values, ids=[row[0] for row in rows])
+
+
+# ---- Settings: one for each kind of upstream
+
+KEY = "sk-abcdefghijkl1234"
+MODELS = {"CLAUDE_SONNET_MODEL": "gpt-4o", "CLAUDE_OPUS_MODEL": "gpt-5.1",
+          "CLAUDE_HAIKU_MODEL": "gpt-4o-mini"}
+HOSTS = {
+    "openai": {"OPENAI_BASE_URL": "https://api.openai.com/v1"},
+    "azure": {"OPENAI_BASE_URL": "https://mine.openai.azure.com/openai/v1"},
+    "openrouter": {"OPENAI_BASE_URL": "https://openrouter.ai/api/v1", "CLAUDE_SONNET_MODEL": "m1"},
+    "deepseek": {"OPENAI_BASE_URL": "https://api.deepseek.com", "CLAUDE_SONNET_MODEL": "m1"},
+    "mistral": {"OPENAI_BASE_URL": "https://api.mistral.ai/v1", "CLAUDE_SONNET_MODEL": "m1"},
+    "gemini": {"OPENAI_BASE_URL": "https://generativelanguage.googleapis.com/v1beta/openai",
+               "CLAUDE_SONNET_MODEL": "m1"},
+    "local": {"OPENAI_BASE_URL": "http://127.0.0.1:8000/v1", "CLAUDE_SONNET_MODEL": "qwen3:8b",
+              "CLAUDE_OPUS_MODEL": "openai/gpt-oss-20b"},
+}
+
+
+def settings_for(host, **environ):
+    return aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, **MODELS, **HOSTS[host], **environ})
+
+
+SETTINGS = {host: settings_for(host) for host in HOSTS}
+
+
+# ---- Requests
+
+def R(messages=None, **members):
+    """The plain request with members added or replaced."""
+    messages = [U("Hi")] if messages is None else messages
+    return {"model": "claude-sonnet-5-5", "max_tokens": 100, "messages": messages, **members}
+
+
+def without(request, *names):
+    return {name: value for name, value in request.items() if name not in names}
+
+
+def U(content): return {"role": "user", "content": content}
+def A(content): return {"role": "assistant", "content": content}
+def S(content, **members): return {"role": "system", "content": content, **members}
+def txt(text): return {"type": "text", "text": text}
+def tu(id, name="f", input=None): return {"type": "tool_use", "id": id, "name": name, "input": input or {}}
+def think(text, signature): return {"type": "thinking", "thinking": text, "signature": signature}
+def doc(source, **members): return {"type": "document", "source": source, **members}
+
+
+def tr(id, *content, **members):
+    """A tool_result; without content the member is absent."""
+    return {"type": "tool_result", "tool_use_id": id, **({"content": content[0]} if content else {}),
+            **members}
+
+
+def T(name, schema=None, **members):
+    return {"name": name, "input_schema": schema or {"type": "object", "properties": {}}, **members}
+
+
+def F(name, schema=None, **members):
+    schema = schema or {"type": "object", "properties": {}}
+    return {"type": "function", "function": {"name": name, "parameters": schema, **members}}
+
+
+def call(id, name="f", arguments="{}", **members):
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}, **members}
+
+
+def AC(text, calls, **members): return {"role": "assistant", "content": text, "tool_calls": calls, **members}
+def TM(id, text): return {"role": "tool", "tool_call_id": id, "content": text}
+def P(text): return {"type": "text", "text": text}
+def compact(value): return json.dumps(value, separators=(",", ":"))
+def encoded(data): return base64.urlsafe_b64encode(data).decode().rstrip("=")
+def decoded(text): return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+img = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+IMG = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+PDF = {"type": "base64", "media_type": "application/pdf", "data": "AAAA"}
+ADAPTIVE, DISABLED = {"type": "adaptive"}, {"type": "disabled"}
+OMITTED = {"type": "adaptive", "display": "omitted"}
+WEB_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+STRICT = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"],
+          "additionalProperties": False}  # qualifies as strict
+LOOSE = without(STRICT, "required")  # does not
+
+
+def enabled(budget): return {"type": "enabled", "budget_tokens": budget}
+def effort(value): return {"output_config": {"effort": value}}
+def output(schema): return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+
+
+def response_format(schema, strict):
+    return {"type": "json_schema", "json_schema": {"name": "response", "schema": schema, "strict": strict}}
+
+
+def sent(asked, host="openai", session_id=""):
+    """What goes upstream, as the upstream reads it; checked for what must hold of every request."""
+    before = copy.deepcopy(asked)
+    exchange = aiapiproxy.openai_request(asked, SETTINGS[host], session_id)
+    assert asked == before, "the client's own objects are never changed"
+    body = json.loads(aiapiproxy.json_bytes(exchange.body).decode("ascii"))
+    check_conversation(body["messages"])
+    return body
+
+
+def check_conversation(messages):
+    """The promises about neighbours, whatever the client sent."""
+    owed = []  # ids of calls that still want their tool message
+    for before, message in zip([{"role": None}] + messages, messages):
+        role = message["role"]
+        if role == "tool":
+            assert message["tool_call_id"] in owed, "a tool message answers a call right before it"
+            owed.remove(message["tool_call_id"])
+            assert isinstance(message["content"], str) and message["content"]
+            continue
+        assert not owed, "every call has its tool message before anything else follows"
+        assert role != before["role"], "neighbours of one role are one message"
+        assert role != "system" or before["role"] is None, "a system message stands first, or nowhere"
+        calls = message.get("tool_calls", [])
+        assert message["content"] or calls, "no message is empty"
+        assert calls or "tool_calls" not in message
+        owed = [each["id"] for each in calls]
+        assert len(set(owed)) == len(owed), "ids in one message are different"
+    assert not owed
+
+
+# ---- Answers
+
+def completion(message=None, finish="stop", usage=None, **choice):
+    """A Chat Completions answer with one choice."""
+    answer = {"id": "chatcmpl-1", "object": "chat.completion", "model": "gpt-4o-2024-08-06",
+              "choices": [{"index": 0, "message": {"role": "assistant", **(message or {})},
+                           "finish_reason": finish, **choice}]}
+    return answer if usage is None else {**answer, "usage": usage}
+
+
+def calling(*calls, content=None, **members): return {"content": content, "tool_calls": list(calls),
+                                                      **members}
+def used(prompt, generated, **more): return {"prompt_tokens": prompt, "completion_tokens": generated, **more}
+
+
+def new_ids():
+    """In place of chance: every id is another, and the same in each run."""
+    count = itertools.count(1)
+    return lambda length: str(next(count)).zfill(length)
+
+
+def readable(made):
+    """An id or a signature that the proxy made, its chance left out and its payload decoded."""
+    if re.fullmatch(r"toolu_\d{24}", made):
+        return "toolu_new"
+    carried = re.fullmatch(r"toolu_([rx])[A-Za-z0-9]{6}_(.+)|aap1\.([crdn])\.(.*)", made)
+    if not carried:
+        return made
+    id_kind, id_payload, kind, payload = carried.groups()
+    if id_kind == "r":
+        return f"toolu_r({decoded(id_payload).decode()})"
+    if id_kind == "x":
+        return f"toolu_x({zlib.decompress(decoded(id_payload)).decode()})"
+    return made if not payload else f"aap1.{kind}.({zlib.decompress(decoded(payload)).decode()})"
+
+
+def answered(answer, asked, host="openai"):
+    """The Anthropic message made of a completion, ids and signatures readable."""
+    exchange = aiapiproxy.openai_request(asked, SETTINGS[host])
+    message = aiapiproxy.anthropic_message(answer, exchange, new_ids())
+    aiapiproxy.json_bytes(message).decode("ascii")
+    message["content"] = [{name: readable(value) if name in ("id", "signature") else value
+                           for name, value in block.items()} for block in message["content"]]
+    return message
+
+
+# ---- Streams: chunks in
+
+def chunk(delta, finish=None, **choice):
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish, **choice}]}
+
+
+def entry(index, id, name, arguments):
+    """One entry of a delta's tool_calls; None is absent."""
+    function = {"name": name, "arguments": arguments}
+    found = {"index": index, "id": id, "function": {key: value for key, value in function.items()
+                                                    if value is not None}}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def c(text): return chunk({"content": text})
+def r(text): return chunk({"reasoning_content": text})
+def k(*each): return chunk({"tool_calls": [entry(*each)]})
+def kk(*entries): return chunk({"tool_calls": [entry(*each) for each in entries]})
+def f(reason): return chunk({}, reason)
+def u(prompt, generated, **more): return {"choices": [], "usage": used(prompt, generated, **more)}
+
+
+D = "[DONE]"
+ROLE = chunk({"role": "assistant", "content": ""})
+
+
+def sse(chunks):
+    """The upstream's stream: chunks as JSON, strings as they are."""
+    return b"".join(f"data: {each if isinstance(each, str) else compact(each)}\n\n".encode()
+                    for each in chunks)
+
+
+# ---- Streams: events out
+#
+#   MS message_start    0+text block start    0t".." text    0h".." thinking    0s".." signature
+#   0j`..` input JSON   0- block stop    MD(reason) message_delta    ME message_stop    ERR(type) error
+#
+# The ping after message_start is always there and is not written; a later one would be PING.
+
+DELTAS = {"text_delta": ("text", "text", "t"), "thinking_delta": ("thinking", "thinking", "h"),
+          "signature_delta": ("thinking", "signature", "s"),
+          "input_json_delta": ("tool_use", "partial_json", "j")}
+LAST_DELTAS = {"text": ["text_delta"], "thinking": ["signature_delta"],
+               "tool_use": [None, "input_json_delta"]}
+
+
+def events(raw):
+    """The data of each event.  Strict about the bytes: two lines, LF, ASCII, an empty line."""
+    *pieces, rest = raw.decode("ascii").split("\n\n")
+    assert rest == "", "the last event is complete"
+    found = []
+    for piece in pieces:
+        name, data = re.fullmatch(r"event: ([a-z_]+)\ndata: (\{.*\})", piece).groups()
+        found.append(json.loads(data))
+        assert found[-1]["type"] == name and "\r" not in piece
+    check_order(found)
+    return found
+
+
+def check_order(found):
+    """What every stream must keep to: the SDKs lose text, or crash, where it does not."""
+    kinds = [event["type"] for event in found]
+    assert kinds[:2] == ["message_start", "ping"] and kinds.count("message_start") == 1
+    message = found[0]["message"]
+    assert re.fullmatch(r"msg_[A-Za-z0-9]{24}", message["id"]) and message["usage"]["input_tokens"] >= 1
+    assert without(message, "id", "model") == {
+        "type": "message", "role": "assistant", "content": [], "stop_reason": None, "stop_sequence": None,
+        "stop_details": None, "usage": {"input_tokens": message["usage"]["input_tokens"], "output_tokens": 0,
+                                        "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+    if kinds[-1] == "error":
+        assert "message_delta" not in kinds and "message_stop" not in kinds
+        assert kinds.count("error") == 1 and found[-1]["error"].keys() == {"type", "message"}
+    else:
+        assert kinds[-2:] == ["message_delta", "message_stop"] and kinds.count("message_delta") == 1
+        assert kinds.count("message_stop") == 1
+        assert {"input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens",
+                "output_tokens"} <= found[-2]["usage"].keys()
+        assert found[-2]["delta"].keys() == {"stop_reason", "stop_sequence", "stop_details"}
+    block, index, last, ids = None, -1, None, []
+    for event in found:
+        if event["type"] == "content_block_start":
+            assert block is None, "one block is open at a time"
+            block, index, last = event["content_block"], index + 1, None
+            assert event["index"] == index, "indexes have no gaps"
+            if block["type"] == "tool_use":
+                assert block["input"] == {} and block["name"] and block["id"] not in ids
+                ids.append(block["id"])
+            else:
+                assert block in ({"type": "text", "text": ""},
+                                 {"type": "thinking", "thinking": "", "signature": ""})
+        elif event["type"] == "content_block_delta":
+            kind, member, _ = DELTAS[event["delta"]["type"]]
+            assert event["index"] == index and block and kind == block["type"] and last != "signature_delta"
+            assert event["delta"].keys() == {"type", member} and event["delta"][member]
+            last = event["delta"]["type"]
+        elif event["type"] == "content_block_stop":
+            assert event["index"] == index and block and last in LAST_DELTAS[block["type"]]
+            block = None
+        elif event["type"] in ("message_delta", "message_stop"):
+            assert block is None
+
+
+def notation(event):
+    kind, index = event["type"], event.get("index")
+    if kind == "content_block_start":
+        block = event["content_block"]
+        name = f"tool({readable(block['id'])},{block['name']})" if "name" in block else block["type"]
+        return f"{index}+{name}"
+    if kind == "content_block_delta":
+        _, member, letter = DELTAS[event["delta"]["type"]]
+        text = event["delta"][member]
+        return f"{index}{letter}" + (f"`{text}`" if letter == "j" else
+                                     json.dumps(readable(text) if letter == "s" else text,
+                                                ensure_ascii=False))
+    if kind == "message_delta":
+        hit = event["delta"]["stop_sequence"]
+        return f"MD({event['delta']['stop_reason']}" + (")" if hit is None else f",{json.dumps(hit)})")
+    return {"message_start": "MS", "content_block_stop": f"{index}-", "message_stop": "ME",
+            "ping": "PING", "error": f"ERR({event.get('error', {}).get('type')})"}[kind]
+
+
+def printed(raw):
+    """The events in the notation above."""
+    return " ".join(notation(event) for event in events(raw)).replace("MS PING", "MS", 1)
+
+
+def streamed(pieces, exchange):
+    """The events of a stream that arrives in these pieces; one that never began is its HTTP status."""
+    translator = aiapiproxy.StreamTranslator(exchange, new_ids())
+    out = []
+    try:
+        for piece in pieces:
+            if not translator.done:
+                out.append(translator.feed(piece))
+        if not translator.done:
+            out.append(translator.finish())
+    except aiapiproxy.ProxyError as error:
+        assert not translator.started and not b"".join(out), "once it has begun, an error is an event"
+        return f"HTTP {error.status} {error.kind}"
+    assert translator.started and translator.done
+    return b"".join(out)
+
+
+ODD = [None, True, 0, -1, 1.5, "", "x", [], {}, [None], {"type": None}, {"type": "text"}, {"x": [{}]},
+       "\ud83d",
+       [{"type": "text", "text": 5}], 10 ** 30]
+
+
+def spoiled(value, dice):
+    """A copy with one member, somewhere, replaced by something that nobody expects there, or gone."""
+    value = copy.deepcopy(value)
+    places = [(parent, key) for parent in containers(value) for key in (
+        parent if isinstance(parent, dict) else range(len(parent)))]
+    parent, key = dice.choice(places)
+    if dice.random() < 0.2:
+        del parent[key]
+    else:
+        parent[key] = dice.choice(ODD)
+    return value
+
+
+def containers(value):
+    """The objects and lists that are not empty, at every depth."""
+    if isinstance(value, (dict, list)) and value:
+        yield value
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from containers(each)
+
+
+def every_split(raw):
+    """The same bytes as they may arrive: whole, one by one, and cut in two at every place."""
+    yield [raw]
+    yield [raw[at:at + 1] for at in range(len(raw))]
+    for at in range(1, len(raw)):
+        yield [raw[:at], raw[at:]]
+
+
+def check_stream(raw, want, asked, host="openai"):
+    exchange = aiapiproxy.openai_request(asked, SETTINGS[host])
+    seen = None
+    for pieces in every_split(raw):
+        out = streamed(pieces, exchange)
+        if out != seen:  # printing is dear: only what is new is looked at
+            assert (out if isinstance(out, str) else printed(out)) == want, f"in {len(pieces)}: {pieces[0]!r}"
+        seen = out
+
+
+# ============================================================================
+# 4. TOKENS
+# ============================================================================
+
+SCHEMA = '{"type":"object","properties":{}}'
+
+
+def test_estimate_of_a_request():
+    def estimate(*messages, **members):
+        asked = R(list(messages), **members)
+        return aiapiproxy.estimated_request_tokens(aiapiproxy.openai_request(asked, SETTINGS["openai"]).body)
+
+    tokens = aiapiproxy.estimated_tokens
+    assert estimate(U("Hi")) == 8
+    assert estimate(U("Hi"), A("Hello there"), U("Hi")) == 8 + 4 + tokens("Hello there") + 4 + tokens("Hi")
+    assert estimate(U([txt("Hi"), img])) == 8 + 1600
+    assert estimate(U([txt("Hi"), doc(PDF)])) == 8 + 2000
+    assert estimate(U("Hi"), tools=[T("f")]) == 8 + 8 + tokens("f") + tokens(SCHEMA)
+    assert estimate(U("Hi"), A([tu("call_1")]), U([tr("call_1", "Hello")])) == (
+        8 + 4 + tokens("f") + tokens("{}") + 4 + tokens("Hello"))
+    assert estimate(U("Hi"), **output(STRICT)) == 8 + tokens(compact(STRICT))
+
+
+def test_estimate_of_a_text():
+    assert aiapiproxy.estimated_tokens("") == 0
+    assert aiapiproxy.estimated_tokens("Hi") == 1
+    assert aiapiproxy.estimated_tokens("Hello world, " * 100) > 100
+
+
+# ============================================================================
+# 5. REQUEST: ANTHROPIC TO OPENAI
+# ============================================================================
+
+PLAIN = {"model": "gpt-4o", "messages": [U("Hi")], "max_tokens": 100}
+STREAMED = {**PLAIN, "stream": True, "stream_options": {"include_usage": True}}
+
+
+class Exactly(dict):
+    """The whole body; a plain dict names some of its members, None standing for "not sent"."""
+
+
+def check_body(body, want):
+    assert (body if isinstance(want, Exactly) else {name: body.get(name) for name in want}) == want
+
+
+ID_FIELDS = {"metadata": {"user_id": "user-1"}}
+NO_IDS = {"safety_identifier": None, "prompt_cache_key": None, "user": None, "metadata": None}
+
+FIELDS = [
+    ("the plain request", "openai", R(), Exactly(PLAIN)),
+    ("a stream asks for its usage", "openai", R(stream=True), Exactly(STREAMED)),
+    ("Mistral does not know stream_options", "mistral", R(stream=True),
+     {"stream": True, "stream_options": None}),
+    *[(f"{host} knows stream_options", host, R(stream=True), {"stream_options": {"include_usage": True}})
+      for host in ("azure", "openrouter", "deepseek", "gemini", "local")],
+    ("stream false is not sent", "openai", R(stream=False), Exactly(PLAIN)),
+    ("a null field is absent", "openai", R(stream=None, system=None, tools=None, thinking=None, metadata=None,
+                                           stop_sequences=None, tool_choice=None, output_config=None,
+                                           compaction=None, mcp_servers=None), Exactly(PLAIN)),
+    ("an answer of up to 8192 tokens is not streamed", "openai", R(max_tokens=8192), {"stream": None}),
+    ("a longer one is, to see that it lives", "openai", R(max_tokens=8193), {"stream": True}),
+    ("what counts there is the limit sent", "openai", R(model="gpt-4-turbo", max_tokens=16000),
+     {"stream": None}),
+    ("an o-series model takes max_completion_tokens", "openai", R(model="o3"),
+     {"max_completion_tokens": 100, "max_tokens": None}),
+    *[(f"{name} takes max_completion_tokens", host, R(model=name),
+       {"model": name, "max_completion_tokens": 100, "max_tokens": None})
+      for host, name in (("openai", "gpt-5"), ("openai", "gpt-5-chat-latest"), ("local", "openai/gpt-5-mini"),
+                         ("openai", "codex-mini-latest"), ("openai", "gpt-5.1:floor"),
+                         ("openai", "ft:o4-mini:me"))],
+    *[(f"{name} takes max_tokens", "openai", R(model=name),
+       {"max_tokens": 100, "max_completion_tokens": None})
+      for name in ("gpt-4.1", "gpt-4o-mini", "olmo-2", "my-gpt-5")],
+    ("a Claude name is mapped by its family", "local", R(), {"model": "qwen3:8b", "max_tokens": 100}),
+    ("opus", "openai", R(model="claude-opus-5-5"), {"model": "gpt-5.1"}),
+    ("haiku, in any case", "openai", R(model="Claude-HAIKU-4-5"), {"model": "gpt-4o-mini"}),
+    ("another Claude name is sonnet", "openai", R(model="claude-new"), {"model": "gpt-4o"}),
+    ("[1m] is cut off", "openai", R(model="claude-sonnet-5-5[1m]"), {"model": "gpt-4o"}),
+    ("max_tokens is capped at what the model can", "openai", R(max_tokens=32000), {"max_tokens": 16384}),
+    *[(f"the cap of {name} is {cap}", "openai", R(model=name, max_tokens=200000), {"max_tokens": cap})
+      for name, cap in (("gpt-4o-2024-05-13", 4096), ("chatgpt-4o-latest", 16384), ("gpt-4.1", 32768),
+                        ("gpt-4-turbo", 4096), ("gpt-3.5-turbo", 4096), ("gpt-4", 4096), ("gpt-4-0613", 4096),
+                        ("gpt-4-32k", 8192), ("openai/gpt-4o", 16384), ("llama", 200000))],
+    *[(f"the cap of {name} is {cap}", "openai", R(model=name, max_tokens=200000),
+       {"max_completion_tokens": cap})
+      for name, cap in (("gpt-5-chat-latest", 16384), ("gpt-5.2", 128000), ("o1-mini", 65536),
+                        ("o3", 100000))],
+    ("an unknown model has no cap", "local", R(max_tokens=32000), {"max_tokens": 32000}),
+    ("sampling is passed but for top_k", "openai", R(temperature=0.2, top_p=0.9, top_k=40),
+     Exactly({**PLAIN, "temperature": 0.2, "top_p": 0.9})),
+    ("a temperature out of range is left to the upstream", "openai", R(temperature=1.5),
+     {"temperature": 1.5}),
+    ("reasoning models take neither sampling nor stop", "openai",
+     R(model="o4-mini", temperature=0.2, top_p=0.9, stop_sequences=["x"]),
+     {"temperature": None, "top_p": None, "stop": None}),
+    ("the first four stop sequences that are not empty", "openai",
+     R(stop_sequences=["a", "", "b", "c", "d", "e"]),
+     {"stop": ["a", "b", "c", "d"]}),
+    ("one stop sequence is a list too", "openai", R(stop_sequences=["END"]), {"stop": ["END"]}),
+    ("no stop sequence", "openai", R(stop_sequences=[]), {"stop": None}),
+    ("only empty stop sequences", "openai", R(stop_sequences=[""]), {"stop": None}),
+    ("the user's id goes to OpenAI hashed", "openai", R(**ID_FIELDS),
+     {**NO_IDS, "prompt_cache_key": "aap-c6c289e49e9c05b2145860387b73bcb1",
+      "safety_identifier": "c6c289e49e9c05b2145860387b73bcb18df43fb09a1e4a4a9713c76c88bb541b"}),
+    *[(f"and not to {host}", host, R(**ID_FIELDS), NO_IDS) for host in HOSTS if host != "openai"],
+    ("metadata without an id", "openai", R(metadata={"foo": "x"}), Exactly(PLAIN)),
+    ("standard_only is OpenAI's default tier", "openai", R(service_tier="standard_only"),
+     {"service_tier": "default"}),
+    ("service tier auto is nothing", "openai", R(service_tier="auto"), {"service_tier": None}),
+    ("service tiers are OpenAI's alone", "local", R(service_tier="standard_only"), {"service_tier": None}),
+    ("what the upstream cannot know is dropped", "openai",
+     R(cache_control={"type": "ephemeral"}, container="c1", inference_geo="us", diagnostics={}, speed="fast",
+       context_management={"edits": [{"type": "clear_thinking_20251015"}]}, safeguards=[{}], betas=["x"],
+       anthropic_version="y", foo=1, fallbacks=[], user_profile_id="u", workspace_id="w", top_k=1,
+       output_config={"task_budget": {"tokens": 1}}), Exactly(PLAIN)),
+    ("an OpenAI field of the client is not passed", "openai",
+     R(n=2, user="u", seed=1, logprobs=True, store=True, verbosity="low", functions=[],
+       reasoning_effort="high",
+       response_format={"type": "json_object"}, max_completion_tokens=7, stop="x"), Exactly(PLAIN)),
+    ("no MCP servers", "openai", R(mcp_servers=[]), Exactly(PLAIN)),
+]
+
+
+@table(FIELDS, "host, asked, want")
+def test_field(host, asked, want):
+    check_body(sent(asked, host), want)
+
+
+def test_the_session_decides_the_prompt_cache_key():
+    body = sent(R(**ID_FIELDS), session_id="sess-1")
+    assert body["prompt_cache_key"] == "aap-abe633f3a47a2758174eabe9160daf36"
+    assert sent(R(), session_id="sess-1")["prompt_cache_key"] == body["prompt_cache_key"]
+    assert "safety_identifier" not in sent(R(), session_id="sess-1")
+    assert "prompt_cache_key" not in sent(R(**ID_FIELDS), "local", "sess-1")
+
+
+# ---- Thinking and effort
+
+EFFORTS = [  # model, request members, reasoning_effort
+    ("a budget under 4096 is low", "gpt-5", {"thinking": enabled(2000)}, "low"),
+    ("a budget under 16384 is medium", "gpt-5", {"thinking": enabled(8000)}, "medium"),
+    ("a budget of 4096 is medium", "gpt-5", {"thinking": enabled(4096)}, "medium"),
+    ("a budget of 16384 is high", "gpt-5", {"thinking": enabled(16384)}, "high"),
+    ("a budget that is no integer is nothing", "gpt-5", {"thinking": enabled("many")}, None),
+    ("effort wins over a budget", "gpt-5", {"thinking": enabled(8000), **effort("low")}, "low"),
+    ("adaptive without effort is nothing", "gpt-5", {"thinking": ADAPTIVE}, None),
+    ("adaptive with effort", "gpt-5", {"thinking": ADAPTIVE, **effort("high")}, "high"),
+    ("an unknown kind of thinking is nothing", "gpt-5", {"thinking": {"type": "new"}}, None),
+    ("disabled: the lowest that gpt-5 has", "gpt-5", {"thinking": DISABLED}, "minimal"),
+    ("disabled: gpt-5.1 has none", "gpt-5.1", {"thinking": DISABLED}, "none"),
+    ("disabled: the lowest that o3 has", "o3", {"thinking": DISABLED}, "low"),
+    ("disabled: gpt-4o does not know effort", "gpt-4o", {"thinking": DISABLED}, None),
+    ("disabled replaces an effort", "gpt-5.1", {"thinking": DISABLED, **effort("high")}, "none"),
+    ("between_tools is disabled", "gpt-5.1", {"thinking": {"type": "between_tools"}}, "none"),
+    *[(f"effort {asked} for {model}", model, effort(asked), want) for model, asked, want in (
+        ("o3", "max", "high"), ("gpt-5.1", "max", "high"), ("gpt-5.2", "max", "xhigh"),
+        ("gpt-5.6", "max", "max"),
+        ("gpt-5.6", "xhigh", "xhigh"), ("gpt-6", "max", "max"), ("gpt-5-pro", "low", "high"),
+        ("gpt-5-codex", "max", "high"), ("gpt-5.10", "max", "max"), ("gpt-4o", "max", None),
+        ("o1-mini", "high", None),
+        ("gpt-5-chat-latest", "high", None), ("gpt-5.1", "huge", None), ("grok-3-mini", "medium", "low"))],
+    ("from gpt-5.4 on without tools", "gpt-5.4", effort("high"), "high"),
+    ("from gpt-5.4 on tools forbid effort", "gpt-5.4", {**effort("high"), "tools": [T("f")]}, "none"),
+    ("also where none was asked", "gpt-5.6", {"tools": [T("f")]}, "none"),
+    ("before gpt-5.4 they do not", "gpt-5.2", {**effort("high"), "tools": [T("f")]}, "high"),
+    ("tools that are not sent forbid nothing", "gpt-5.4", {**effort("high"), "tools": [WEB_SEARCH]}, "high"),
+    ("a later system message has the last word", "gpt-5.2", {**effort("low"), "messages": [
+        U("a"), S("b", **effort("high")), U("c")]}, "high"),
+    ("the newest of them", "gpt-5.2", {"messages": [
+        U("a"), S("b", **effort("high")), U("c"), S("", **effort("low")), S("d")]}, "low"),
+]
+
+
+@table(EFFORTS, "model, members, want")
+def test_effort(model, members, want):
+    check_body(sent(R(**{"model": model, **members})),
+               {"reasoning_effort": want, "thinking": None, "reasoning": None})
+
+
+OTHER_EFFORTS = [
+    ("OpenRouter has its own field", "openrouter", effort("high"),
+     {"reasoning": {"effort": "high"}, "reasoning_effort": None}),
+    ("OpenRouter, disabled", "openrouter", {"thinking": DISABLED}, {"reasoning": {"enabled": False}}),
+    ("OpenRouter, neither", "openrouter", {}, {"reasoning": None, "reasoning_effort": None}),
+    ("DeepSeek thinks only when told", "deepseek", {},
+     {"thinking": {"type": "disabled"}, "reasoning_effort": None}),
+    *[(f"DeepSeek, effort {asked}", "deepseek", {"thinking": ADAPTIVE, **effort(asked)},
+       {"thinking": {"type": "enabled"}, "reasoning_effort": want})
+      for asked, want in (("low", "low"), ("medium", "high"), ("high", "high"), ("xhigh", "max"),
+                          ("max", "max"))],
+    ("deepseek-reasoner has no switch", "deepseek", {"model": "deepseek-reasoner", "thinking": ADAPTIVE},
+     {"thinking": None}),
+    ("gpt-oss", "local", {"model": "claude-opus-5", **effort("xhigh")}, {"reasoning_effort": "high"}),
+    ("a model without a list", "local", effort("high"), {"reasoning_effort": None}),
+    ("gpt-5.4 with tools elsewhere", "local", {"model": "gpt-5.4", **effort("high"), "tools": [T("f")]},
+     {"reasoning_effort": "high"}),
+    ("Gemini", "gemini", {"model": "gemini-2.5-pro", **effort("max")}, {"reasoning_effort": "high"}),
+    ("a Gemini name at OpenAI", "openai", {"model": "gemini-2.5-pro", **effort("max")},
+     {"reasoning_effort": None}),
+]
+
+
+@table(OTHER_EFFORTS, "host, members, want")
+def test_effort_elsewhere(host, members, want):
+    check_body(sent(R(**members), host), want)
+
+
+# ---- Structured output
+
+ONE_JSON_VALUE = "Answer with one JSON value only, no other text, that matches this JSON schema: "
+
+FORMATS = [
+    ("a schema that qualifies is strict", "openai", output(STRICT),
+     {"response_format": response_format(STRICT, True)}),
+    ("one that does not is sent all the same", "openai", output(LOOSE),
+     {"response_format": response_format(LOOSE, False)}),
+    ("cleaned up", "openai", output({"$schema": "s", "title": "t"}),
+     {"response_format": response_format({"title": "t", "type": "object", "properties": {}}, False)}),
+    ("the older name", "openai", {"output_format": output(STRICT)["output_config"]["format"]},
+     {"response_format": response_format(STRICT, True), "output_format": None}),
+    ("the newer name wins", "openai", {**output(STRICT), "output_format": {"type": "text"}},
+     {"response_format": response_format(STRICT, True)}),
+    ("DeepSeek is told in words", "deepseek", output(STRICT),
+     {"response_format": {"type": "json_object"},
+      "messages": [S(ONE_JSON_VALUE + compact(STRICT)), U("Hi")]}),
+    ("and after everything else", "deepseek", {**output(STRICT), "system": "s", "tools": [WEB_SEARCH]},
+     {"messages": [S("s\n\nNot available in this session: web_search. Do not claim to have used them.\n\n"
+                     + ONE_JSON_VALUE + compact(STRICT)), U("Hi")]}),
+]
+
+
+@table(FORMATS, "host, members, want")
+def test_structured_output(host, members, want):
+    check_body(sent(R(**members), host), want)
+
+
+# ---- Tools
+
+def deferred(name): return T(name, defer_loading=True)
+def reference(name): return {"type": "tool_reference", "tool_name": name}
+def removal(name): return {"type": "tool_removal", "tool": {"type": "tool_reference", "name": name}}
+def addition(tool): return {"type": "tool_addition", "tool": tool}
+def note(names): return f"Not available in this session: {names}. Do not claim to have used them."
+
+
+def choice(kind, name=None, **members):
+    named = {} if name is None else {"name": name}
+    return {"tool_choice": {"type": kind, **named, **members}}
+
+
+SEARCH = [T("ToolSearch"), deferred("f"), T("g")]
+FOUND = [U("a"), A([tu("call_1", "ToolSearch")]), U([tr("call_1", [reference("f")])])]
+NAMED_F = {"type": "function", "function": {"name": "f"}}
+NO_TOOLS = {"tools": None, "tool_choice": None, "parallel_tool_calls": None}
+DEFINED = {"type": "tool_definition", "definition": T("h")}
+
+TOOLS = [
+    ("a tool is a function", {"tools": [T("f")]}, {**NO_TOOLS, "tools": [F("f")]}),
+    ("with its description", {"tools": [T("f", description="d")]}, {"tools": [F("f", description="d")]}),
+    ("but not an empty one", {"tools": [T("f", description="")]}, {"tools": [F("f")]}),
+    ("type custom", {"tools": [T("f", type="custom")]}, {"tools": [F("f")]}),
+    ("no tools", {"tools": []}, NO_TOOLS),
+    ("no tools, no choice", {"tools": [], **choice("auto", disable_parallel_tool_use=True)}, NO_TOOLS),
+    ("choice auto", {"tools": [T("f")], **choice("auto")},
+     {"tool_choice": "auto", "parallel_tool_calls": None}),
+    ("choice any", {"tools": [T("f")], **choice("any")}, {"tool_choice": "required"}),
+    ("choice none still sends the tools", {"tools": [T("f")], **choice("none")},
+     {"tool_choice": "none", "tools": [F("f")]}),
+    ("choice of one tool", {"tools": [T("f")], **choice("tool", "f")}, {"tool_choice": NAMED_F}),
+    ("not in parallel", {"tools": [T("f")], **choice("any", disable_parallel_tool_use=True)},
+     {"tool_choice": "required", "parallel_tool_calls": False}),
+    ("the o-series does not know that field", {"model": "o3", "tools": [T("f")],
+                                               **choice("any", disable_parallel_tool_use=True)},
+     {"tool_choice": "required", "parallel_tool_calls": None}),
+    ("in parallel is nothing", {"tools": [T("f")], **choice("auto", disable_parallel_tool_use=False)},
+     {"tool_choice": "auto", "parallel_tool_calls": None}),
+    ("one name is legal everywhere", {"tools": [T("my.tool")], **choice("tool", "my.tool"),
+                                      "messages": [U("a"), A([tu("call_1", "my.tool")]),
+                                                   U([tr("call_1", "ok")])]},
+     {"tools": [F("my_tool_bca2c361")],
+      "tool_choice": {"type": "function", "function": {"name": "my_tool_bca2c361"}},
+      "messages": [U("a"), AC(None, [call("call_1", "my_tool_bca2c361")]), TM("call_1", "ok")]}),
+    ("a server tool is not sent, and the model is told", {"tools": [WEB_SEARCH]},
+     {**NO_TOOLS, "messages": [S(note("web_search")), U("Hi")]}),
+    ("the note is the last paragraph", {"system": "Be brief.", "tools": [
+        T("f"), WEB_SEARCH, {"type": "code_execution_20250825", "name": "code_execution"}]},
+     {"tools": [F("f")], "messages": [S("Be brief.\n\n" + note("web_search, code_execution")), U("Hi")]}),
+    *[(f"{kind} is a server tool", {"tools": [{"type": kind, "name": "x"}]},
+       {"tools": None, "messages": [S(note("x")), U("Hi")]})
+      for kind in ("web_fetch_20260318", "advisor_20260301", "future_tool_20270101")],
+    ("an auto choice goes with its last tool", {"tools": [WEB_SEARCH], **choice("auto")}, NO_TOOLS),
+    ("a tool search of the server is silent, and everything is loaded",
+     {"tools": [{"type": "tool_search_tool_bm25_20251119", "name": "tool_search_tool_bm25"}, deferred("f")]},
+     {"tools": [F("f")], "messages": [U("Hi")]}),
+    ("a tool search of the client defers tools", {"tools": SEARCH}, {"tools": [F("ToolSearch"), F("g")]}),
+    ("a tool found is sent last", {"tools": SEARCH, "messages": FOUND},
+     {"tools": [F("ToolSearch"), F("g"), F("f")]}),
+    ("so is a tool called before",
+     {"tools": SEARCH, "messages": [U("a"), A([tu("c", "f")]), U([tr("c", "1")])]},
+     {"tools": [F("ToolSearch"), F("g"), F("f")]}),
+    ("so is the one chosen", {"tools": SEARCH, **choice("tool", "f")},
+     {"tools": [F("ToolSearch"), F("g"), F("f")], "tool_choice": NAMED_F}),
+    ("so is one added", {"tools": SEARCH, "messages": [
+        U("a"), S([addition({"type": "tool_reference", "name": "f"})])]},
+     {"tools": [F("ToolSearch"), F("g"), F("f")]}),
+    ("a removed tool is not sent", {"tools": [T("f"), T("g")], "messages": [U("a"), S([removal("f")])]},
+     {"tools": [F("g")], "messages": [U("a")]}),
+    ("unless it comes back", {"tools": [T("f"), T("g")], "messages": [
+        U("a"), S([removal("f"), addition({"type": "tool_reference", "name": "f"})])]},
+        {"tools": [F("f"), F("g")]}),
+    ("a tool defined on the way", {"tools": [T("f")], "messages": [U("a"), S([addition(DEFINED)])]},
+     {"tools": [F("f"), F("h")]}),
+    ("an unknown type with a schema is a tool", {"tools": [T("x", type="future_tool_20270101")]},
+     {"tools": [F("x")]}),
+    ("what OpenAI does not know of a tool is dropped",
+     {"tools": [T("f", cache_control={"type": "ephemeral"}, input_examples=[{}], eager_input_streaming=True,
+                  allowed_callers=["direct"], strict=None, citations={})]}, {"tools": [F("f")]}),
+    ("strict, where the schema qualifies", {"tools": [T("f", STRICT, strict=True)]},
+     {"tools": [F("f", STRICT, strict=True)]}),
+    ("not strict, where it does not", {"tools": [T("f", LOOSE, strict=True)]}, {"tools": [F("f", LOOSE)]}),
+]
+
+
+@table(TOOLS, "members, want")
+def test_tools(members, want):
+    check_body(sent(R(**members)), want)
+
+
+def test_strict_is_sent_only_where_it_is_known():
+    asked = R(tools=[T("f", STRICT, strict=True)])
+    assert sent(asked, "azure")["tools"] == [F("f", STRICT, strict=True)]
+    for host in ("openrouter", "deepseek", "mistral", "gemini", "local"):
+        assert sent(asked, host)["tools"] == [F("f", STRICT)]
+
+
+@table([
+    ("dots become underscores, with a hash", "my.tool", "my_tool_bca2c361"),
+    ("a long MCP name", "mcp__claude_ai_Google_Calendar_and_Contacts__list_calendar_events_for_user",
+     "mcp__claude_ai_Google_Calendar_and_Contacts__list_calen_52cbfaf7"),
+    ("64 characters are allowed", "a" * 64, "a" * 64),
+    ("65 are not", "a" * 65, "a" * 55 + "_635361c4"),
+])
+def test_tool_name(given, want):
+    assert sent(R(tools=[T(given)]))["tools"] == [F(want)]
+
+
+@table([("made first", ("my.tool", "my_tool_bca2c361")),
+        ("made last", ("my_tool_bca2c361", "my.tool"))], "names")
+def test_a_made_name_is_never_that_of_another_tool(names):
+    asked = R(tools=[T(name) for name in names])
+    functions = [tool["function"]["name"] for tool in sent(asked)["tools"]]
+    assert len(set(functions)) == 2 and "my_tool_bca2c361" in functions
+    answer = completion(calling(*[call(f"call_{name}", name) for name in functions]))
+    assert [block["name"] for block in answered(answer, asked)["content"]] == list(names)
+
+
+EDITOR = {"command": "string", "path": "string", "file_text": "string", "old_str": "string",
+          "new_str": "string",
+          "insert_line": "integer", "view_range": "array"}
+SCREEN = {"action": "string", "coordinate": "array", "start_coordinate": "array", "text": "string",
+          "scroll_direction": "string", "scroll_amount": "integer", "duration": "number", "region": "array"}
+OLD_ACTIONS = ["key", "type", "mouse_move", "left_click", "left_click_drag", "right_click", "middle_click",
+               "double_click", "screenshot", "cursor_position"]
+ACTIONS = OLD_ACTIONS + ["left_mouse_down", "left_mouse_up", "triple_click", "scroll", "hold_key", "wait"]
+
+CLIENT_TOOLS = [  # type, properties, required, the values of command or action
+    ("the shell", "bash_20250124", {"command": "string", "restart": "boolean"}, [], None),
+    ("a newer shell is taken as the newest known", "bash_20270101",
+     {"command": "string", "restart": "boolean"}, [],
+     None),
+    ("the older editor", "text_editor_20250124", EDITOR, ["command", "path"],
+     ["view", "create", "str_replace", "insert", "undo_edit"]),
+    ("the newer editor", "text_editor_20250728", {**EDITOR, "insert_text": "string"}, ["command", "path"],
+     ["view", "create", "str_replace", "insert"]),
+    ("the memory", "memory_20250818",
+     {**EDITOR, "insert_text": "string", "old_path": "string", "new_path": "string"}, ["command"],
+     ["view", "create", "str_replace", "insert", "delete", "rename"]),
+    ("the first computer", "computer_20241022", SCREEN, ["action"], OLD_ACTIONS),
+    ("the computer", "computer_20250124", SCREEN, ["action"], ACTIONS),
+    ("the newest computer", "computer_20251124", SCREEN, ["action"], ACTIONS),
+]
+
+
+@table(CLIENT_TOOLS, "kind, properties, required, values")
+def test_client_tool(kind, properties, required, values):
+    tool = {"type": kind, "name": "its_name", "display_width_px": 1024, "display_height_px": 768}
+    (function,) = [each["function"] for each in sent(R(tools=[tool]))["tools"]]
+    parameters = function["parameters"]
+    assert function["name"] == "its_name" and parameters["type"] == "object"
+    assert {name: schema["type"] for name, schema in parameters["properties"].items()} == properties
+    assert sorted(parameters.get("required", [])) == required
+    for member in {"command", "action"} & properties.keys() if values else ():
+        assert sorted(parameters["properties"][member]["enum"]) == sorted(values)
+    if kind.startswith("computer"):
+        assert "1024" in function["description"] and "768" in function["description"]
+        assert sorted(parameters["properties"]["scroll_direction"]["enum"]) == ["down", "left", "right", "up"]
+
+
+def test_an_editor_tells_its_limit():
+    (editor,) = sent(R(tools=[{"type": "text_editor_20250728", "name": "e",
+                               "max_characters": 12345}]))["tools"]
+    assert "12345" in editor["function"]["description"]
+
+
+def test_zoom_is_an_action_only_where_it_is_enabled():
+    tool = {"type": "computer_20251124", "name": "computer", "display_width_px": 9, "display_height_px": 9}
+    (zooming,) = sent(R(tools=[{**tool, "enable_zoom": True}]))["tools"]
+    assert zooming["function"]["parameters"]["properties"]["action"]["enum"][-1] == "zoom"
+
+
+OPEN_BRANCHES = {"anyOf": [{"type": "object", "properties": {"a": {}}, "required": ["a", "k"]},
+                           {"type": "object", "properties": {"b": {}}, "required": ["k"]}]}
+
+
+def inside(schema): return {"type": "object", "properties": {"a": schema}}
+
+
+SCHEMAS = [
+    ("type and properties are added", {}, {"type": "object", "properties": {}}),
+    ("a type that is not object alone", {"type": ["object", "null"]}, {"type": "object", "properties": {}}),
+    ("properties null", {"type": "object", "properties": None}, {"type": "object", "properties": {}}),
+    ("an array without items is kept", inside({"type": "array"}), inside({"type": "array"})),
+    ("branches at the root are kept", OPEN_BRANCHES, {**OPEN_BRANCHES, "type": "object", "properties": {}}),
+    ("$schema goes", {"$schema": "s", **inside({})}, inside({})),
+    ("the rest stays",
+     inside({"additionalProperties": False, "pattern": "p", "format": "f", "propertyNames": {},
+             "default": 1, "anyOf": [{"allOf": [{}]}], "$schema": "nested"}),
+     inside({"additionalProperties": False, "pattern": "p", "format": "f", "propertyNames": {},
+             "default": 1, "anyOf": [{"allOf": [{}]}], "$schema": "nested"})),
+    ("an object inside gets properties", inside({"type": "object"}),
+     inside({"type": "object", "properties": {}})),
+    ("also deep inside", inside({"type": "array", "items": {"anyOf": [{"type": "object"}]}}),
+     inside({"type": "array", "items": {"anyOf": [{"type": "object", "properties": {}}]}})),
+    ("but not where additionalProperties say it", inside({"type": "object", "additionalProperties": {}}),
+     inside({"type": "object", "additionalProperties": {}})),
+    ("values are no schemas", inside({"default": {"type": "object"}, "enum": [{"type": "object"}],
+                                      "const": {"type": "object"}, "examples": [{"type": "object"}]}),
+     inside({"default": {"type": "object"}, "enum": [{"type": "object"}],
+             "const": {"type": "object"}, "examples": [{"type": "object"}]})),
+    ("required null is kept until it is refused", {**inside({}), "required": None},
+     {**inside({}), "required": None}),
+]
+
+
+@table(SCHEMAS)
+def test_schema(given, want):
+    assert sent(R(tools=[{"name": "f", "input_schema": given}]))["tools"] == [F("f", want)]
+
+
+# ---- System and conversation
+
+def reminder(text): return f"<system-reminder>\n{text}\n</system-reminder>"
+def billing(text): return txt(f"x-anthropic-billing-header: {text}")
+
+
+ASKED, CALLED = [U("a"), A([tu("call_1")])], [U("a"), AC(None, [call("call_1")])]
+ASKED_TWO = [U("a"), A([tu("call_1"), tu("call_2", "g")])]
+CALLED_TWO = [U("a"), AC(None, [call("call_1"), call("call_2", "g")])]
+LONG_ID = "toolu_" + "x" * 40
+EXTRA = {"google": {"thought_signature": "sig"}}
+
+
+def with_extra(id, extra):
+    """The id under which a client has a call with its thought signature."""
+    return "toolu_xAbC123_" + encoded(zlib.compress(json.dumps([id, extra]).encode()))
+
+
+def conversation_with(id):
+    return [U("a"), A([tu(id)]), U([tr(id, "ok")])], [U("a"), AC(None, [call(id)]), TM(id, "ok")]
+
+
+def ids_kept(sentence, id, host="openai"):
+    given, want = conversation_with(id)
+    return sentence, host, {"messages": given}, want
+
+
+def ids_sent(sentence, id, want, host="openai"):
+    return sentence, host, {"messages": conversation_with(id)[0]}, conversation_with(want)[1]
+
+
+CONVERSATIONS = [  # request members, all messages sent
+    ("system text is the first message", "openai", {"system": "S"}, [S("S"), U("Hi")]),
+    ("its blocks are paragraphs", "openai", {"system": [txt("a"), txt(""), txt("b")]},
+     [S("a\n\nb"), U("Hi")]),
+    ("empty system text is none", "openai", {"system": ""}, [U("Hi")]),
+    ("only empty blocks are none", "openai", {"system": [txt("")]}, [U("Hi")]),
+    ("marks are dropped", "openai", {"system": [{**txt("a"), "cache_control": {"type": "ephemeral"}}]},
+     [S("a"), U("Hi")]),
+    ("the client's attribution is no instruction", "openai",
+     {"system": [billing("cc_version=2; cc_entrypoint=cli;"), txt("b")]}, [S("b"), U("Hi")]),
+    ("and alone is nothing", "openai", {"system": [billing("cc_version=2;")]}, [U("Hi")]),
+    ("system messages in front join the system text", "openai", {"system": "a", "messages": [S("b"), U("c")]},
+     [S("a\n\nb"), U("c")]),
+    *[(f"a later system message is a reminder, {host}", host, {"messages": [U("a"), S("b"), U("c")]},
+       [U(f"a\n\n{reminder('b')}\n\nc")]) for host in HOSTS],
+    ("at the end too", "openai", {"messages": [U("a"), S("b")]}, [U("a\n\n" + reminder("b"))]),
+    ("after an assistant's message it goes to the user's next", "openai",
+     {"messages": [U("a"), A("x"), S("b"), U("c")]}, [U("a"), A("x"), U(f"{reminder('b')}\n\nc")]),
+    ("between two assistant messages it is a user message", "openai",
+     {"messages": [U("a"), A("x"), S("b"), A("y"), U("c")]},
+     [U("a"), A("x"), U(reminder("b")), A("y"), U("c")]),
+    ("beside results alone it joins the last of them", "openai",
+     {"messages": ASKED + [S("b"), U([tr("call_1", "ok")])]},
+     CALLED + [TM("call_1", f"ok\n\n{reminder('b')}")]),
+    ("after results too", "openai",
+     {"messages": ASKED_TWO + [U([tr("call_1", "1"), tr("call_2", "2")]), S("b")]},
+     CALLED_TWO + [TM("call_1", "1"), TM("call_2", f"2\n\n{reminder('b')}")]),
+    ("beside text it joins the text", "openai",
+     {"messages": ASKED + [S("b"), U([tr("call_1", "ok"), txt("t")])]},
+     CALLED + [TM("call_1", "ok"), U(f"{reminder('b')}\n\nt")]),
+    ("one for a single turn is gone in the next", "openai",
+     {"messages": [U("a"), S("b", clear_at="next_user_message"), A("x"), U("c")]}, [U("a"), A("x"), U("c")]),
+    ("and there in its own", "openai", {"messages": [U("a"), S("b", clear_at="next_user_message")]},
+     [U("a\n\n" + reminder("b"))]),
+    ("one without content only sets the effort", "openai",
+     {"messages": [U("a"), {"role": "system", **effort("low")}, S(""), S([])]}, [U("a")]),
+    ("an unknown block of a system message is dropped", "openai",
+     {"messages": [U("a"), S([{"type": "new"}])]},
+     [U("a")]),
+    ("two user messages are one", "openai", {"messages": [U("a"), U("b")]}, [U("a\n\nb")]),
+    ("two assistant messages are one", "openai", {"messages": [U("a"), A("x"), A("y"), U("b")]},
+     [U("a"), A("xy"), U("b")]),
+    ("also when what lay between them vanished", "openai", {"messages": [U("a"), A(""), U("b")]},
+     [U("a\n\nb")]),
+    ("an assistant message of redacted thinking alone is none", "openai",
+     {"messages": [U("a"), A([{"type": "redacted_thinking", "data": "d"}]), U("b")]}, [U("a\n\nb")]),
+    ("white space in text is kept", "openai", {"messages": [U(" a\n"), A(" x\n"), U("\tb ")]},
+     [U(" a\n"), A(" x\n"), U("\tb ")]),
+    ("half a surrogate pair is replaced", "openai", {"messages": [U("a\ud83db")]}, [U("a\ufffdb")]),
+    ("a whole one is a character", "openai", {"messages": [U("\ud83d\ude00")]}, [U("\U0001f600")]),
+    ("a call and its result", "openai",
+     {"messages": [U("a"), A([txt("x"), tu("call_1", "f", {"a": 1})]), U([tr("call_1", "ok")])]},
+     [U("a"), AC("x", [call("call_1", "f", '{"a":1}')]), TM("call_1", "ok")]),
+    ("arguments are ASCII", "openai",
+     {"messages": [U("a"), A([tu("call_1", "f", {"a": "\u00e9"})]), U([tr("call_1", "ok")])]},
+     [U("a"), AC(None, [call("call_1", "f", '{"a":"\\u00e9"}')]), TM("call_1", "ok")]),
+    ("tool messages in the order of the results, then the user", "openai",
+     {"messages": ASKED_TWO + [U([tr("call_2", "two"), tr("call_1", "one"), txt("go on")])]},
+     CALLED_TWO + [TM("call_2", "two"), TM("call_1", "one"), U("go on")]),
+    ("text before a result comes after it", "openai",
+     {"messages": ASKED + [U([txt("first"), tr("call_1", "ok")])]},
+     CALLED + [TM("call_1", "ok"), U("first")]),
+    ("a result is missing", "openai", {"messages": ASKED_TWO + [U([tr("call_1", "ok")])]},
+     CALLED_TWO + [TM("call_1", "ok"), TM("call_2", "Tool call was not executed.")]),
+    ("every result is missing", "openai", {"messages": ASKED + [U("never mind")]},
+     CALLED + [TM("call_1", "Tool call was not executed."), U("never mind")]),
+    ("a call stands last", "openai", {"messages": ASKED},
+     CALLED + [TM("call_1", "Tool call was not executed.")]),
+    ("a result without its call is told", "openai", {"messages": [U([txt("a"), tr("zz", "ok"), txt("b")])]},
+     [U("a\n\n[Result of tool call zz]\nok\n\nb")]),
+    ("the first of two results counts", "openai",
+     {"messages": ASKED + [U([tr("call_1", "a"), tr("call_1", "b")])]}, CALLED + [TM("call_1", "a")]),
+    ("results spread over user messages", "openai",
+     {"messages": ASKED_TWO + [U([tr("call_1", "1")]), U([tr("call_2", "2"), txt("x")])]},
+     CALLED_TWO + [TM("call_1", "1"), TM("call_2", "2"), U("x")]),
+    ("one id in two turns", "openai",
+     {"messages": ASKED + [U([tr("call_1", "1")])] + [A([tu("call_1")]), U([tr("call_1", "2")])]},
+     CALLED + [TM("call_1", "1"), AC(None, [call("call_1")]), TM("call_1", "2")]),
+    ("two calls of one id in one turn", "local",
+     {"messages": [U("a"), A([tu("c"), tu("c")]), U([tr("c", "1"), tr("c", "2")])]},
+     [U("a"), AC(None, [call("c"), call("call_3c9b6429653c1bcece90ddeeb584ac98")]),
+      TM("c", "1"), TM("call_3c9b6429653c1bcece90ddeeb584ac98", "2")]),
+    ("an image in a result goes to the user's message after it", "openai",
+     {"messages": ASKED + [U([tr("call_1", [txt("see"), img])])]},
+     CALLED + [TM("call_1", "see\n[image 1: see the next user message]"),
+               U([P("Image 1 from tool result call_1:"), IMG])]),
+    ("before what the user says", "openai",
+     {"messages": ASKED + [U([tr("call_1", [txt("see"), img]), txt("ok?")])]},
+     CALLED + [TM("call_1", "see\n[image 1: see the next user message]"),
+               U([P("Image 1 from tool result call_1:"), IMG, P("ok?")])]),
+    ("images are counted over all results", "openai",
+     {"messages": ASKED_TWO + [U([tr("call_1", [img]), tr("call_2", [img])])]},
+     CALLED_TWO + [TM("call_1", "[image 1: see the next user message]"),
+                   TM("call_2", "[image 2: see the next user message]"),
+                   U([P("Image 1 from tool result call_1:"), IMG, P("Image 2 from tool result call_2:"),
+                      IMG])]),
+    ("a PDF in a result likewise, where files are known", "openai",
+     {"messages": ASKED + [U([tr("call_1", [txt("see"), doc(PDF, title="r")])])]},
+     CALLED + [TM("call_1", "see\n[document 1: see the next user message]"),
+               U([P("Document 1 from tool result call_1:"),
+                  {"type": "file",
+                   "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}])]),
+    ("elsewhere in words", "local", {"messages": ASKED + [U([tr("call_1", [doc(PDF, title="r")])])]},
+     CALLED + [TM("call_1", "[PDF document: r; this endpoint cannot read it]")]),
+    # Ids
+    ids_kept("a Claude id is kept", "toolu_01A09q90qw90lq917835lq9"),
+    ids_sent("one too long for OpenAI is hashed", LONG_ID, "call_a550d5038323380edbc41fe2ac9a213c"),
+    ids_sent("also one with other characters", "call:1", "call_0af6315558b41599b4a0fbfa5d31d443"),
+    ids_sent("and on Azure", "call:1", "call_0af6315558b41599b4a0fbfa5d31d443", "azure"),
+    ids_kept("others take long ids", LONG_ID, "local"),
+    ids_kept("others take any character", "call:1", "local"),
+    ids_sent("Mistral wants nine characters", "toolu_01A09q90qw90lq917835lq9", "L4lugQ9Qs", "mistral"),
+    ids_kept("and keeps its own", "abcDEF123", "mistral"),
+    ids_sent("an encoded id is decoded", "toolu_rAbC123_ZnVuY3Rpb25zLmdldDow", "functions.get:0", "local"),
+    ids_kept("one that is none stays", "toolu_rAbC123_!", "local"),
+    ids_kept("one that does not decode stays", "toolu_rAbC123__w", "local"),
+    ids_kept("nor one with a thought signature", "toolu_xAbC123_AAAA", "local"),
+    ("a thought signature comes back on its call", "gemini",
+     {"messages": conversation_with(with_extra("c1", EXTRA))[0]},
+     [U("a"), AC(None, [call("c1", extra_content=EXTRA)]), TM("c1", "ok")]),
+    # The end
+    ("a prefill is sent without the white space at its end", "openai",
+     {"messages": [U("a"), A("The answer is ")]},
+     [U("a"), A("The answer is")]),
+    ("Mistral marks it", "mistral", {"messages": [U("a"), A("The answer is ")]},
+     [U("a"), {**A("The answer is"), "prefix": True}]),
+    ("a prefill of white space alone is none", "openai", {"messages": [U("a"), A(" \n")]}, [U("a")]),
+]
+
+
+@table(CONVERSATIONS, "host, members, want")
+def test_conversation(host, members, want):
+    assert sent(R(**members), host)["messages"] == want
+
+
+SEARCH_RESULT = {"type": "search_result", "title": "T", "source": "S", "content": [txt("a"), txt("b")]}
+
+def test_a_result_without_its_call_keeps_its_image():
+    (message,) = sent(R([U([tr("zz", [txt("see"), img])])]))["messages"]
+    assert message["content"][0]["text"].startswith("[Result of tool call zz]\nsee")
+    assert IMG in message["content"]
+
+
+USER_BLOCKS = [  # blocks of one user message, its content
+    ("text blocks are paragraphs", "openai", [txt("a"), txt("b")], "a\n\nb"),
+    ("empty ones vanish", "openai", [txt("a"), txt("")], "a"),
+    ("with an image it is a list of parts", "openai", [txt("a"), img, txt("b"), txt("c")],
+     [P("a"), IMG, P("b"), P("c")]),
+    ("marks are dropped", "openai", [{**txt("a"), "cache_control": {"type": "ephemeral"}, "citations": []}],
+     "a"),
+    ("an image by address is not fetched", "openai",
+     [{"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}],
+     [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]),
+    ("image/jpg is image/jpeg, and base64 has no white space", "openai",
+     [{"type": "image", "source": {"type": "base64", "media_type": "image/jpg", "data": "AA\nAA "}}],
+     [{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,AAAA"}}]),
+    ("a PDF is a file", "openai", [doc(PDF, title="r")],
+     [{"type": "file", "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
+    ("its name ends in .pdf once", "azure", [doc(PDF, title="r.pdf")],
+     [{"type": "file", "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
+    ("without a title", "openai", [doc(PDF)],
+     [{"type": "file",
+       "file": {"filename": "document.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
+    ("where no files are known it is told", "local", [doc(PDF, title="r")],
+     "[PDF document: r; this endpoint cannot read it]"),
+    ("without a title too", "local", [doc(PDF)],
+     "[PDF document: document.pdf; this endpoint cannot read it]"),
+    ("a text document", "openai",
+     [doc({"type": "text", "media_type": "text/plain", "data": "body"}, title="T",
+          context="C", citations={"enabled": True})],
+     "[Document: T]\n[Context: C]\nbody"),
+    ("without title and context", "openai",
+     [doc({"type": "text", "media_type": "text/plain", "data": "body"})],
+     "[Document]\nbody"),
+    ("as base64", "openai", [doc({"type": "base64", "media_type": "text/markdown", "data": "w6k="})],
+     "[Document]\n\u00e9"),
+    ("of blocks", "openai", [doc({"type": "content", "content": [txt("a"), img]}, title="T")],
+     [P("[Document: T]\na"), IMG]),
+    ("of a string", "openai", [doc({"type": "content", "content": "a"})], "[Document]\na"),
+    ("by address", "openai", [doc({"type": "url", "url": "https://x/a.pdf"})],
+     "[Document at https://x/a.pdf; this endpoint cannot fetch it]"),
+    ("by address, with a title", "openai", [doc({"type": "url", "url": "https://x/a.pdf"}, title="T")],
+     "[Document at https://x/a.pdf: T; this endpoint cannot fetch it]"),
+    ("a search result", "openai", [SEARCH_RESULT], "[Search result: T]\nSource: S\na\nb"),
+    ("an upload", "openai", [{"type": "container_upload", "file_id": "f"}],
+     "[unsupported content block: container_upload]"),
+    ("an unknown block", "openai", [{"type": "weird"}], "[unsupported content block: weird]"),
+    ("an unknown block with a text", "openai", [{"type": "weird", "text": "z"}], "z"),
+    ("a call of the user", "openai", [tu("i")], "[unsupported content block: tool_use]"),
+    ("thinking of the user is dropped", "openai", [txt("a"), think("t", "s")], "a"),
+    ("a summary", "openai", [{"type": "compaction", "content": "s"}],
+     "[Summary of the earlier conversation]\ns"),
+    ("no summary", "openai", [txt("a"), {"type": "compaction", "content": None}], "a"),
+]
+
+
+@table(USER_BLOCKS, "host, blocks, want")
+def test_user_blocks(host, blocks, want):
+    assert sent(R([U(blocks)]), host)["messages"] == [U(want)]
+
+
+def found_by(kind, name, content): return {"type": kind, "tool_use_id": "s", "content": content}
+
+
+SEARCHED = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}}
+HIT = {"type": "web_search_result", "title": "T", "url": "u", "encrypted_content": "e"}
+FETCHED = {"type": "web_fetch_result", "url": "u", "content": doc({"type": "text", "media_type": "text/plain",
+                                                                  "data": "body"})}
+RAN = {"type": "bash_code_execution_result", "stdout": "out", "stderr": "err", "return_code": 2}
+
+ASSISTANT_BLOCKS = [  # blocks of one assistant message, its content
+    ("text blocks are joined directly", [txt("x"), txt("y")], "xy"),
+    ("foreign thinking is dropped", [think("t", "EqQB"), txt("x")], "x"),
+    ("text around a dropped block is two paragraphs", [txt("x"), think("t", "EqQB"), txt("y")], "x\n\ny"),
+    ("a search of the server is told",
+     [SEARCHED, found_by("web_search_tool_result", "web_search", [HIT]), txt("x")],
+     '[Called web_search with {"query":"q"}]\n\n[Result of web_search]\n- T: u\n\nx'),
+    ("a search that failed", [found_by("web_search_tool_result", "web_search", {
+        "type": "web_search_tool_result_error", "error_code": "unavailable"})],
+        "[web_search failed: unavailable]"),
+    ("a page", [txt("x"), found_by("web_fetch_tool_result", "web_fetch", FETCHED)],
+     "x\n\n[Result of web_fetch]\nu\nbody"),
+    ("a command", [found_by("bash_code_execution_tool_result", "bash_code_execution", RAN)],
+     "[Result of bash_code_execution]\nout\nerr\nexit code 2"),
+    ("a tool of an MCP server",
+     [{"type": "mcp_tool_use", "id": "m", "name": "look", "server_name": "n", "input": {}},
+      {"type": "mcp_tool_result", "tool_use_id": "m", "is_error": False, "content": [txt("a"), txt("b")]}],
+     "[Called look with {}]\n\n[Result of mcp_tool]\na\nb"),
+    ("what says nothing is dropped",
+     [txt("x"), {"type": "fallback"}, {"type": "mcp_tool_listing"},
+      {"type": "container_upload", "file_id": "f"},
+      found_by("tool_search_tool_result", "tool_search", {})], "x"),
+    ("an image", [img], "[image]"),
+    ("an unknown block", [{"type": "weird"}], "[unsupported content block: weird]"),
+    ("a summary", [{"type": "compaction", "content": "s"}, txt("x")],
+     "[Summary of the earlier conversation]\ns\n\nx"),
+]
+
+
+@table(ASSISTANT_BLOCKS, "blocks, want")
+def test_assistant_blocks(blocks, want):
+    assert sent(R([U("a"), A(blocks), U("b")]))["messages"] == [U("a"), A(want), U("b")]
+
+
+def test_text_around_a_call_is_two_paragraphs():
+    messages = sent(R([U("a"), A([txt("x"), tu("call_1"), txt("y")]), U([tr("call_1", "ok")])]))["messages"]
+    assert messages == [U("a"), AC("x\n\ny", [call("call_1")]), TM("call_1", "ok")]
+
+
+@table([
+    ("an object", {"a": [1, None]}, '{"a":[1,null]}'),
+    ("null", None, "{}"),
+    ("a string that is an object", '{"a":1}', '{"a":1}'),
+    ("another string", "abc", '{"INVALID_JSON":"abc"}'),
+    ("an empty string", "", "{}"),
+])
+def test_input_of_a_call_in_the_history(given, want):
+    block = {"type": "tool_use", "id": "call_1", "name": "f", "input": given}
+    messages = sent(R([U("a"), A([block]), U([tr("call_1", "ok")])]))["messages"]
+    assert messages[1] == AC(None, [call("call_1", "f", want)])
+
+
+def test_a_call_without_input_has_none():
+    messages = sent(R([U("a"), A([without(tu("call_1"), "input")]), U([tr("call_1", "ok")])]))["messages"]
+    assert messages[1] == AC(None, [call("call_1", "f", "{}")])
+
+
+RESULTS = [  # a tool_result, the text of its tool message
+    ("a string", tr("call_1", "ok"), "ok"),
+    ("text blocks are lines", tr("call_1", [txt("a"), txt("b")]), "a\nb"),
+    ("no content", tr("call_1"), "(no output)"),
+    ("null", tr("call_1", None), "(no output)"),
+    ("an empty string", tr("call_1", ""), "(no output)"),
+    ("an empty list", tr("call_1", []), "(no output)"),
+    ("only empty text", tr("call_1", [txt("")]), "(no output)"),
+    ("an error says so", tr("call_1", "boom", is_error=True), "Error: boom"),
+    ("but once", tr("call_1", "Error: boom", is_error=True), "Error: boom"),
+    ("in any case", tr("call_1", "ERROR boom", is_error=True), "ERROR boom"),
+    ("or in Claude Code's way", tr("call_1", "<tool_use_error>x</tool_use_error>", is_error=True),
+     "<tool_use_error>x</tool_use_error>"),
+    ("an error without a word", tr("call_1", "", is_error=True), "Error: tool execution failed"),
+    ("a tool found", tr("call_1", [reference("f")]), "Tool available: f"),
+    ("two tools found", tr("call_1", [reference("f"), reference("g")]),
+     "Tool available: f\nTool available: g"),
+    ("a search result", tr("call_1", [SEARCH_RESULT]), "[Search result: T]\nSource: S\na\nb"),
+    ("a text document",
+     tr("call_1", [doc({"type": "text", "media_type": "text/plain", "data": "d"}, title="T")]),
+     "[Document: T]\nd"),
+    ("an unknown block is its JSON",
+     tr("call_1", [{"type": "browser_state", "url": "u", "cache_control": {}}]),
+     '{"url":"u"}'),
+]
+
+
+@table(RESULTS)
+def test_result(given, want):
+    assert sent(R(ASKED + [U([given])]))["messages"] == CALLED + [TM("call_1", want)]
+
+
+# ---- Reasoning on its way back
+
+def carrier(kind, text): return f"aap1.{kind}.{encoded(zlib.compress(text.encode()))}"
+
+
+DETAILS = [{"type": "reasoning.text", "text": "t", "index": 0}]
+
+REASONING = [  # blocks before the call, members of the assistant message
+    ("reasoning_content", "local", [think("t", "aap1.c.")], {"reasoning_content": "t"}),
+    ("reasoning", "local", [think("t", "aap1.r.")], {"reasoning": "t"}),
+    ("the details", "openrouter", [think("t", carrier("d", compact(DETAILS)))],
+     {"reasoning_details": DETAILS}),
+    ("OpenAI does not want it", "openai", [think("t", "aap1.c.")], {}),
+    ("nor does Mistral", "mistral", [think("t", "aap1.c.")], {}),
+    ("what was not shown", "local", [think("", carrier("c", "secret"))], {"reasoning_content": "secret"}),
+    ("damaged", "local", [think("", "aap1.c.!"), think("", "aap1.c.AAAA")], {}),
+    ("nothing to give back", "local", [think("t", "aap1.n.")], {}),
+    ("two blocks", "local", [think("a", "aap1.c."), think("b", "aap1.c.")], {"reasoning_content": "ab"}),
+    ("the first decides the kind", "local", [think("a", "aap1.r."), think("b", "aap1.c.")],
+     {"reasoning": "a"}),
+    ("DeepSeek without thinking", "deepseek", [], {}),
+]
+
+
+@table(REASONING, "host, blocks, want")
+def test_reasoning_goes_back_with_a_call(host, blocks, want):
+    messages = sent(R([U("a"), A(blocks + [tu("call_1")]), U([tr("call_1", "ok")])], max_tokens=50),
+                    host)["messages"]
+    assert without(messages[1], "role", "content", "tool_calls") == want
+
+
+def test_reasoning_does_not_go_back_without_a_call():
+    assert sent(R([U("a"), A([think("t", "aap1.c."), txt("x")]), U("b")]), "local")["messages"][1] == A("x")
+
+
+def test_deepseek_wants_reasoning_with_every_call_while_it_thinks():
+    body = sent(R(ASKED + [U([tr("call_1", "ok")])], thinking=ADAPTIVE), "deepseek")
+    assert body["messages"][1] == AC(None, [call("call_1")], reasoning_content="")
+
+
+def test_a_carrier_that_unpacks_to_gigabytes_is_dropped():
+    bomb = "aap1.c." + encoded(zlib.compress(b"x" * (16 << 20) + b"x"))
+    messages = sent(R([U("a"), A([think("", bomb), tu("call_1")]), U([tr("call_1", "ok")])]),
+                    "local")["messages"]
+    assert messages[1] == AC(None, [call("call_1")])
+
+
+# ---- What is rejected
+
+def source(block, **members): return R([U([{"type": block, "source": members}])])
+
+
+BAD_MAX_TOKENS = "max_tokens: Input should be a valid integer"
+NO_FILES = "messages.0.content.0.source: file sources are not supported by this endpoint; send base64 or url"
+NO_CONTENT = "messages.0: user messages must have non-empty content"
+BAD_STOP = "stop_sequences: Input should be a valid list of strings"
+BAD_SYSTEM = "system: Input should be a valid string or list of text blocks"
+BAD_CHOICE = "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'"
+BAD_FORMAT = 'output_config.format: Input should be {"type": "json_schema", "schema": {...}}'
+NO_SERVER_TOOL = "tool_choice: web_search is a server tool, which this endpoint does not provide"
+
+REJECTED = [
+    ("no model", without(R(), "model"), "model: Field required"),
+    ("model null", R(model=None), "model: Input should be a valid string"),
+    ("an empty model", R(model=""), "model: Input should be a valid string"),
+    ("a model that is a number", R(model=4), "model: Input should be a valid string"),
+    ("no messages", without(R(), "messages"), "messages: Field required"),
+    ("messages that are no list", R(U("a")), "messages: Input should be a valid list"),
+    ("no message", R([]), "messages: at least one message is required"),
+    ("only system messages", R([S("x")]), "messages: at least one user message is required"),
+    ("a message that is no object", R([U("a"), "b"]), "messages.1: Input should be an object"),
+    ("a role of the other API", R([{"role": "tool", "content": "x"}]),
+     "messages.0.role: Input should be 'user', 'assistant' or 'system'"),
+    ("no content", R([{"role": "user"}]), "messages.0.content: Field required"),
+    ("content null", R([U(None)]), "messages.0.content: Field required"),
+    ("content that is a number", R([U(5)]), "messages.0.content: Input should be a valid string or list"),
+    ("a block that is a string", R([U(["x"])]), "messages.0.content.0: Input should be an object"),
+    ("a block without type", R([U([txt("a"), {}])]), "messages.0.content.1.type: Field required"),
+    ("an empty user message", R([U("")]), NO_CONTENT),
+    ("a user message without blocks", R([U([])]), NO_CONTENT),
+    ("a user message of empty text", R([U([txt("")])]), NO_CONTENT),
+    ("a text block without text", R([U([{"type": "text"}])]), "messages.0.content.0.text: Field required"),
+    ("an image without source", R([U([{"type": "image"}])]), "messages.0.content.0.source: Field required"),
+    ("an uploaded image", source("image", type="file", file_id="f"), NO_FILES),
+    ("an uploaded document", source("document", type="file", file_id="f"), NO_FILES),
+    ("a tool_use without id", R([U("a"), A([without(tu("i"), "id")])]),
+     "messages.1.content.0.id: Field required"),
+    ("a tool_use without name", R([U("a"), A([tu("i", "")])]), "messages.1.content.0.name: Field required"),
+    ("a tool_result without id", R([U([without(tr("i", "x"), "tool_use_id")])]),
+     "messages.0.content.0.tool_use_id: Field required"),
+    ("no max_tokens", without(R(), "max_tokens"), "max_tokens: Field required"),
+    ("max_tokens as a string", R(max_tokens="100"), BAD_MAX_TOKENS),
+    ("max_tokens true", R(max_tokens=True), BAD_MAX_TOKENS),
+    ("max_tokens with a fraction", R(max_tokens=1.5), BAD_MAX_TOKENS),
+    ("max_tokens as a float", R(max_tokens=3.0), BAD_MAX_TOKENS),
+    ("max_tokens below 0", R(max_tokens=-1), "max_tokens: Input should be greater than or equal to 0"),
+    ("temperature as a word", R(temperature="hot"), "temperature: Input should be a valid number"),
+    ("top_p true", R(top_p=True), "top_p: Input should be a valid number"),
+    ("stop_sequences as a string", R(stop_sequences="x"), BAD_STOP),
+    ("stop_sequences of numbers", R(stop_sequences=[1]), BAD_STOP),
+    ("stream as a word", R(stream="yes"), "stream: Input should be a valid boolean"),
+    ("thinking as a word", R(thinking="on"), "thinking: Input should be an object"),
+    ("metadata as a word", R(metadata="m"), "metadata: Input should be an object"),
+    ("output_config as a list", R(output_config=[]), "output_config: Input should be an object"),
+    ("system as a number", R(system=5), BAD_SYSTEM),
+    ("system with an image", R(system=[img]), BAD_SYSTEM),
+    ("tools that are no list", R(tools={}), "tools: Input should be a valid list"),
+    ("a tool that is a string", R(tools=[T("f"), "g"]), "tools.1: Input should be an object"),
+    ("a tool without name", R(tools=[without(T("f"), "name")]), "tools.0.name: Field required"),
+    ("a tool without schema", R(tools=[{"name": "f"}]), "tools.0.input_schema: Field required"),
+    ("a tool with a schema that is null", R(tools=[{"name": "f", "input_schema": None}]),
+     "tools.0.input_schema: Field required"),
+    ("two tools of one name", R(tools=[T("f"), T("f")]), "tools: Tool names must be unique."),
+    ("the choice of an unknown tool", R(tools=[T("f")], **choice("tool", "g")),
+     "tool_choice.name: Tool 'g' not found in provided tools"),
+    ("a choice without tools", R(**choice("any")),
+     "tool_choice: may only be specified while providing tools"),
+    ("a choice of one without tools", R(**choice("tool", "f")),
+     "tool_choice: may only be specified while providing tools"),
+    ("the choice of a server tool", R(tools=[WEB_SEARCH], **choice("tool", "web_search")), NO_SERVER_TOOL),
+    ("the choice of any server tool", R(tools=[WEB_SEARCH], **choice("any")), NO_SERVER_TOOL),
+    ("an unknown choice", R(tools=[T("f")], **choice("some")), BAD_CHOICE),
+    ("a choice that is a word", R(tools=[T("f")], tool_choice="auto"), BAD_CHOICE),
+    ("an unknown format", R(output_config={"format": {"type": "text"}}), BAD_FORMAT),
+    ("a format without schema", R(output_format={"type": "json_schema"}), BAD_FORMAT),
+    ("MCP servers", R(mcp_servers=[{"type": "url", "url": "u", "name": "n"}]),
+     "mcp_servers: MCP servers are not supported by this endpoint"),
+    ("compaction", R(compaction={}), "compaction: not supported by this endpoint"),
+    ("a thread", R(thread={"type": "create"}),
+     "thread: not supported by this endpoint; send the whole conversation"),
+]
+
+
+@table(REJECTED)
+def test_rejected(given, want):
+    with pytest.raises(aiapiproxy.ProxyError) as caught:
+        aiapiproxy.openai_request(given, SETTINGS["openai"])
+    assert (caught.value.status, caught.value.kind, caught.value.message) == (400, "invalid_request_error",
+                                                                              want)
+
+
+def test_a_rejected_thread_tells_the_client_how_to_go_on():
+    with pytest.raises(aiapiproxy.ProxyError) as caught:
+        aiapiproxy.openai_request(R(thread={"type": "create"}), SETTINGS["openai"])
+    assert caught.value.details == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
+# ---- Requests as Claude Code sends them
+
+SESSION = {  # the first turn of a session: attribution, a system message after the user's, deferred tools
+    "model": "claude-opus-5-5", "max_tokens": 128000, "stream": True, "thinking": {"type": "adaptive",
+                                                                                   "display": "updates"},
+    "system": [billing("cc_version=2.1.154.d3f; cc_entrypoint=cli; cch=0a1b2;"),
+               {**txt("You are the client."), "cache_control": {"type": "ephemeral"}},
+               {**txt("Work well."), "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
+    "messages": [U([txt("<system-reminder>\nContext.\n</system-reminder>"),
+                    {**txt("Read it."), "cache_control": {"type": "ephemeral"}}]),
+                 S([txt("Be careful.")], output_config={"effort": "medium"})],
+    "tools": [T("Read", {"$schema": "https://json-schema.org/draft/2020-12/schema", **STRICT}),
+              T("ToolSearch"), deferred("DeferredToolPlaceholder"), deferred("WebFetch"),
+              deferred("TaskCreate"),
+              T("Bash", eager_input_streaming=True)],
+    "metadata": {"user_id": "{\"device\":\"d\"}"}, "output_config": {"effort": "high"},
+    "safeguards": [{"type": "x"}],
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+}
+FIRST = U("<system-reminder>\nContext.\n</system-reminder>\n\nRead it.\n\n" + reminder("Be careful."))
+SYSTEM = S("You are the client.\n\nWork well.")
+SEARCHING = SESSION["messages"] + [A([think("t", "EqQB"), tu("toolu_01", "ToolSearch", {"query": "q"})]),
+                                   U([tr("toolu_01", [reference("TaskCreate"), reference("WebFetch")]),
+                                      txt("Tool loaded.")])]
+
+
+def test_the_first_request_of_a_session():
+    assert sent(SESSION, "local") == {
+        "model": "openai/gpt-oss-20b", "messages": [SYSTEM, FIRST], "max_tokens": 128000, "stream": True,
+        "stream_options": {"include_usage": True}, "reasoning_effort": "medium",
+        "tools": [F("Read", STRICT), F("ToolSearch"), F("Bash")]}
+
+
+def test_the_turn_after_a_tool_search():
+    body = sent({**SESSION, "messages": SEARCHING}, "local")
+    assert body["messages"][2:] == [
+        AC(None, [call("toolu_01", "ToolSearch", '{"query":"q"}')]),
+        TM("toolu_01", "Tool available: TaskCreate\nTool available: WebFetch"), U("Tool loaded.")]
+    assert [tool["function"]["name"] for tool in body["tools"]] == ["Read", "ToolSearch", "Bash", "WebFetch",
+                                                                    "TaskCreate"]
+
+
+def test_the_inner_request_of_a_web_search():
+    body = sent(R(tools=[WEB_SEARCH], system=[billing("x"), txt("You search.")], **choice("auto")), "local")
+    assert body["messages"][0] == S("You search.\n\n" + note("web_search")) and "tools" not in body
+    assert "tool_choice" not in body
+
+
+def test_the_request_for_a_title():
+    body = sent(R(tools=[], stream=True, **output(STRICT)), "local")
+    assert body["response_format"] == response_format(STRICT, True) and "tools" not in body
+
+
+# ---- Properties
+
+def test_an_odd_request_is_translated_or_rejected():
+    """Never anything between: no crash, no request that breaks the promises about neighbours."""
+    dice, whole = random.Random(1), {**SESSION, "messages": TURNS + [A([tu("call_1")]), U([
+        tr("call_1", [txt("a"), img, reference("f"), doc(PDF)]), SEARCH_RESULT, img, doc(PDF)])],
+        **output(STRICT), **choice("auto"), "stop_sequences": ["x"], "temperature": 0.5, "mcp_servers": []}
+    for _ in range(3000):
+        asked = spoiled(whole, dice)
+        try:
+            sent(asked, dice.choice(list(HOSTS)))
+        except aiapiproxy.ProxyError as error:
+            assert (error.status, error.kind) == (400, "invalid_request_error") and error.message, asked
+
+
+TURNS = [U("a"), S("be careful"), A([think("t", "aap1.c."), txt("x"), tu("call_1"), tu("call:2", "my.tool")]),
+         U([tr("call:2", [txt("2"), img]), tr("call_1", "1"), txt("go on")]), A("y"), U([txt("c"), img]),
+         A([tu("call_1")]), U([tr("call_1", "", is_error=True)]), S("still careful"), A("z"), U("d")]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_conversation_only_grows_at_its_end(host):
+    """The upstream's prompt cache works on the head of the request: nothing there may change."""
+    def request(messages):
+        asked = R(messages, model="claude-opus-5-5", system=[billing(len(messages)), txt("S")],
+                  tools=[T("f"), T("my.tool")], thinking=ADAPTIVE)
+        return aiapiproxy.openai_request(asked, SETTINGS[host]).body
+
+    ends = [at + 1 for at, turn in enumerate(TURNS) if turn["role"] != "assistant"
+            and TURNS[at + 1:at + 2] and TURNS[at + 1]["role"] == "assistant"]
+    assert len(ends) == 4
+    for end, later in zip(ends, ends[1:] + [len(TURNS)]):
+        short, long = request(TURNS[:end]), request(TURNS[:later])
+        head = aiapiproxy.json_bytes(short["messages"])[:-1]
+        whole = aiapiproxy.json_bytes(short)
+        kept = whole[:whole.index(head) + len(head)]
+        assert aiapiproxy.json_bytes(long).startswith(kept)
+        assert without(short, "messages") == without(long, "messages")
+
+
+@pytest.mark.parametrize("id",
+                         ["call_1", "functions.get:0", "x" * 65, "toolu_r123456_abc", "toolu_xyz", "\u00e9",
+                          "a b", "chatcmpl-tool-" + "0" * 32, "toolu_01A09q90qw90lq917835lq9"])
+def test_an_id_comes_back_to_the_upstream_as_it_was(id):
+    exchange = aiapiproxy.openai_request(R(), SETTINGS["local"])
+    answer = completion({"content": None, "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
+    blocks = aiapiproxy.anthropic_message(answer, exchange, new_ids())["content"]
+    assert all(re.fullmatch(r"[a-zA-Z0-9_-]+", block["id"]) for block in blocks)
+    history = [U("Hi"), A(blocks), U([tr(block["id"], "ok") for block in blocks])]
+    assert sent(R(history), "local")["messages"][1:] == [
+        AC(None, [call(id), call("other", extra_content=EXTRA)]), TM(id, "ok"), TM("other", "ok")]
+
+
+@pytest.mark.parametrize("name",
+                         ["f", "my.tool", "my_tool", "a" * 64, "a" * 65, "a" * 128, "mcp__x__" + "y" * 70,
+                          "\u00e9", "a b"])
+def test_a_name_comes_back_to_the_client_as_it_was(name):
+    asked = R(tools=[T(name), T("other.tool")])
+    (function, _) = [tool["function"]["name"] for tool in sent(asked)["tools"]]
+    assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", function)
+    answer = completion({"content": None, "tool_calls": [call("call_1", function)]})
+    assert answered(answer, asked)["content"] == [tu("call_1", name)]
+
+
+@pytest.mark.parametrize("display", ["summarized", "omitted"])
+@pytest.mark.parametrize("reasoning", [{"reasoning_content": "think \u00e9"}, {"reasoning": "think \u00e9"}],
+                         ids=["reasoning_content", "reasoning"])
+def test_reasoning_comes_back_to_the_upstream_as_it_was(reasoning, display):
+    asked = R(thinking={"type": "adaptive", "display": display})
+    exchange = aiapiproxy.openai_request(asked, SETTINGS["local"])
+    answer = completion({"content": "x", "tool_calls": [call("call_1")], **reasoning}, "tool_calls")
+    for blocks in (aiapiproxy.anthropic_message(answer, exchange, new_ids())["content"],
+                   blocks_of(streamed([sse([chunk(answer["choices"][0]["message"], "tool_calls"), D])],
+                                      exchange))):
+        assert blocks[0]["thinking"] == ("" if display == "omitted" else "think \u00e9")
+        history = [U("Hi"), A(blocks), U([tr("call_1", "ok")])]
+        assert sent(R(history), "local")["messages"][1] == AC("x", [call("call_1")], **reasoning)
+
+
+def blocks_of(raw):
+    """The content of the message that a client puts together from the events."""
+    blocks, texts = [], []
+    for event in events(raw):
+        if event["type"] == "content_block_start":
+            blocks.append(dict(event["content_block"]))
+        elif event["type"] == "content_block_delta" and event["delta"]["type"] == "input_json_delta":
+            texts.append(event["delta"]["partial_json"])
+        elif event["type"] == "content_block_delta":
+            member = DELTAS[event["delta"]["type"]][1]
+            blocks[-1][member] += event["delta"][member]
+        elif event["type"] == "content_block_stop" and blocks[-1]["type"] == "tool_use":
+            blocks[-1]["input"], texts = json.loads("".join(texts) or "{}"), []
+    return blocks
+
+
+# ============================================================================
+# 6. RESPONSE: OPENAI TO ANTHROPIC
+# ============================================================================
+
+def usage(input, generated, read=0, written=0, tier=None, **details):
+    return {"input_tokens": input, "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
+            "output_tokens": generated, "service_tier": tier, **details}
+
+
+def thought(count): return {"output_tokens_details": {"thinking_tokens": count}}
+def cached(count, **more): return {"prompt_tokens_details": {"cached_tokens": count, **more}}
+
+
+def test_the_plain_answer_is_a_whole_message():
+    message = answered(completion({"content": "Hello"}, usage=used(10, 2)), R(model="claude-sonnet-5-5[1m]"))
+    assert re.fullmatch(r"msg_[A-Za-z0-9]{24}", message.pop("id"))
+    assert message == {"type": "message", "role": "assistant", "model": "claude-sonnet-5-5[1m]",
+                       "content": [txt("Hello")], "stop_reason": "end_turn", "stop_sequence": None,
+                       "stop_details": None, "usage": usage(10, 2)}
+
+
+THINKING, HIDDEN = {"thinking": ADAPTIVE}, {"thinking": OMITTED}
+X = txt("x")
+
+CONTENTS = [  # request members, upstream message, content blocks
+    ("text", {}, {"content": "Hello"}, [txt("Hello")]),
+    ("a call", {}, calling(call("call_1", "f", '{"a":1}')), [tu("call_1", "f", {"a": 1})]),
+    ("text and a call", {}, calling(call("call_1"), content="x"), [X, tu("call_1")]),
+    ("calls in order", {}, calling(call("call_2", "g"), call("call_1")), [tu("call_2", "g"), tu("call_1")]),
+    ("reasoning", THINKING, {"content": "x", "reasoning_content": "r"}, [think("r", "aap1.c."), X]),
+    ("the other field for it", THINKING, {"content": "x", "reasoning": "r"}, [think("r", "aap1.r."), X]),
+    ("both fields are one block", THINKING, {"content": "x", "reasoning": "r", "reasoning_content": "r"},
+     [think("r", "aap1.c."), X]),
+    ("reasoning that nobody asked for", {}, {"content": "x", "reasoning_content": "r"}, [X]),
+    ("thinking disabled", {"thinking": DISABLED}, {"content": "x", "reasoning_content": "r"}, [X]),
+    ("thinking enabled", {"thinking": enabled(50)}, {"content": "x", "reasoning_content": "r"},
+     [think("r", "aap1.c."), X]),
+    ("reasoning that is not to be shown", HIDDEN, {"content": "x", "reasoning_content": "r"},
+     [think("", "aap1.c.(r)"), X]),
+    ("no reasoning to hide", HIDDEN, {"content": "x", "reasoning_content": ""}, [X]),
+    ("a list of parts", {}, {"content": [txt("a"), {"type": "output_text", "text": "b"}, {"type": "new"}]},
+     [txt("ab")]),
+    ("a thinking part", THINKING, {"content": [{"type": "thinking", "thinking": [txt("r")]}, X]},
+     [think("r", "aap1.n."), X]),
+    ("white space beside a call", {}, calling(call("call_1"), content="\n\n"), [tu("call_1")]),
+    ("nothing beside a call", {}, calling(call("call_1"), content=""), [tu("call_1")]),
+    ("nothing at all", {}, {"content": ""}, []),
+    ("no content", {}, {}, []),
+    ("a refusal", {}, {"content": None, "refusal": "No."}, [txt("No.")]),
+    ("a refusal after text", {}, {"content": "x", "refusal": "No."}, [txt("xNo.")]),
+    ("null and empty fields", {}, {"content": "x", "refusal": None, "tool_calls": [], "function_call": None,
+                                   "reasoning_content": None, "annotations": [{}], "audio": None}, [X]),
+    ("the old function_call", {}, {"content": None, "function_call": {"name": "f", "arguments": '{"a":1}'}},
+     [tu("toolu_new", "f", {"a": 1})]),
+    ("a custom call", {}, calling({"id": "call_1", "type": "custom", "custom": {"name": "f", "input": "t"}}),
+     [tu("call_1", "f", {"input": "t"})]),
+    ("a call of another type", {}, calling({"id": "call_1", "type": "new", "new": {}}), []),
+    ("one call when more are forbidden",
+     {"tools": [T("f")], **choice("auto", disable_parallel_tool_use=True)},
+     calling(call("call_1"), call("call_2")), [tu("call_1")]),
+    # Ids and names
+    ("no id", {}, calling({"function": {"name": "f", "arguments": "{}"}}), [tu("toolu_new")]),
+    ("an empty id", {}, calling(call("")), [tu("toolu_new")]),
+    ("an id of 64 characters", {}, calling(call("x" * 64)), [tu("x" * 64)]),
+    ("an id of 65 characters", {}, calling(call("x" * 65)), [tu(f"toolu_r({'x' * 65})")]),
+    ("an id with other characters", {}, calling(call("functions.get:0")), [tu("toolu_r(functions.get:0)")]),
+    ("an id that looks like one of ours", {}, calling(call("toolu_rabc")), [tu("toolu_r(toolu_rabc)")]),
+    ("an id used before", {"messages": conversation_with("call_1")[0]}, calling(call("call_1")),
+     [tu("toolu_r(call_1)")]),
+    ("also under its encoded name", {"messages": conversation_with("toolu_rAbC123_Y2FsbF8x")[0]},
+     calling(call("call_1")), [tu("toolu_r(call_1)")]),
+    ("an id used twice", {}, calling(call("call_1"), call("call_1")), [tu("call_1"), tu("toolu_r(call_1)")]),
+    ("a thought signature travels in the id", {}, calling(call("c1", extra_content={"a": 1})),
+     [tu('toolu_x(["c1",{"a":1}])')]),
+    ("a mapped name", {"tools": [T("my.tool")]}, calling(call("call_1", "my_tool_bca2c361")),
+     [tu("call_1", "my.tool")]),
+    ("a prefix in front of a known name", {"tools": [T("f")]}, calling(call("call_1", "functions.f")),
+     [tu("call_1", "f")]),
+    ("an unknown name", {"tools": [T("f")]}, calling(call("call_1", "other")), [tu("call_1", "other")]),
+    # Stop sequences
+    ("text up to a stop sequence", {"stop_sequences": ["END"]},
+     calling(call("call_1"), content="abENDcd"), [txt("ab")]),
+    ("the longest at one place", {"stop_sequences": ["E", "END"]}, {"content": "abENDcd"}, [txt("ab")]),
+    # Prefill
+    ("a repeated prefill is cut", {"messages": [U("a"), A("{")]}, {"content": '{"t":1}'}, [txt('"t":1}')]),
+    ("one that is not repeated is not", {"messages": [U("a"), A("{")]}, {"content": '"t":1}'},
+     [txt('"t":1}')]),
+    ("as it was sent", {"messages": [U("a"), A("The answer is ")]}, {"content": "The answer is 4"},
+     [txt(" 4")]),
+]
+
+
+@table(CONTENTS, "members, message, want")
+def test_content(members, message, want):
+    assert answered(completion(message), R(**members))["content"] == want
+
+
+THOUGHT_ALOUD = [  # host, request members, text, content blocks
+    ("thinking in the text", "local", THINKING, "<think>r</think>\n\nx", [think("r", "aap1.n."), X]),
+    ("after white space", "local", THINKING, "\n <think>r</think>x", [think("r", "aap1.n."), X]),
+    ("not asked for", "local", {}, "<think>r</think>\n\nx", [X]),
+    ("without an end", "local", THINKING, "<think>r", [think("r", "aap1.n.")]),
+    ("not in front", "local", THINKING, "a <think>r</think>", [txt("a <think>r</think>")]),
+    ("not at OpenAI", "openai", THINKING, "<think>r</think>x", [txt("<think>r</think>x")]),
+]
+
+
+@table(THOUGHT_ALOUD, "host, members, text, want")
+def test_thinking_in_the_text(host, members, text, want):
+    assert answered(completion({"content": text}), R(**members), host)["content"] == want
+
+
+def test_details_of_reasoning_travel_in_the_signature():
+    (block, _) = answered(completion({"content": "x", "reasoning_details": DETAILS}),
+                          R(**THINKING))["content"]
+    kind, details = re.fullmatch(r"aap1\.(.)\.\((.*)\)", block["signature"]).groups()
+    assert (block["thinking"], kind, json.loads(details)) == ("t", "d", DETAILS)
+
+
+INVALID = [  # arguments that are no JSON object and not cut off
+    ("single quotes", "{'a':1}"), ("an array", "[1]"), ("a number", "1"), ("NaN", '{"a": NaN}'),
+    ("infinity", '{"a":1e999}'), ("a trailing comma", '{"a":1,}'), ("cut off", '{"a": "ab'),
+]
+
+ARGUMENTS = [
+    ("an object", '{"a":1}', {"a": 1}),
+    ("an object that is no string", {"a": 1}, {"a": 1}),
+    ("none", "", {}), ("null", None, {}), ("white space", "  ", {}), ("null as text", "null", {}),
+    ("an empty array", "[]", {}), ("an empty string", '""', {}),
+    ("encoded twice", '"{\\"a\\":1}"', {"a": 1}),
+    ("one brace too many", '{"a":1}}', {"a": 1}),
+    ("said twice", '{"a":1}{"a":1}', {"a": 1}),
+    ("a raw line end", '{"a":"x\ny"}', {"a": "x\ny"}),
+    *[(sentence, text, {"INVALID_JSON": text}) for sentence, text in INVALID],
+]
+
+
+@table(ARGUMENTS)
+def test_arguments(given, want):
+    assert answered(completion(calling(call("call_1", "f", given)), "tool_calls"), R())["content"] == [
+        {**tu("call_1"), "input": want}]
+
+
+def test_a_call_without_arguments_has_empty_input():
+    assert answered(completion(calling({"id": "call_1", "function": {"name": "f"}})),
+                    R())["content"] == [tu("call_1")]
+
+
+@table([(sentence, text) for sentence, text in INVALID], "text")
+def test_half_a_call_is_dropped_at_the_length_limit(text):
+    message = answered(completion(calling(call("call_1"), call("call_2", "f", text)), "length"), R())
+    assert (message["content"], message["stop_reason"]) == ([tu("call_1")], "max_tokens")
+
+
+FILTERED = "The upstream's content filter stopped the answer."
+CALL, TEXT = calling(call("call_1")), {"content": "x"}
+
+STOPS = [  # message, finish_reason, stop_reason
+    ("stop", TEXT, "stop", "end_turn"), ("tool calls", CALL, "tool_calls", "tool_use"),
+    ("stop with a call", CALL, "stop", "tool_use"),
+    ("tool_calls without a call", TEXT, "tool_calls", "end_turn"),
+    ("nothing with a call", CALL, None, "tool_use"), ("function_call", CALL, "function_call", "tool_use"),
+    ("nothing", TEXT, None, "end_turn"), ("eos", TEXT, "eos", "end_turn"),
+    ("an unknown reason", TEXT, "weird", "end_turn"),
+    ("an empty reason", TEXT, "", "end_turn"),
+    ("length", TEXT, "length", "max_tokens"), ("length after a whole call", CALL, "length", "max_tokens"),
+    ("Gemini's length", TEXT, "MAX_TOKENS", "max_tokens"),
+    ("Mistral's length", TEXT, "model_length", "max_tokens"),
+    *[(f"the filter, as {each}", TEXT, each, "refusal") for each in
+      ("content_filter", "SAFETY", "recitation", "blocklist", "prohibited_content", "spii", "sensitive")],
+    ("the filter with a call", CALL, "content_filter", "refusal"),
+    ("a refusal", {"refusal": "No."}, "stop", "refusal"),
+    ("a refusal with a call", {**CALL, "refusal": "No."}, "tool_calls", "tool_use"),
+]
+
+
+@table(STOPS, "message, finish, want")
+def test_stop_reason(message, finish, want):
+    got = answered(completion(message, finish), R())
+    details = {"type": "refusal", "category": None, "explanation": message.get("refusal") or FILTERED}
+    assert (got["stop_reason"], got["stop_sequence"]) == (want, None)
+    assert got["stop_details"] == (details if want == "refusal" else None)
+
+
+STOP_SEQUENCES = [  # members of the choice, stop_reason, stop_sequence
+    ("vLLM names it", {"stop_reason": "END"}, "stop_sequence", "END"),
+    ("SGLang names it", {"matched_stop": "END"}, "stop_sequence", "END"),
+    ("a token is no sequence", {"matched_stop": 151645}, "end_turn", None),
+    ("one that was not asked for", {"stop_reason": "OTHER"}, "end_turn", None),
+    ("nobody names it", {}, "end_turn", None),
+    ("it stands in the text", {"message": {"content": "aENDb"}}, "stop_sequence", "END"),
+    ("a call ends at it", {"message": calling(call("call_1"), content="aENDb")}, "stop_sequence", "END"),
+    ("it is not searched in arguments", {"message": calling(call("call_1", "f", '{"a":"END"}'))}, "tool_use",
+     None),
+]
+
+
+@table(STOP_SEQUENCES, "members, reason, sequence")
+def test_stop_sequence(members, reason, sequence):
+    answer = completion(**{"message": TEXT, **members})
+    got = answered(answer, R(stop_sequences=["END"]))
+    assert (got["stop_reason"], got["stop_sequence"]) == (reason, sequence)
+
+
+USAGES = [
+    ("plain", used(10, 2), usage(10, 2)),
+    ("OpenAI's cache and reasoning",
+     used(100, 20, **cached(60), completion_tokens_details={"reasoning_tokens": 8}),
+     usage(40, 20, 60, **thought(8))),
+    ("no reasoning is known too", used(9, 2, completion_tokens_details={"reasoning_tokens": 0}),
+     usage(9, 2, **thought(0))),
+    ("the cache written", used(100, 1, **cached(60, cache_write_tokens=30)), usage(10, 1, 60, 30)),
+    ("DeepSeek's cache", used(100, 1, prompt_cache_hit_tokens=64), usage(36, 1, 64)),
+    ("cached twice counts once", used(100, 1, prompt_cache_hit_tokens=64, **cached(64)), usage(36, 1, 64)),
+    ("more cached than there was", used(5, 1, cache_read_input_tokens=50), usage(0, 1, 50)),
+    ("xAI leaves reasoning out",
+     used(10, 5, total_tokens=35, completion_tokens_details={"reasoning_tokens": 20}),
+     usage(10, 25, **thought(20))),
+    ("others do not", used(10, 25, total_tokens=35, completion_tokens_details={"reasoning_tokens": 20}),
+     usage(10, 25, **thought(20))),
+    ("floats", used(10.0, 2.0), usage(10, 2)),
+    ("the prompt from the total", {"completion_tokens": 2, "total_tokens": 12}, usage(10, 2)),
+    ("the answer from the total", {"prompt_tokens": 10, "total_tokens": 12}, usage(10, 2)),
+    ("details null", used(10, 2, prompt_tokens_details=None, completion_tokens_details=None), usage(10, 2)),
+    ("numbers that are none", used(10, 2, prompt_tokens_details={"cached_tokens": -1}, cached_tokens="4"),
+     usage(10, 2)),
+    ("none: both are estimated", None, usage(8, 2)),
+]
+
+
+@table(USAGES)
+def test_usage(given, want):
+    assert answered(completion({"content": "Hello"}, usage=given), R())["usage"] == want
+
+
+@table([("priority", "priority", "priority"), ("fast", "fast", "priority"), ("flex", "flex", "standard"),
+        ("default", "default", "standard"), ("unknown", "gold", None), ("null", None, None)])
+def test_service_tier(given, want):
+    answer = {**completion(TEXT, usage=used(1, 1)), "service_tier": given}
+    assert answered(answer, R())["usage"] == usage(1, 1, tier=want)
+
+
+def several(*choices): return {"choices": list(choices)}
+
+
+SHAPES = [
+    ("the lowest index counts", several({"index": 1, "message": {"content": "b"}, "finish_reason": "length"},
+                                        {"index": 0, "message": {"content": "x"}, "finish_reason": "stop"})),
+    ("no index is the position", several({"message": {"content": "x"}, "finish_reason": "stop"},
+                                         {"message": {"content": "b"}})),
+    ("a delta in place of the message", several({"delta": {"content": "x"}, "finish_reason": "stop"})),
+    ("an old completion", several({"text": "x", "finish_reason": "stop"})),
+    ("an error that is null", {**completion(TEXT), "error": None}),
+]
+
+
+@table(SHAPES, "given")
+def test_shape_of_an_answer(given):
+    got = answered(given, R())
+    assert (got["content"], got["stop_reason"]) == ([X], "end_turn")
+
+
+NO_ANSWERS = [
+    ("no choices", {"choices": []}, 502, "api_error", "The upstream's answer has no choices"),
+    ("choices null", {"choices": None}, 502, "api_error", "The upstream's answer has no choices"),
+    ("no member choices", {"id": "x"}, 502, "api_error", "The upstream's answer has no choices"),
+    ("no message", several({"index": 0}), 502, "api_error", "The upstream's answer has no choices"),
+    ("a call without a name", completion(calling(call("call_1", ""))), 502, "api_error",
+     "The upstream's answer has a tool call without a name"),
+    ("finish reason error", completion(TEXT, "error"), 502, "api_error",
+     "The upstream ended with finish_reason error"),
+    ("a network error", completion(TEXT, "network_error"), 502, "api_error",
+     "The upstream ended with finish_reason network_error"),
+    ("DeepSeek is out of resources", completion(TEXT, "insufficient_system_resource"), 529,
+     "overloaded_error",
+     "The upstream ended with finish_reason insufficient_system_resource"),
+]
+
+
+@table(NO_ANSWERS, "given, status, kind, message")
+def test_an_answer_that_is_none(given, status, kind, message):
+    with pytest.raises(aiapiproxy.ProxyError) as caught:
+        answered(given, R())
+    assert (caught.value.status, caught.value.kind, caught.value.message) == (status, kind, message)
+
+
+def test_an_odd_answer_is_a_message_or_an_error():
+    message = calling(call("call_1", "f", '{"a":1}', extra_content=EXTRA),
+                      content=[txt("x"), think("t", "s")],
+                      refusal="No.", reasoning_details=DETAILS, reasoning="r", annotations=[{}])
+    whole = completion(message, usage=used(9, 9, total_tokens=18, **cached(2)), stop_reason="END",
+                       matched_stop=7)
+    dice, asked = random.Random(1), R(thinking=ADAPTIVE, stop_sequences=["END"])
+    for _ in range(3000):
+        try:
+            got = answered(spoiled(whole, dice), asked)
+        except aiapiproxy.ProxyError as error:
+            assert error.status in (429, 500, 502, 529) and error.message
+            continue
+        assert got["stop_reason"] in ("end_turn", "tool_use", "max_tokens", "stop_sequence", "refusal")
+        assert got["usage"]["input_tokens"] >= 0 and got["usage"]["output_tokens"] >= 0
+        for block in got["content"]:
+            assert block["type"] != "tool_use" or (isinstance(block["input"], dict) and block["name"])
+            assert block["type"] != "text" or block["text"].strip()
+
+
+# ============================================================================
+# 7. REFUSALS: WHAT THE UPSTREAM SAYS WHEN IT WILL NOT
+# ============================================================================
+
+NOON = 1795435200.0  # 2026-11-23T12:00:00Z
+JSON_ERROR = {"error": {"message": "bad", "type": "invalid_request_error"}}
+NO_RETRY = {"x-should-retry": "false"}
+
+
+def failed(status, body, headers=None, asked=None, settings=SETTINGS["openai"]):
+    """The error that the client gets for this answer of the upstream."""
+    raw = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+    exchange = aiapiproxy.openai_request(asked or R(), settings)
+    return aiapiproxy.upstream_error(status, headers or {}, raw, exchange, NOON)
+
+
+def error_like(code, message="m"): return {"error": {"message": message, "code": code}}
+
+
+STATUSES = [  # upstream status, client status, error type
+    (400, 400, "invalid_request_error"), (401, 401, "authentication_error"), (402, 402, "billing_error"),
+    (403, 403, "permission_error"), (404, 404, "not_found_error"), (405, 400, "invalid_request_error"),
+    (406, 400, "invalid_request_error"), (408, 504, "timeout_error"), (409, 409, "conflict_error"),
+    (410, 400, "invalid_request_error"), (413, 413, "request_too_large"), (415, 400, "invalid_request_error"),
+    (418, 400, "invalid_request_error"), (422, 400, "invalid_request_error"),
+    (424, 400, "invalid_request_error"),
+    (425, 500, "api_error"), (429, 429, "rate_limit_error"), (451, 400, "invalid_request_error"),
+    (499, 500, "api_error"), (500, 500, "api_error"), (501, 500, "api_error"), (502, 502, "api_error"),
+    (503, 529, "overloaded_error"), (504, 504, "timeout_error"), (507, 500, "api_error"),
+    (520, 502, "api_error"),
+    (521, 502, "api_error"), (524, 504, "timeout_error"), (529, 529, "overloaded_error"),
+    (530, 502, "api_error"),
+    (599, 500, "api_error"),
+]
+
+
+@pytest.mark.parametrize("upstream, status, kind", STATUSES)
+def test_status_of_an_error(upstream, status, kind):
+    error = failed(upstream, JSON_ERROR)
+    assert (error.status, error.kind) == (status, kind)
+    assert error.headers == (NO_RETRY if upstream in (401, 402) else {})
+
+
+MESSAGES = [  # status, body, message
+    ("OpenAI's own", 400, JSON_ERROR, "bad"),
+    ("Google's list", 400, [{"error": {"code": 400, "message": "m", "status": "INVALID_ARGUMENT"}}], "m"),
+    ("a string", 400, {"error": "m"}, "m"),
+    ("a detail", 400, {"detail": "m"}, "m"),
+    ("a message", 400, {"message": "m"}, "m"),
+    ("an error message", 400, {"error_message": "m"}, "m"),
+    ("a list of errors", 400, {"errors": [{"message": "m"}]}, "m"),
+    ("OpenRouter's provider", 400,
+     {"error": {"message": "Provider returned error", "metadata": {"raw": "why"}}},
+     "Provider returned error: why"),
+    ("Azure's filter, unchanged", 400, error_like("content_filter", "The response was filtered."),
+     "The response was filtered."),
+    ("the key is shortened", 400, error_like(None, f"Incorrect key {KEY}."), "Incorrect key sk-\u20261234."),
+    ("control characters", 400, error_like(None, "a\nb\x00c"), "a b c"),
+    ("a long one", 400, error_like(None, "x" * 5000), "x" * 4096),
+    ("a page", 502, "<html><title>Bad Gateway</title><body>...",
+     "The upstream answered 502 Bad Gateway: Bad Gateway"),
+    ("a text", 500, "it <b>broke</b>", "The upstream answered 500 Internal Server Error: it broke"),
+    ("nothing", 500, "", "The upstream answered 500 Internal Server Error"),
+    ("a refused key", 401, JSON_ERROR, "The upstream rejected OPENAI_API_KEY: bad"),
+]
+
+
+@table(MESSAGES, "status, body, want")
+def test_message_of_an_error(status, body, want):
+    assert failed(status, body).message == want
+
+
+def test_an_unknown_model_tells_the_mapping():
+    error = failed(404, error_like("model_not_found", "The model `gpt-9` does not exist"),
+                   settings=settings_for("openai", CLAUDE_SONNET_MODEL="gpt-9"))
+    assert (error.status, error.kind, error.message) == (
+        404, "not_found_error",
+        "The model `gpt-9` does not exist (model claude-sonnet-5-5 is mapped to gpt-9)")
+
+
+TOO_FAST = ("Request too large for gpt-4o in organization org-x on tokens per min (TPM): "
+            "Limit 30000, Requested 33684.")
+DATE = "Mon, 23 Nov 2026 12:00:30 GMT"
+RATE = ("rate_limit_error", 429)
+
+LIMITS = [  # status, body, headers, (type, status), headers to the client
+    ("quota is no rate limit", 429, error_like("insufficient_quota"), {"retry-after": "7"},
+     ("billing_error", 402),
+     NO_RETRY),
+    ("nor is a billing limit", 429, error_like("billing_hard_limit_reached"), {}, ("billing_error", 402),
+     NO_RETRY),
+    ("nor an empty account", 403, error_like("insufficient_credits"), {}, ("billing_error", 402), NO_RETRY),
+    ("nor OpenAI's words for it", 429, error_like(None, "You exceeded your current quota, please check"), {},
+     ("billing_error", 402), NO_RETRY),
+    ("retry-after is passed", 429, error_like("rate_limit_exceeded"), {"retry-after": "7"}, RATE,
+     {"retry-after": "7"}),
+    ("rounded up", 429, error_like(None), {"retry-after": "0.2"}, RATE, {"retry-after": "1"}),
+    ("a date is counted from now", 429, error_like(None), {"retry-after": DATE}, RATE, {"retry-after": "30"}),
+    ("seconds in the message", 429, error_like(None, "Limit. Please try again in 1.5s."), {}, RATE,
+     {"retry-after": "2"}),
+    ("minutes", 429, error_like(None, "Please try again in 6m0s."), {}, RATE, {"retry-after": "360"}),
+    ("milliseconds", 429, error_like(None, "Please try again in 20ms."), {}, RATE, {"retry-after": "1"}),
+    ("hours", 429, error_like(None, "Please try again in 1h2m."), {}, RATE, {"retry-after": "3720"}),
+    ("Google's delay", 429, {"error": {"message": "m", "details": [{"retryDelay": "34s"}]}}, {}, RATE,
+     {"retry-after": "34"}),
+    ("milliseconds of the upstream", 429, error_like(None), {"retry-after-ms": "1500"}, RATE,
+     {"retry-after-ms": "1500"}),
+    ("what will never fit", 429, error_like("rate_limit_exceeded", TOO_FAST), {}, RATE, NO_RETRY),
+    ("what will fit later", 429, error_like(None, TOO_FAST.replace("33684", "20000")), {}, RATE, {}),
+    ("the upstream knows whether to retry", 500, error_like(None), {"x-should-retry": "false"},
+     ("api_error", 500),
+     NO_RETRY),
+    ("in no other words", 500, error_like(None), {"x-should-retry": "maybe"}, ("api_error", 500), {}),
+    ("retry-after of an overload", 503, error_like(None), {"retry-after": "3"}, ("overloaded_error", 529),
+     {"retry-after": "3"}),
+    ("not of a bad request", 400, error_like(None), {"retry-after": "3"}, ("invalid_request_error", 400), {}),
+    ("nothing else", 500, error_like(None), {"set-cookie": "c", "server": "s", "openai-organization": "o",
+                                             "x-request-id": "i"}, ("api_error", 500), {}),
+    ("the limits of requests", 429, error_like(None), {
+        "x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "499",
+        "x-ratelimit-reset-requests": "6m0s"}, RATE, {
+        "anthropic-ratelimit-requests-limit": "500", "anthropic-ratelimit-requests-remaining": "499",
+        "anthropic-ratelimit-requests-reset": "2026-11-23T12:06:00Z"}),
+    ("the limits of tokens", 429, error_like(None), {
+        "x-ratelimit-limit-tokens": "9", "x-ratelimit-reset-tokens": "1.5s"}, RATE, {
+        "anthropic-ratelimit-tokens-limit": "9", "anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:02Z"}),
+    ("a limit's end as a number", 429, error_like(None), {"x-ratelimit-reset-tokens": "1795435206000"}, RATE,
+     {"anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:06Z"}),
+    ("a limit's end in words", 429, error_like(None), {"x-ratelimit-reset-tokens": "soon"}, RATE, {}),
+]
+
+
+@table(LIMITS, "status, body, headers, kind, want")
+def test_limits(status, body, headers, kind, want):
+    error = failed(status, body, headers)
+    assert ((error.kind, error.status), error.headers) == (kind, want)
+
+
+LLAMA = {"code": 400, "type": "exceed_context_size_error", "message": "no room", "n_prompt_tokens": 9000,
+         "n_ctx": 8192}
+MAXIMUM = "This model's maximum context length is"
+
+OVERFLOWS = [  # upstream's message or error, its numbers for the client
+    (f"{MAXIMUM} 128000 tokens. However, your messages resulted in 131072 tokens.", 131072, 128000),
+    (f"{MAXIMUM} 128,000 tokens. However, your messages resulted in 131_072 tokens.", 131072, 128000),
+    (f"{MAXIMUM} 8192 tokens. However, you requested 9000 tokens (8500 in the messages, 500 in the "
+     "completion).",
+     8500, 8192),
+    (f"{MAXIMUM} 8192 tokens. However, you requested 9500 tokens (8000 in the messages, 500 in the "
+     "functions, 1000 in the completion).", 8500, 8192),
+    (f"{MAXIMUM} 8192 tokens. However, you requested 9500 tokens (7500 in the messages, 2000 in the "
+     "completion).",
+     9500, 8192),
+    (f"{MAXIMUM} 4097 tokens, however you requested 5000 tokens.", 5000, 4097),
+    (f"{MAXIMUM} 4096 tokens. However, you requested 512 output tokens and your prompt contains at least "
+     "5000 input tokens.", 5000, 4096),
+    (f"'max_tokens' or 'max_completion_tokens' is too large: 4000. {MAXIMUM} 4096 tokens and your request "
+     "has 4090 input tokens (4000 > 4096 - 4090).", 8090, 4096),
+    ("You passed 4000 input tokens and requested 200 output tokens. However, the model's context length "
+     "is only 4096 tokens", 4200, 4096),
+    ("Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 300000 tokens.",
+     300000, 272000),
+    (LLAMA, 9000, 8192),
+    ("request (9000 tokens) exceeds the available context size (8192 tokens), try increasing it", 9000, 8192),
+    ("input (9000 tokens) is larger than the max context size (8192 tokens). skipping", 9000, 8192),
+    ("Trying to keep the first 9000 tokens when context overflows. However, the model is loaded with context "
+     "length of only 4096 tokens", 9000, 4096),
+    ("The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).", 1200000,
+     1048576),
+    ("This model's maximum prompt length is 131072 but the request contains 150000 tokens.", 150000, 131072),
+    ("Prompt contains 40000 tokens, too large for model with 32768 maximum context length", 40000, 32768),
+    ("inputs tokens + max_new_tokens must be <= 4096. Given: 5000 `inputs` tokens and 20 `max_new_tokens`",
+     5000, 4096),
+    ("prompt is too long: 210000 tokens > 200000 maximum", 210000, 200000),
+    ("input length and `max_tokens` exceed context limit: 199500 + 2000 > 200000, decrease it", 201500,
+     200000),
+    ("prompt token count of 70000 exceeds the limit of 64000", 70000, 64000),
+    (f"{MAXIMUM} 8192 tokens. Please reduce the length of the messages.", 8193, 8192),
+    *[(words, 8, 6) for words in (
+        "Your input exceeds the context window of this model.", "This exceeds the context length.",
+        "It exceeds the model's context.", "Input is too long for requested model.", "Prompt is too long",
+        "Please reduce the length of the messages.", "Too many tokens in the prompt",
+        "Context size has been exceeded.", "model_max_prompt_tokens_exceeded", "n_keep >= n_ctx",
+        "the number of tokens to keep from the initial prompt is greater than the context length",
+        "Range of input length is exceeded", "no user query found in messages")],
+    (error_like("context_length_exceeded")["error"], 8, 6),
+    ({"message": "m", "type": "ContextWindowExceededError"}, 8, 6),
+]
+
+
+@pytest.mark.parametrize("upstream, needed, maximum", OVERFLOWS, ids=[str(row[0]) for row in OVERFLOWS])
+def test_a_prompt_that_does_not_fit(upstream, needed, maximum):
+    body = {"error": {"message": upstream} if isinstance(upstream, str) else upstream}
+    for status in (400, 413, 500):
+        error = failed(status, body)
+        assert (error.status, error.kind) == (400, "invalid_request_error")
+        assert error.message == f"prompt is too long: {needed} tokens > {maximum} maximum"
+
+
+def test_tokens_per_minute_are_no_prompt_that_does_not_fit():
+    assert failed(429, error_like("rate_limit_exceeded", TOO_FAST)).kind == "rate_limit_error"
+
+
+# ============================================================================
+# 8. STREAM: CHUNKS TO EVENTS
+# ============================================================================
+#
+# A row is (sentence, chunks, events).  Thinking is adaptive, so reasoning shows.  Each stream is read whole,
+# byte by byte and cut in two at every place, and has to give the same events.
+
+CLOSED = "0- MD(end_turn) ME"
+HELLO = 'MS 0+text 0t"Hel" 0t"lo" ' + CLOSED
+ONE_X = 'MS 0+text 0t"x" ' + CLOSED
+BROKEN = 'MS 0+text 0t"x" ERR(api_error)'
+TOOL = "MS 0+tool(call_1,f)"
+ONE_TOOL = TOOL + ' 0j`{"a":1}` 0- MD(tool_use) ME'
+EMPTY_TOOL = TOOL + " 0- MD(tool_use) ME"
+PARTS = '0j`{"a"` 0j`:1}`'
+BEGIN, REST = k(0, "call_1", "f", '{"a"'), k(0, None, None, ":1}")
+WHOLE = k(0, "call_1", "f", '{"a":1}')
+ARGS_DONE = [f("tool_calls"), D]
+STOP = [f("stop"), D]
+
+
+def usage_on(chunk, prompt, generated): return {**chunk, "usage": used(prompt, generated)}
+
+
+TEXTS = [
+    ("text", [ROLE, c("Hel"), c("lo"), f("stop"), u(5, 3), D], HELLO),
+    ("an answer without content", [ROLE, f("stop"), u(5, 0), D], "MS MD(end_turn) ME"),
+    ("the role on each chunk", [chunk({"role": "assistant", "content": "Hel"}),
+                                chunk({"role": "assistant", "content": "lo"})] + STOP, HELLO),
+    ("the last text with the finish reason", [c("Hel"), chunk({"content": "lo"}, "stop"), D], HELLO),
+    ("text after the finish reason", [chunk({"content": "Hel"}, "stop"), c("lo"), D], HELLO),
+    ("what says nothing",
+     [{"choices": [], "prompt_filter_results": []}, {"choices": None}, {"id": "x"}, chunk(None),
+      chunk({}), chunk({"content": None, "tool_calls": None}), c(""),
+      chunk({"tool_calls": []}), chunk({"content": "x"}, usage=None), chunk({}, ""),
+      chunk({"annotations": [{}], "audio": {}, "new": 1})] + STOP, ONE_X),
+    ("a list of parts",
+     [chunk({"content": [txt("Hel"), {"type": "new"}]}), chunk({"content": [txt("lo")]})] + STOP,
+     HELLO),
+    ("a message in place of the delta", [{"choices": [{"index": 0, "message": {"content": "x"},
+                                                       "finish_reason": "stop"}]}, D], ONE_X),
+    ("only the first choice", [{"choices": [{"index": 0, "delta": {"content": "x"}},
+                                            {"index": 1, "delta": {"content": "y"}}]},
+                               {"choices": [{"index": 1, "delta": {"content": "z"}}]}] + STOP, ONE_X),
+    ("white space in front of text", [c("\n"), c("hi")] + STOP, 'MS 0+text 0t"\\nhi" ' + CLOSED),
+    ("only white space", [c("\n\n")] + STOP, "MS MD(end_turn) ME"),
+    ("a refusal", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP,
+     'MS 0+text 0t"I can" 0t"not." 0- MD(refusal) ME'),
+    ("the filter", [c("x"), f("content_filter"), D], 'MS 0+text 0t"x" 0- MD(refusal) ME'),
+    ("the length limit", [c("x"), f("length"), D], 'MS 0+text 0t"x" 0- MD(max_tokens) ME'),
+    ("the last finish reason counts", [c("x"), f("length"), f("stop"), f(""), D], ONE_X),
+    ("an unknown finish reason", [c("x"), f("weird"), D], ONE_X),
+    ("tool_calls without a call", [c("x"), f("tool_calls"), D], ONE_X),
+    ("an emoji in halves", [c("a\ud83d"), c("\ude00b")] + STOP, 'MS 0+text 0t"a" 0t"\U0001f600b" ' + CLOSED),
+    ("half an emoji", [c("a\ud83d")] + STOP, 'MS 0+text 0t"a" 0t"\ufffd" ' + CLOSED),
+    ("half an emoji, then text", [c("a\ud83d"), c("b")] + STOP, 'MS 0+text 0t"a" 0t"\ufffdb" ' + CLOSED),
+    ("the other half", [c("\ude00b")] + STOP, 'MS 0+text 0t"\ufffdb" ' + CLOSED),
+]
+
+THOUGHTS = [
+    ("reasoning, then text", [r("a"), r("b"), c("x")] + STOP,
+     'MS 0+thinking 0h"a" 0h"b" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
+    ("the other field", [chunk({"reasoning": "a"}), c("x")] + STOP,
+     'MS 0+thinking 0h"a" 0s"aap1.r." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
+    ("the same text in both fields", [chunk({"reasoning_content": "a", "reasoning": "a"}), c("x")] + STOP,
+     'MS 0+thinking 0h"a" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
+    ("all in one chunk", [chunk({"reasoning_content": "r", "content": "x",
+                                 "tool_calls": [entry(0, "call_1", "f", '{"a":1}')]}, "tool_calls"), D],
+     'MS 0+thinking 0h"r" 0s"aap1.c." 0- 1+text 1t"x" 1- 2+tool(call_1,f) 2j`{"a":1}` 2- MD(tool_use) ME'),
+    ("in turns", [r("a"), c("x"), r("b"), c("y")] + STOP,
+     'MS 0+thinking 0h"a" 0s"aap1.c." 0- 1+text 1t"x" 1- 2+thinking 2h"b" 2s"aap1.c." 2- 3+text 3t"y" 3- '
+     'MD(end_turn) ME'),
+    ("after a call", [WHOLE, r("a")] + ARGS_DONE,
+     TOOL + ' 0j`{"a":1}` 0- 1+thinking 1h"a" 1s"aap1.c." 1- MD(tool_use) ME'),
+    ("a thinking part", [chunk({"content": [{"type": "thinking", "thinking": [txt("a")]}, txt("x")]})] + STOP,
+     'MS 0+thinking 0h"a" 0s"aap1.n." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
+    ("empty reasoning", [r(""), chunk({"reasoning": None}), c("x")] + STOP, ONE_X),
+    ("only reasoning", [r("a")] + STOP, 'MS 0+thinking 0h"a" 0s"aap1.c." 0- MD(end_turn) ME'),
+    ("an emoji in halves, thought", [r("a\ud83d"), r("\ude00")] + STOP,
+     'MS 0+thinking 0h"a" 0h"\U0001f600" 0s"aap1.c." 0- MD(end_turn) ME'),
+]
+
+CALLS = [
+    ("arguments in fragments, cut in an escape",
+     [k(0, "call_1", "f", ""), k(0, None, None, '{"c": "Par'), k(0, None, None, 'is \\u00'),
+      k(0, None, None, 'e9"}')]
+     + ARGS_DONE, TOOL + ' 0j`{"c": "Par` 0j`is \\u00` 0j`e9"}` 0- MD(tool_use) ME'),
+    ("a name in fragments",
+     [k(0, "call_1", "get_", None), k(0, None, "weather", None), k(0, None, None, "{}")]
+     + ARGS_DONE, "MS 0+tool(call_1,get_weather) 0j`{}` 0- MD(tool_use) ME"),
+    ("a name that is repeated", [BEGIN, k(0, "call_1", "f", ":1}")] + ARGS_DONE,
+     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("an empty name after the name", [BEGIN, k(0, "", "", ":1}")] + ARGS_DONE,
+     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("one after another", [WHOLE, k(1, "call_2", "g", '{"b"'), k(1, None, None, ":2}")] + ARGS_DONE,
+     TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,g) 1j`{"b"` 1j`:2}` 1- MD(tool_use) ME'),
+    ("two in turns: the second waits",
+     [kk((0, "call_1", "f", ""), (1, "call_2", "g", "")), k(0, None, None, '{"a"'), k(1, None, None, '{"b"'),
+      k(0, None, None, ":1}"), k(1, None, None, ":2}")] + ARGS_DONE,
+     f'{TOOL} {PARTS} 0- 1+tool(call_2,g) 1j`{{"b"` 1j`:2}}` 1- MD(tool_use) ME'),
+    ("what has waited is one delta",
+     [k(0, "call_1", "f", '{"a"'), k(1, "call_2", "g", '{"b"'), k(1, None, None, ":2}"),
+      k(0, None, None, ":1}")]
+     + ARGS_DONE, f'{TOOL} {PARTS} 0- 1+tool(call_2,g) 1j`{{"b":2}}` 1- MD(tool_use) ME'),
+    ("two at one index with two ids", [WHOLE, k(0, "call_2", "f", '{"a":2}')] + STOP,
+     TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
+    ("two without index", [kk((None, "call_1", "f", '{"a":1}'), (None, "call_2", "g", "{}"))] + ARGS_DONE,
+     TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,g) 1j`{}` 1- MD(tool_use) ME'),
+    ("fragments without index", [k(None, "call_1", "f", '{"a"'), k(None, None, None, ":1}")] + ARGS_DONE,
+     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("two without ids", [k(0, None, "f", '{"a":1}'), k(0, None, "f", '{"a":2}')] + STOP,
+     'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- 1+tool(toolu_new,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
+    ("neither index nor id", [k(None, None, "f", '{"a":1}'), k(None, None, "f", '{"a":2}')] + STOP,
+     'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- 1+tool(toolu_new,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
+    ("neither index nor id, one call", [k(None, None, "f", '{"a"'), k(None, None, "f", ":1}")] + STOP,
+     f"MS 0+tool(toolu_new,f) {PARTS} 0- MD(tool_use) ME"),
+    ("an id made up for each fragment", [BEGIN, k(0, "id2", None, ":1}")] + ARGS_DONE,
+     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("with the name again", [BEGIN, k(0, "id2", "f", ":1}")] + ARGS_DONE,
+     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("an id on each fragment", [BEGIN, k(0, "call_1", None, ":1}")] + ARGS_DONE,
+     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("an id that is late", [k(0, None, "f", None), k(0, "call_9", None, "{}")] + ARGS_DONE,
+     "MS 0+tool(call_9,f) 0j`{}` 0- MD(tool_use) ME"),
+    ("indexes that start at 1", [k(1, "call_1", "f", '{"a":1}')] + ARGS_DONE, ONE_TOOL),
+    ("no arguments", [k(0, "call_1", "f", "")] + ARGS_DONE, EMPTY_TOOL),
+    ("arguments null", [k(0, "call_1", "f", None)] + ARGS_DONE, EMPTY_TOOL),
+    ("arguments of white space", [k(0, "call_1", "f", " \n")] + ARGS_DONE, EMPTY_TOOL),
+    ("arguments null as text", [k(0, "call_1", "f", "null")] + ARGS_DONE, EMPTY_TOOL),
+    ("white space in front", [k(0, "call_1", "f", '\n {"a":1}')] + ARGS_DONE, ONE_TOOL),
+    ("arguments that are no string", [chunk({"tool_calls": [
+        {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": {"a": 1}}}]})] + ARGS_DONE,
+        ONE_TOOL),
+    ("one brace too many", [k(0, "call_1", "f", '{"a":1}}')] + ARGS_DONE, ONE_TOOL),
+    ("said twice", [WHOLE, k(0, None, None, '{"a":1}')] + ARGS_DONE, ONE_TOOL),
+    ("braces in strings", [k(0, "call_1", "f", '{"a":"}\\"}"'), k(0, None, None, "}")] + ARGS_DONE,
+     TOOL + ' 0j`{"a":"}\\"}"` 0j`}` 0- MD(tool_use) ME'),
+    ("an empty object in front of the real one", [k(0, "call_1", "f", "{}"), k(0, None, None, '{"a"'), REST]
+     + ARGS_DONE, f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("raw control characters in a string", [k(0, "call_1", "f", '{"a":"x\n\t\x01y"}')] + ARGS_DONE,
+     TOOL + ' 0j`{"a":"x\\n\\t\\u0001y"}` 0- MD(tool_use) ME'),
+    ("encoded twice", [k(0, "call_1", "f", '"{\\"a\\":'), k(0, None, None, '1}"')] + ARGS_DONE, ONE_TOOL),
+    ("an array", [k(0, "call_1", "f", "[1]")] + ARGS_DONE,
+     TOOL + ' 0j`{"INVALID_JSON":"[1]"}` 0- MD(tool_use) ME'),
+    ("malformed inside the braces is the client's", [k(0, "call_1", "f", "{'a':1}")] + ARGS_DONE,
+     TOOL + " 0j`{'a':1}` 0- MD(tool_use) ME"),
+    ("an emoji in halves, as arguments", [k(0, "call_1", "f", '{"a":"\ud83d'), k(0, None, None, '\ude00"}')]
+     + ARGS_DONE, TOOL + ' 0j`{"a":"` 0j`\U0001f600"}` 0- MD(tool_use) ME'),
+    ("cut off at the length limit", [k(0, "call_1", "f", '{"a": "ab'), f("length"), D],
+     TOOL + ' 0j`{"a": "ab` 0- MD(max_tokens) ME'),
+    ("cut off by the filter", [k(0, "call_1", "f", '{"a": "ab'), f("content_filter"), D],
+     TOOL + ' 0j`{"a": "ab` 0- MD(refusal) ME'),
+    ("cut off without a reason is never finished", [k(0, "call_1", "f", '{"a": "ab')] + ARGS_DONE,
+     TOOL + ' 0j`{"a": "ab` ERR(api_error)'),
+    ("complete at the length limit", [WHOLE, f("length"), D], TOOL + ' 0j`{"a":1}` 0- MD(max_tokens) ME'),
+    ("text, call, text", [c("A"), k(0, "call_1", "f", "{}"), c("B")] + ARGS_DONE,
+     'MS 0+text 0t"A" 0- 1+tool(call_1,f) 1j`{}` 1- 2+text 2t"B" 2- MD(tool_use) ME'),
+    ("text inside a call waits for its end", [BEGIN, c("B"), REST] + ARGS_DONE,
+     f'{TOOL} {PARTS} 0- 1+text 1t"B" 1- MD(tool_use) ME'),
+    ("white space in front of a call", [c("\n\n"), WHOLE] + ARGS_DONE, ONE_TOOL),
+    ("stop after a call", [WHOLE] + STOP, ONE_TOOL),
+    ("the old function_call", [chunk({"function_call": {"name": "f", "arguments": ""}}),
+                               chunk({"function_call": {"arguments": '{"a":1}'}}), f("function_call"), D],
+     'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- MD(tool_use) ME'),
+    ("an id with other characters", [k(0, "functions.get:0", "get", "{}")] + ARGS_DONE,
+     "MS 0+tool(toolu_r(functions.get:0),get) 0j`{}` 0- MD(tool_use) ME"),
+    ("a thought signature travels in the id", [chunk({"tool_calls": [
+        {**entry(0, "c1", "f", '{"a":1}'), "extra_content": {"b": 1}}]})] + ARGS_DONE,
+     'MS 0+tool(toolu_x(["c1",{"b":1}]),f) 0j`{"a":1}` 0- MD(tool_use) ME'),
+    ("a call without a name", [k(0, "call_1", None, "{}")] + ARGS_DONE, "MS ERR(api_error)"),
+    ("a call without a name, then text", [k(0, "call_1", None, "{}"), c("x")] + ARGS_DONE,
+     "MS ERR(api_error)"),
+]
+
+BAD_502 = {"error": {"message": "m", "code": 502}}
+ENDS = [
+    ("without [DONE], after a finish reason", [c("x"), f("stop")], ONE_X),
+    ("[DONE] without a finish reason", [c("x"), D], ONE_X),
+    ("[DONE] after usage alone", [u(5, 0), D], "MS MD(end_turn) ME"),
+    ("[DONE] after nothing", [ROLE, D], "MS ERR(api_error)"),
+    ("white space around [DONE]", [c("x"), " [DONE] "], ONE_X),
+    ("what follows [DONE] is not read", [c("x"), D, c("y"), BAD_502], ONE_X),
+    ("the end without a finish reason", [c("x")], BROKEN),
+    ("the end in the middle of a call", [BEGIN], TOOL + ' 0j`{"a"` ERR(api_error)'),
+    ("[DONE] alone", [D], "HTTP 502 api_error"),
+    ("nothing", [], "HTTP 502 api_error"),
+    ("an error", [c("x"), BAD_502], BROKEN),
+    ("an error with a useful code", [c("x"), {"error": {"message": "m", "code": 529}}],
+     'MS 0+text 0t"x" ERR(overloaded_error)'),
+    ("an error with a useful type", [c("x"), {"error": {"message": "m", "type": "rate_limit_error"}}],
+     'MS 0+text 0t"x" ERR(rate_limit_error)'),
+    ("an error that is a string", [c("x"), {"error": "m"}], BROKEN),
+    ("an error by its object", [c("x"), {"object": "error", "message": "m", "code": 503}],
+     'MS 0+text 0t"x" ERR(overloaded_error)'),
+    ("an error by its type",
+     [c("x"), {"type": "error", "error": {"type": "overloaded_error", "message": "m"}}],
+     'MS 0+text 0t"x" ERR(overloaded_error)'),
+    ("an error in other members", [c("x"), {"error_type": "timeout", "error_message": "m"}],
+     'MS 0+text 0t"x" ERR(timeout_error)'),
+    ("an error in a list", [c("x"), [BAD_502]], BROKEN),
+    ("an unknown object at the end", [c("x"), {"detail": "m"}], BROKEN),
+    ("an error that is null", [{**c("x"), "error": None}] + STOP, ONE_X),
+    ("an error after the finish reason", [c("x"), f("stop"), BAD_502], BROKEN),
+    ("an error first is a status", [{"error": {"message": "slow", "code": 429}}],
+     "HTTP 429 rate_limit_error"),
+    ("an overflow first is a status", [{"error": {"message": "m", "code": "context_length_exceeded"}}],
+     "HTTP 400 invalid_request_error"),
+    ("no JSON", [c("x"), "{oops"], BROKEN),
+    ("no object", [c("x"), "5"], BROKEN),
+    ("no JSON first", ["oops"], "HTTP 502 api_error"),
+    ("finish reason error", [c("x"), f("error"), D], BROKEN),
+    ("finish reason of a server out of resources", [c("x"), f("insufficient_system_resource"), D],
+     'MS 0+text 0t"x" ERR(overloaded_error)'),
+]
+
+
+@table([(name + ": " + sentence, chunks, want) for name, rows in
+        (("text", TEXTS), ("thinking", THOUGHTS), ("a call", CALLS), ("the end", ENDS))
+        for sentence, chunks, want in rows], "chunks, want")
+def test_stream(chunks, want):
+    check_stream(sse(chunks), want, R(thinking=ADAPTIVE))
+
+
+ONE_CALL_AT_MOST = {"tools": [T("f")], **choice("auto", disable_parallel_tool_use=True)}
+ENDING = {"stop_sequences": ["END"]}
+PREFILLED = {"messages": [U("a"), A("The answer is ")]}
+THOUGHT_X = [r("a"), r("b"), c("x")] + STOP
+
+OTHER_STREAMS = [  # request members
+    ("thinking absent: reasoning is not shown", {}, THOUGHT_X, ONE_X),
+    ("thinking disabled", {"thinking": DISABLED}, THOUGHT_X, ONE_X),
+    ("thinking omitted: it travels in the signature", {"thinking": OMITTED}, THOUGHT_X,
+     'MS 0+thinking 0s"aap1.c.(ab)" 0- 1+text 1t"x" 1- MD(end_turn) ME'),
+    ("thinking omitted, and there is none", {"thinking": OMITTED}, [r(""), c("x")] + STOP, ONE_X),
+    ("hidden reasoning does not part text", {}, [c("Hel"), r("a"), c("lo")] + STOP, HELLO),
+    ("only the first call when more are forbidden", ONE_CALL_AT_MOST,
+     [WHOLE, k(1, "call_2", "f", '{"b":2}')] + ARGS_DONE, ONE_TOOL),
+    ("also side by side", ONE_CALL_AT_MOST,
+     [kk((0, "call_1", "f", '{"a":1}'), (1, "call_2", "f", "{}"))] + ARGS_DONE, ONE_TOOL),
+    ("a mapped name", {"tools": [T("my.tool")]}, [k(0, "call_1", "my_tool_bca2c361", "{}")] + ARGS_DONE,
+     "MS 0+tool(call_1,my.tool) 0j`{}` 0- MD(tool_use) ME"),
+    ("a prefix in front of a known name", {"tools": [T("f")]},
+     [k(0, "call_1", "functions.f", '{"a":1}')] + ARGS_DONE,
+     ONE_TOOL),
+    ("an id used before", {"messages": conversation_with("call_1")[0]}, [WHOLE] + ARGS_DONE,
+     'MS 0+tool(toolu_r(call_1),f) 0j`{"a":1}` 0- MD(tool_use) ME'),
+    *[(f"a stop sequence ends the text of {model}", {"model": model, **ENDING},
+       [c("abcE"), c("NDxyz"), f("stop"), D],
+       'MS 0+text 0t"abc" 0- MD(stop_sequence,"END") ME') for model in ("gpt-4o", "o3")],
+    ("what might begin one is held", ENDING, [c("abcE"), c("x")] + STOP,
+     'MS 0+text 0t"abc" 0t"Ex" ' + CLOSED),
+    ("and let go at the end", ENDING, [c("abcE")] + STOP, 'MS 0+text 0t"abc" 0t"E" ' + CLOSED),
+    ("one at the very start", ENDING, [c("END")] + STOP, 'MS MD(stop_sequence,"END") ME'),
+    ("the earliest counts", {"stop_sequences": ["c", "b"]}, [c("abc")] + STOP,
+     'MS 0+text 0t"a" 0- MD(stop_sequence,"b") ME'),
+    ("the longest at one place", {"stop_sequences": ["E", "END"]}, [c("aEND")] + STOP,
+     'MS 0+text 0t"a" 0- MD(stop_sequence,"END") ME'),
+    ("the fifth too", {"stop_sequences": list("vwxyz")}, [c("az")] + STOP,
+     'MS 0+text 0t"a" 0- MD(stop_sequence,"z") ME'),
+    ("not in arguments", ENDING, [k(0, "call_1", "f", '{"a":"END"}')] + ARGS_DONE,
+     TOOL + ' 0j`{"a":"END"}` 0- MD(tool_use) ME'),
+    ("not in reasoning", {**ENDING, "thinking": ADAPTIVE}, [r("END"), c("x")] + STOP,
+     'MS 0+thinking 0h"END" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
+    ("an upstream that names it", ENDING, [c("x"), chunk({}, "stop", stop_reason="END"), D],
+     'MS 0+text 0t"x" 0- MD(stop_sequence,"END") ME'),
+    ("a repeated prefill is cut", PREFILLED, [c("The ans"), c("wer is 4")] + STOP,
+     'MS 0+text 0t" 4" ' + CLOSED),
+    ("one that is not repeated is not", PREFILLED, [c("The"), c("re")] + STOP,
+     'MS 0+text 0t"There" ' + CLOSED),
+]
+
+
+@table(OTHER_STREAMS, "members, chunks, want")
+def test_stream_of_a_request(members, chunks, want):
+    check_stream(sse(chunks), want, R(**members))
+
+
+BOM = b"\xef\xbb\xbf"
+SIMPLE = sse([ROLE, c("Hel"), c("lo"), f("stop"), u(5, 3), D])
+HEL, LO, FINISHED = (compact(each).encode() for each in (c("Hel"), c("lo"), f("stop")))
+
+WIRES = [  # the bytes of an answer that says Hello
+    ("LF", SIMPLE),
+    ("CRLF", SIMPLE.replace(b"\n", b"\r\n")),
+    ("CR", SIMPLE.replace(b"\n", b"\r")),
+    ("no space after data:", SIMPLE.replace(b"data: ", b"data:")),
+    ("a byte order mark", BOM + SIMPLE),
+    ("comments", b": OPENROUTER PROCESSING\n\n" + SIMPLE.replace(b"\n\n", b"\n: still here\n\n:\n\n")),
+    ("other fields", SIMPLE.replace(b"data: ", b"event: message\nid: 1\nretry: 5\nfoo\ndata: ")),
+    ("blank lines", b"\n\n\n" + SIMPLE.replace(b"\n\n", b"\n\n\n")),
+    ("empty data", b"data:\n\ndata: \n\n" + SIMPLE),
+    ("no empty line between",
+     b"data: " + HEL + b"\ndata: " + LO + b"\ndata: " + FINISHED + b"\ndata: [DONE]\n\n"),
+    ("one chunk on two lines", SIMPLE.replace(b'"delta":', b'"delta":\ndata: ')),
+    ("lines without data:", HEL + b"\n" + LO + b"\n\n" + FINISHED + b"\n\ndata: [DONE]\n\n"),
+    ("no last empty line", SIMPLE[:-1]),
+    ("no last line end", SIMPLE[:-2]),
+    ("no end of the last chunk", sse([c("Hel"), c("lo"), f("stop")])[:-2]),
+    ("CRLF after a mark and a comment", BOM + b":\r\n" + SIMPLE.replace(b"\n\n", b"\r\n\r\n")),
+]
+
+
+@table(WIRES, "raw")
+def test_bytes_of_a_stream(raw):
+    check_stream(raw, HELLO, R())
+
+
+def test_a_character_cut_in_its_bytes():
+    raw = b'data: {"choices":[{"delta":{"content":"\xc3\xa9\xf0\x9f\x98\x80"}}]}\n\n' + sse(STOP)
+    check_stream(raw, f'MS 0+text 0t"\u00e9\U0001f600" {CLOSED}', R())
+
+
+def test_bytes_that_are_no_utf8():
+    raw = b'data: {"choices":[{"delta":{"content":"a\xffb"}}]}\n\n' + sse(STOP)
+    check_stream(raw, f'MS 0+text 0t"a\ufffdb" {CLOSED}', R())
+
+
+def test_an_event_named_error_is_one():
+    raw = sse([c("x")]) + b'event: error\ndata: {"message":"m","code":529}\n\n' + sse(STOP)
+    check_stream(raw, 'MS 0+text 0t"x" ERR(overloaded_error)', R())
+
+
+def test_an_error_tells_what_the_upstream_said():
+    raw = streamed([sse([c("x"), {"error": {"message": "out of luck", "code": 500}}])],
+                   aiapiproxy.openai_request(R(), SETTINGS["openai"]))
+    assert events(raw)[-1]["error"] == {"type": "api_error", "message": "out of luck"}
+
+
+def test_a_line_without_end_is_an_error():
+    exchange = aiapiproxy.openai_request(R(), SETTINGS["openai"])
+    assert printed(streamed([sse([c("x")]), b"data: " + b" " * (16 << 20) + b"  "], exchange)) == BROKEN
+
+
+def test_endless_white_space_in_arguments_is_an_error():
+    exchange = aiapiproxy.openai_request(R(), SETTINGS["openai"])
+    blank = k(0, None, None, " " * 100)
+    out = printed(streamed([sse([k(0, "call_1", "f", '{"a":1,')] + [blank] * 6)], exchange))
+    assert out.startswith(TOOL + ' 0j`{"a":1,`') and out.endswith(" ERR(api_error)")
+
+
+def test_white_space_in_a_string_may_be_long():
+    exchange = aiapiproxy.openai_request(R(), SETTINGS["openai"])
+    long = f'{{"a":"{" " * 600}"}}'
+    out = printed(streamed([sse([k(0, "call_1", "f", long)] + ARGS_DONE)], exchange))
+    assert out == f"{TOOL} 0j`{long}` 0- MD(tool_use) ME"
+
+
+@pytest.mark.parametrize("asked, want", [
+    (R(thinking=ADAPTIVE), [("thinking", "r"), ("signature", "aap1.n."), ("text", "x")]),
+    (R(), [("text", "x")]),
+], ids=["thinking", "no thinking"])
+def test_thinking_in_the_text_however_it_is_cut(asked, want):
+    text = "<think>r</think>\n\nx"
+    exchange = aiapiproxy.openai_request(asked, SETTINGS["local"])
+    for at in range(len(text) + 1):
+        blocks = blocks_of(streamed([sse([c(text[:at]), c(text[at:])] + STOP)], exchange))
+        assert [(name, value) for block in blocks for name, value in block.items() if name != "type"] == want
+
+
+def test_a_tag_inside_the_text_is_text():
+    check_stream(sse([c("a <think>")] + STOP), f'MS 0+text 0t"a <think>" {CLOSED}', R(thinking=ADAPTIVE),
+                 "local")
+    check_stream(sse([c("<th"), c("x")] + STOP), f'MS 0+text 0t"<thx" {CLOSED}', R(thinking=ADAPTIVE),
+                 "local")
+    check_stream(sse([c("<think>x")] + STOP), f'MS 0+text 0t"<think>x" {CLOSED}', R(thinking=ADAPTIVE),
+                 "openai")
+
+
+def test_details_of_reasoning_are_joined_in_the_signature():
+    pieces = [{"type": "reasoning.text", "index": 0, "text": "a"},
+              {"type": "reasoning.text", "index": 0, "text": "b",
+               "signature": "s"}]
+    raw = streamed([sse([chunk({"reasoning_details": [each]}) for each in pieces] + [WHOLE] + ARGS_DONE)],
+                   aiapiproxy.openai_request(R(thinking=ADAPTIVE), SETTINGS["openrouter"]))
+    (block, _) = blocks_of(raw)
+    kind, details = re.fullmatch(r"aap1\.(.)\.\((.*)\)", readable(block["signature"])).groups()
+    assert (block["thinking"], kind) == ("ab", "d")
+    assert json.loads(details) == [{"type": "reasoning.text", "index": 0, "text": "ab", "signature": "s"}]
+
+
+AT_ONCE = [  # each chunk, and what it gives before the next one comes
+    ("text", [(ROLE, "MS"), (c("Hel"), '0+text 0t"Hel"'), (c("lo"), '0t"lo"'), (f("stop"), ""),
+              (D, "0- MD(end_turn) ME")]),
+    ("thinking",
+     [(r("a"), 'MS 0+thinking 0h"a"'), (r("b"), '0h"b"'), (c("x"), '0s"aap1.c." 0- 1+text 1t"x"')]),
+    ("arguments", [(k(0, "call_1", "f", ""), "MS"), (k(0, None, None, '{"a"'), '0+tool(call_1,f) 0j`{"a"`'),
+                   (k(0, None, None, ":1"), "0j`:1`"), (k(0, None, None, "}"), "0j`}`"),
+                   (k(1, "call_2", "g", '{"b"'), '0- 1+tool(call_2,g) 1j`{"b"`')]),
+    ("Azure's first chunk", [({"choices": [], "prompt_filter_results": []}, "MS")]),
+    ("what might begin a stop sequence", [(c("abcSTO"), 'MS 0+text 0t"abc"'), (c("x"), '0t"STOx"')]),
+    ("a call that waits", [(BEGIN, 'MS 0+tool(call_1,f) 0j`{"a"`'), (k(1, "call_2", "g", '{"b"'), ""),
+                           (REST, '0j`:1}` 0- 1+tool(call_2,g) 1j`{"b"`')]),
+]
+
+
+@table(AT_ONCE, "steps")
+def test_what_comes_goes_at_once(steps):
+    asked = R(thinking=ADAPTIVE, stop_sequences=["STOP"])
+    translator = aiapiproxy.StreamTranslator(aiapiproxy.openai_request(asked, SETTINGS["openai"]), new_ids())
+    for given, want in steps:
+        out = translator.feed(sse([given])).decode()
+        found = [notation(json.loads(data)) for data in re.findall(r"^data: (.*)$", out, re.M)]
+        assert " ".join(each for each in found if each != "PING") == want
+
+
+def stream_usage(input, generated, read=0, written=0, **details):
+    return without(usage(input, generated, read, written, **details), "service_tier")
+
+
+STREAM_USAGES = [
+    ("at the end", [c("x"), f("stop"), u(5, 3), D], stream_usage(5, 3)),
+    ("on the last chunk", [c("x"), usage_on(f("stop"), 5, 3), D], stream_usage(5, 3)),
+    ("on each chunk the total so far",
+     [usage_on(c("x"), 5, 1), usage_on(c("y"), 5, 2), usage_on(f("stop"), 5, 3), D],
+     stream_usage(5, 3)),
+    ("null on the others", [usage_on(c("x"), 5, 3), {**f("stop"), "usage": None}, D], stream_usage(5, 3)),
+    ("before the text", [u(5, 3), c("x")] + STOP, stream_usage(5, 3)),
+    ("Groq's place", [c("x"), {**f("stop"), "x_groq": {"usage": used(5, 3)}}, D], stream_usage(5, 3)),
+    ("with cache and reasoning", [c("x"), f("stop"), u(100, 20, **cached(60), completion_tokens_details={
+        "reasoning_tokens": 8}), D], stream_usage(40, 20, 60, **thought(8))),
+    ("none: both are estimated", [c("Hello")] + STOP, stream_usage(8, 2)),
+]
+
+
+@table(STREAM_USAGES, "chunks, want")
+def test_usage_of_a_stream(chunks, want):
+    found = events(streamed([sse(chunks)], aiapiproxy.openai_request(R(), SETTINGS["openai"])))
+    assert found[0]["message"]["usage"]["input_tokens"] == 8
+    assert found[-2]["usage"] == want
+
+
+@table([("its own words", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP, "I cannot."),
+        ("the filter's", [c("x"), f("content_filter"), D], FILTERED)])
+def test_explanation_of_a_refusal(given, want):
+    found = events(streamed([sse(given)], aiapiproxy.openai_request(R(), SETTINGS["openai"])))
+    assert found[-2]["delta"] == {"stop_reason": "refusal", "stop_sequence": None,
+                                  "stop_details": {"type": "refusal", "category": None, "explanation": want}}
+
+
+def test_a_stream_names_the_asked_model():
+    exchange = aiapiproxy.openai_request(R(model="claude-sonnet-5-5[1m]"), SETTINGS["openai"])
+    assert events(streamed([SIMPLE], exchange))[0]["message"]["model"] == "claude-sonnet-5-5[1m]"
+
+
+CHUNKS = [ROLE, c("x"), c("\n"), c("END"), c("\ud83d"), r("r"), WHOLE, BEGIN, REST,
+          k(1, "call_2", "g", '{"b":'),
+          k(1, None, None, "2}"), k(None, None, "h", "{}"), k(None, None, None, " "), k(0, None, "f", None),
+          kk((2, "call_3", "f", "{"), (3, "call_4", "f", "[1]")), chunk({"refusal": "No."}), u(5, 3),
+          f("stop"),
+          f("length"), f("tool_calls"), chunk({"reasoning_details": DETAILS}),
+          chunk({"function_call": {"name": "f"}}),
+          {"error": {"message": "m", "code": 529}}, D, chunk({"content": "<think>a</think>"}), c(" x")]
+
+
+def test_an_odd_stream_keeps_to_the_order_of_events():
+    """Chunks in any order, some of them spoiled: printed() checks what every stream must keep to."""
+    dice = random.Random(1)
+    exchanges = [aiapiproxy.openai_request(R(**members), SETTINGS[host]) for host, members in (
+        ("openai", {"thinking": ADAPTIVE}), ("local", {"thinking": OMITTED}), ("local", ENDING),
+        ("openai", ONE_CALL_AT_MOST))]
+    for _ in range(3000):
+        chunks = [dice.choice(CHUNKS) for _ in range(dice.randrange(1, 9))]
+        chunks = [spoiled(each, dice) if isinstance(each, dict) and dice.random() < 0.2 else each
+                  for each in chunks]
+        raw, exchange = sse(chunks), dice.choice(exchanges)
+        cut = dice.randrange(len(raw))
+        whole, parts = streamed([raw], exchange), streamed([raw[:cut], raw[cut:]], exchange)
+        assert whole == parts, chunks
+        if isinstance(whole, bytes):
+            printed(whole)
+
+
+# ============================================================================
+# 13. HANDLERS, over real sockets
+# ============================================================================
+#
+# `FakeUpstream` plays replies, one a request, the last one again and again.  The parts of a reply's body are
+# bytes to send, gates (asyncio.Event) to wait for, and at last how it ends.
+# No test sleeps: it waits for a fact.
+
+END, RESET, CUT, HANG = "END", "RESET", "CUT", "HANG"  # properly; by a reset; too early; never
+
+
+def run(coroutine):
+    """The result of a test that waits, or a failure after 5 s."""
+    return asyncio.run(asyncio.wait_for(coroutine, 5))
+
+
+class Reply:
+    """What the upstream says to one request."""
+
+    def __init__(self, status, headers, parts, length=None):
+        framing = "transfer-encoding: chunked" if length is None else f"content-length: {length}"
+        lines = [f"HTTP/1.1 {status} Status", framing,
+                 *(f"{name}: {value}" for name, value in headers.items())]
+        self.head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        self.chunked, self.parts = length is None, parts
+
+
+def reply(status, body, content_type="application/json", **headers):
+    """A whole body: JSON, text or bytes."""
+    raw = body if isinstance(body, bytes) else body.encode() if isinstance(body,
+                                                                           str) else json.dumps(body).encode()
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Reply(status, {"content-type": content_type, **headers}, [raw, END], len(raw))
+
+
+def stream(*parts, **headers):
+    """An SSE body: chunks, bytes, gates, an ending."""
+    parts = [sse([part]) if isinstance(part, dict) or part == D else part for part in parts]
+    parts += [] if parts[-1:] and isinstance(parts[-1], str) else [END]
+    return Reply(200, {"content-type": "text/event-stream", **headers}, parts)
+
+
+class Heard:
+    """A request that the upstream got."""
+
+    def __init__(self, head, body):
+        self.line, *fields = head.decode("latin-1").rstrip().split("\r\n")
+        self.headers = {name.lower(): value.strip() for name, _,
+                        value in (field.partition(":") for field in fields)}
+        self.body = json.loads(body)
+
+
+class FakeUpstream:
+    """A server on 127.0.0.1 that plays its replies and records its requests."""
+
+    def __init__(self, *replies, tls=None):
+        self.replies, self.tls, self.connections = list(replies), tls, set()
+        self.requests, self.asked, self.disconnected = [], asyncio.Event(), asyncio.Event()
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=self.tls)
+        self.port = self.server.sockets[0].getsockname()[1]
+        self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/v1"
+        return self
+
+    async def __aexit__(self, *_):
+        self.server.close()
+        for connection in self.connections:
+            connection.cancel()
+        await asyncio.gather(*self.connections)
+
+    async def serve(self, reader, writer):
+        """One connection: request, reply, request, reply ..., watched all the time for its end."""
+        self.connections.add(asyncio.current_task())
+        watch = asyncio.ensure_future(reader.read(1))
+        try:
+            while await watch:
+                head = watch.result() + await reader.readuntil(b"\r\n\r\n")
+                body = await reader.readexactly(int(re.search(rb"(?i)content-length: *(\d+)", head).group(1)))
+                self.requests.append(Heard(head, body))
+                self.asked.set()
+                watch = asyncio.ensure_future(reader.read(1))
+                script = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+                if not await self.play(script, writer, watch):
+                    break
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            watch.cancel()
+            self.disconnected.set()
+            writer.close()
+
+    async def play(self, script, writer, watch):
+        """Whether the connection can be used again."""
+        writer.write(script.head)
+        for part in script.parts:
+            if isinstance(part, asyncio.Event):
+                gate = asyncio.ensure_future(part.wait())
+                await asyncio.wait({gate, watch}, return_when=asyncio.FIRST_COMPLETED)
+                gate.cancel()
+            elif isinstance(part, bytes):
+                writer.write(b"%x\r\n%b\r\n" % (len(part), part) if script.chunked else part)
+                await writer.drain()
+            elif part == END:
+                writer.write(b"0\r\n\r\n" if script.chunked else b"")
+            elif part == RESET:
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                                           struct.pack("ii", 1, 0))
+                writer.transport.abort()
+            elif part == HANG:
+                await watch
+        return script.parts[-1] == END
+
+
+@contextlib.asynccontextmanager
+async def running(settings):
+    """The proxy itself, on a free port."""
+    server = aiapiproxy.Server(settings)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.drain(0)
+
+
+@contextlib.asynccontextmanager
+async def proxied(*replies, **environ):
+    """An upstream that plays these replies, and the proxy in front of it."""
+    async with FakeUpstream(*replies) as upstream:
+        settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, **MODELS, "OPENAI_BASE_URL": upstream.url,
+                                             **environ}, server_port=0)
+        async with running(settings) as server:
+            yield upstream, server
+
+
+class Asking:
+    """One request to the proxy over a connection of its own, its answer read piece by piece."""
+
+    def __init__(self, port, method, path, body=None, **headers):
+        self.port, self.read = port, b""
+        raw = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        fields = {"host": f"127.0.0.1:{port}", "connection": "close", "content-length": len(raw), **{
+            name.replace("_", "-"): value for name, value in headers.items()}}
+        self.request = (f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in
+                                                                  fields.items()) + "\r\n").encode() + raw
+
+    async def __aenter__(self):
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.writer.write(self.request)
+        return self
+
+    async def __aexit__(self, *_):
+        self.writer.close()
+
+    async def until(self, text):
+        while text not in self.read:
+            piece = await self.reader.read(65536)
+            assert piece, f"the answer ended before {text!r}: {self.read!r}"
+            self.read += piece
+
+    async def answer(self):
+        """Status, headers and body, once it is complete."""
+        self.read += await self.reader.read(-1)
+        head, _, body = self.read.partition(b"\r\n\r\n")
+        line, *fields = head.decode("latin-1").split("\r\n")
+        headers = {name.lower(): value.strip() for name, _,
+                   value in (field.partition(":") for field in fields)}
+        if headers.get("transfer-encoding") == "chunked":
+            body = unchunked(body)
+        return int(line.split(" ")[1]), headers, body
+
+
+def unchunked(raw):
+    body = b""
+    while True:
+        size, _, raw = raw.partition(b"\r\n")
+        length = int(size, 16)
+        body, end, raw = body + raw[:length], raw[length:length + 2], raw[length + 2:]
+        assert end == b"\r\n"
+        if not length:
+            assert not raw, "nothing follows the last chunk"
+            return body
+
+
+async def ask(port, method="POST", path="/v1/messages", body=None, **headers):
+    async with Asking(port, method, path, body, **headers) as asking:
+        return await asking.answer()
+
+
+def said(answer):
+    """An answer of the proxy in one word or line; errors with their envelope checked."""
+    status, headers, body = answer
+    if headers["content-type"].startswith("text/event-stream"):
+        return printed(body)
+    found = json.loads(body)
+    if found["type"] != "error":
+        return found
+    assert found["request_id"] == headers["request-id"] and re.fullmatch(r"req_[A-Za-z0-9]{24}",
+                                                                         found["request_id"])
+    assert headers["content-type"] == "application/json" and found["error"].keys() <= {"type", "message",
+                                                                                       "details"}
+    return f"{status} {found['error']['type']}: {found['error']['message']}"
+
+
+async def asked_once(script, asked, **environ):
+    """The answer to one request, and the requests that the upstream got for it."""
+    async with proxied(script, **environ) as (upstream, server):
+        return await ask(server.port, body=asked), upstream.requests
+
+
+OK = reply(200, completion({"content": "Hello"}, usage=used(10, 2)))
+NOT_FOUND = "404 not_found_error: "
+
+
+def test_a_message():
+    (status, headers, body), (heard,) = run(asked_once(OK, R()))
+    message = json.loads(body)
+    assert (status, headers["content-type"], message["content"]) == (200, "application/json", [txt("Hello")])
+    assert re.fullmatch(r"req_[A-Za-z0-9]{24}", headers["request-id"])
+    assert heard.line == "POST /v1/chat/completions HTTP/1.1" and heard.body == PLAIN
+    assert {name: heard.headers[name]
+            for name in ("authorization", "content-type", "accept", "accept-encoding")} == {
+        "authorization": f"Bearer {KEY}", "content-type": "application/json", "accept": "application/json",
+        "accept-encoding": "identity"}
+    assert heard.headers["user-agent"] == f"aiapiproxy/{aiapiproxy.__version__}"
+
+
+def test_a_stream():
+    # Clients send "accept: application/json" even for streams.
+    async def scenario():
+        async with proxied(stream(SIMPLE)) as (upstream, server):
+            answer = await ask(server.port, path="/v1/messages?beta=true", body=R(stream=True),
+                               accept="application/json", anthropic_beta="new-2030-01-01")
+            return answer, upstream.requests[0]
+
+    (status, headers, body), heard = run(scenario())
+    assert (status, printed(body)) == (200, HELLO)
+    assert {name: headers[name] for name in (
+        "content-type", "cache-control", "x-accel-buffering", "transfer-encoding")} == {
+        "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
+        "x-accel-buffering": "no", "transfer-encoding": "chunked"}
+    assert heard.body == STREAMED and heard.headers["accept"] == "text/event-stream"
+    assert not any(name.startswith("anthropic") for name in heard.headers)
+
+
+@table([
+    ("a client's headers are not passed on", {"x_stainless_os": "Linux", "anthropic_version": "2023-06-01",
+                                              "x_api_key": "sk-ant-1", "cookie": "c=1", "x_app": "cli"}),
+    ("old and new clients are served alike",
+     {"anthropic_version": "2026-10-21", "authorization": "Bearer x"}),
+], "headers")
+def test_headers_of_a_client(headers):
+    async def scenario():
+        async with proxied(OK) as (upstream, server):
+            status, _, _ = await ask(server.port, body=R(), **headers)
+            return status, upstream.requests[0].headers
+
+    status, heard = run(scenario())
+    assert status == 200 and heard["authorization"] == f"Bearer {KEY}"
+    assert heard.keys() <= {"host", "content-length", "content-type", "accept", "accept-encoding",
+                            "user-agent",
+                            "authorization", "connection"}
+
+
+# ---- Without the upstream
+
+@pytest.mark.parametrize("streamed_too", [False, True])
+def test_max_tokens_0_is_answered_here(streamed_too):
+    answer, requests = run(asked_once(OK, R(max_tokens=0, stream=streamed_too)))
+    assert answer[0] == 200 and requests == []
+    if streamed_too:
+        assert printed(answer[2]) == "MS MD(max_tokens) ME"
+    else:
+        message = json.loads(answer[2])
+        assert (message["content"], message["stop_reason"]) == ([], "max_tokens")
+        assert (message["usage"]["input_tokens"], message["usage"]["output_tokens"]) == (8, 0)
+
+
+NO_JSON = "400 invalid_request_error: Request body is not valid JSON: "
+
+BAD_BODIES = [("no JSON", b"{oops"), ("NaN", b'{"a":NaN}'), ("no UTF-8", b'{"a":"\xff"}'),
+              ("too deep", b"[" * 200000), ("a number too long", b'{"a":' + b"1" * 5000 + b"}")]
+
+
+@table(BAD_BODIES, "raw")
+def test_a_body_that_is_no_json(raw):
+    answer, requests = run(asked_once(OK, raw))
+    assert said(answer).startswith(NO_JSON) and requests == []
+
+
+def test_a_body_that_is_no_object():
+    answer, _ = run(asked_once(OK, b"[]"))
+    assert said(answer).startswith("400 invalid_request_error: ")
+
+
+def test_a_body_with_a_byte_order_mark():
+    answer, _ = run(asked_once(OK, BOM + json.dumps(R()).encode()))
+    assert answer[0] == 200
+
+
+def test_a_rejected_thread_over_the_wire():
+    (status, _, body), _ = run(asked_once(OK, R(thread={"type": "create"})))
+    assert (status, json.loads(body)["error"]["details"]) == (
+        400, {"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
+
+
+COUNTS = [
+    ("the plain request", R(), 8),
+    ("without max_tokens", without(R(), "max_tokens"), 8),
+    ("with any max_tokens and stream", R(max_tokens="x", stream="y"), 8),
+    ("an image", R([U([txt("Hi"), img])]), 1608),
+]
+
+
+@table(COUNTS)
+def test_count_tokens(given, want):
+    async def scenario():
+        async with proxied(OK) as (upstream, server):
+            return await ask(server.port, path="/v1/messages/count_tokens", body=given), upstream.requests
+
+    (status, _, body), requests = run(scenario())
+    assert (status, json.loads(body), requests) == (200, {"input_tokens": want}, [])
+
+
+def test_count_tokens_rejects_what_messages_reject():
+    async def scenario():
+        async with proxied(OK) as (_, server):
+            return await ask(server.port, path="/v1/messages/count_tokens", body=without(R(), "messages"))
+
+    assert said(run(scenario())) == "400 invalid_request_error: messages: Field required"
+
+
+NAMES = ["claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-opus-5", "claude-sonnet-5",
+         "claude-opus-4-8", "claude-sonnet-4-6", "claude-haiku-4-5"]
+
+PAGES = [  # query, ids, has_more
+    ("all", "", NAMES, False),
+    ("as many as asked", "?limit=1000", NAMES, False),
+    ("two", "?limit=2", NAMES[:2], True),
+    ("the next two", "?limit=2&after_id=claude-sonnet-5-5", NAMES[2:4], True),
+    ("the last two", "?limit=2&after_id=claude-opus-4-8", NAMES[6:], False),
+    ("the two before", "?limit=2&before_id=claude-opus-5", NAMES[1:3], True),
+    ("nothing after the last", "?after_id=claude-haiku-4-5", [], False),
+    ("none that is retired", "?lifecycle=retired", [], False),
+]
+
+
+@table(PAGES, "query, ids, more")
+def test_list_of_models(query, ids, more):
+    async def scenario():
+        async with proxied(OK) as (_, server):
+            return await ask(server.port, "GET", "/v1/models" + query)
+
+    status, _, body = run(scenario())
+    found = json.loads(body)
+    assert status == 200 and [model["id"] for model in found.pop("data")] == ids
+    assert found == {"has_more": more, "first_id": ids[0] if ids else None,
+                     "last_id": ids[-1] if ids else None}
+
+
+def model(id, name, line):
+    return {"type": "model", "id": id, "display_name": name, "created_at": "1970-01-01T00:00:00Z",
+            "lifecycle": "active", "line": line, "max_input_tokens": None, "max_tokens": None,
+            "capabilities": None,
+            "deprecated_at": None, "retires_at": None}
+
+
+GETS = [  # path, answer
+    ("a listed model", "/v1/models/claude-sonnet-5-5",
+     model("claude-sonnet-5-5", "Claude Sonnet 5.5 (gpt-4o)", "sonnet")),
+    ("a Claude name", "/v1/models/claude-anything",
+     model("claude-anything", "claude-anything (gpt-4o)", None)),
+    ("a configured model", "/v1/models/gpt-4o", model("gpt-4o", "gpt-4o (gpt-4o)", None)),
+    ("an unknown model", "/v1/models/nothing", NOT_FOUND + "model: nothing"),
+    ("an unknown path", "/v1/skills", NOT_FOUND + "GET /v1/skills is not available here"),
+    ("no page", "/v1/models?limit=0", "400 invalid_request_error: limit: Input should be between 1 and 1000"),
+    ("no number", "/v1/models?limit=x",
+     "400 invalid_request_error: limit: Input should be between 1 and 1000"),
+    ("after nothing known", "/v1/models?after_id=x", "400 invalid_request_error: after_id: unknown model id"),
+]
+
+
+@table(GETS, "path, want")
+def test_get(path, want):
+    async def scenario():
+        async with proxied(OK) as (_, server):
+            return await ask(server.port, "GET", path)
+
+    assert said(run(scenario())) == want
+
+
+def test_methods_and_paths():
+    async def scenario():
+        async with proxied(OK) as (_, server):
+            status, headers, _ = answer = await ask(server.port, "GET", "/v1/messages")
+            assert (status, headers["allow"]) == (405, "POST")
+            assert said(answer).startswith("405 invalid_request_error: ")
+            assert said(await ask(server.port, path="/v1/messages/batches", body={})) == (
+                NOT_FOUND + "POST /v1/messages/batches is not available here")
+            status, _, body = await ask(server.port, "HEAD", "/api/hello")
+            assert (status, body) == (404, b"")
+            status, _, body = await ask(server.port, "HEAD", "/v1/models")
+            assert (status, body) == (200, b"")
+
+    run(scenario())
+
+
+# ---- Answers that are not what was asked for
+
+X_ONLY = [c("x"), f("stop"), u(5, 3), D]
+SOME_MESSAGE = [think("r", "aap1.c."), X, tu("call_1", "f", {"a": 1})]
+
+
+def test_sse_in_place_of_json():
+    answer, _ = run(asked_once(stream(*X_ONLY), R()))
+    assert (said(answer)["content"], said(answer)["stop_reason"]) == ([X], "end_turn")
+    answer, _ = run(asked_once(reply(200, sse(X_ONLY)), R()))  # by its first bytes
+    assert (said(answer)["content"], said(answer)["usage"]["output_tokens"]) == ([X], 3)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+@table([
+    ("blank lines in front", reply(200, b"\n\n \n" + json.dumps(completion(TEXT)).encode())),
+    ("many lines", reply(200, json.dumps(completion(TEXT), indent=2))),
+    ("many lines that claim to be events",
+     reply(200, json.dumps(completion(TEXT), indent=2), "text/event-stream")),
+    ("no content type that says so", reply(200, completion(TEXT), "text/plain")),
+], "script")
+def test_json_in_any_dress(script, streaming):
+    answer, _ = run(asked_once(script, R(stream=streaming)))
+    assert said(answer) == ONE_X if streaming else said(answer)["content"] == [X]
+
+
+def test_too_many_tools_are_the_upstreams_to_refuse():
+    words = ("Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array "
+             "with length 129 instead.")
+    answer, (heard,) = run(asked_once(reply(400, error_like("array_above_max_length", words)),
+                                      R(tools=[T(f"f{number}") for number in range(129)])))
+    assert said(answer).startswith(f"400 invalid_request_error: {words}") and len(heard.body["tools"]) == 129
+
+
+def test_a_long_answer_is_streamed_and_collected():
+    script = stream(r("r"), c("x"), WHOLE, f("tool_calls"), u(5, 3), D)
+    answer, (heard,) = run(asked_once(script, R(max_tokens=16000, thinking=ADAPTIVE)))
+    message = said(answer)
+    assert heard.body["stream"] is True and heard.headers["accept"] == "text/event-stream"
+    assert (message["content"], message["stop_reason"], message["usage"]["output_tokens"]) == (
+        SOME_MESSAGE, "tool_use", 3)
+
+
+def test_a_long_answer_that_breaks_is_an_error():
+    answer, _ = run(asked_once(stream(c("x"), CUT), R(max_tokens=16000)))
+    assert said(answer).startswith("502 api_error: ")
+
+
+def test_json_in_place_of_sse():
+    message = {"content": "x", "reasoning_content": "r", "tool_calls": [call("call_1", "f", '{"a":1}')]}
+    answer, _ = run(asked_once(reply(200, completion(message, usage=used(5, 3))),
+                               R(stream=True, thinking=ADAPTIVE)))
+    assert said(answer) == ('MS 0+thinking 0h"r" 0s"aap1.c." 0- 1+text 1t"x" 1- '
+                            '2+tool(call_1,f) 2j`{"a":1}` 2- MD(tool_use) ME')
+
+
+WRONG = [  # reply, the same error whether a stream was asked or not
+    ("an empty body", reply(200, ""), "502 api_error"),
+    ("a page", reply(200, "<html>", "text/html"), "502 api_error"),
+    ("no choices", reply(200, {"choices": []}), "502 api_error"),
+    ("an array", reply(200, []), "502 api_error"),
+    ("an error", reply(200, error_like(429)), "429 rate_limit_error"),
+    ("an error with its status as text", reply(200, error_like("503")), "529 overloaded_error"),
+    ("an overflow", reply(200, {"error": {"message": "too many tokens in the prompt"}}),
+     "400 invalid_request_error"),
+    ("an error in SSE", stream(error_like(429, "slow")), "429 rate_limit_error"),
+    ("SSE that ends at once", stream(D), "502 api_error"),
+    ("SSE without anything", stream(b": comment\n\n"), "502 api_error"),
+    ("a redirect", reply(302, "", location="https://elsewhere.example/v1"), "502 api_error"),
+    ("a status", reply(503, JSON_ERROR), "529 overloaded_error"),
+    ("a body that ends early", Reply(200, {"content-type": "application/json"}, [b'{"choices"', CUT], 50),
+     "502 api_error"),
+    ("a reset", Reply(200, {"content-type": "application/json"}, [RESET], 50), "502 api_error"),
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+@table(WRONG, "script, want")
+def test_a_wrong_answer(script, want, streaming):
+    answer, requests = run(asked_once(script, R(stream=streaming)))
+    assert said(answer).startswith(want + ": ") and len(requests) == 1
+
+
+CODES = [  # an error without a useful status: its code, type or status; what it is
+    ("context_length_exceeded", "400 invalid_request_error"), ("insufficient_quota", "402 billing_error"),
+    ("rate_limit_exceeded", "429 rate_limit_error"), ("RESOURCE_EXHAUSTED", "429 rate_limit_error"),
+    ("UNAVAILABLE", "529 overloaded_error"), ("DEADLINE_EXCEEDED", "504 timeout_error"),
+    ("invalid_api_key", "401 authentication_error"), ("PERMISSION_DENIED", "403 permission_error"),
+    ("model_not_found", "404 not_found_error"), ("INVALID_ARGUMENT", "400 invalid_request_error"),
+    ("strange", "500 api_error"),
+]
+
+
+@pytest.mark.parametrize("code, want", CODES)
+def test_an_error_with_status_200(code, want):
+    for script in (reply(200, error_like(code)), stream(error_like(code)),
+                   reply(200, {"error": {"message": "m", "status": code}}),
+                   reply(200, {"error": {"message": "m", "type": code}})):
+        answer, _ = run(asked_once(script, R()))
+        assert said(answer).startswith(want + ": ")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+def test_a_prompt_that_does_not_fit_is_told_in_one_way(streaming):
+    error = error_like(None, f"{MAXIMUM} 128000 tokens. However, your messages resulted in 131072 tokens.")
+    for script in (reply(400, error), reply(200, error), stream(error)):
+        answer, _ = run(asked_once(script, R(stream=streaming)))
+        assert said(answer) == "400 invalid_request_error: prompt is too long: 131072 tokens > 128000 maximum"
+
+
+def test_a_wrong_address_is_told():
+    answer, _ = run(asked_once(reply(404, "<html>", "text/html"), R()))
+    assert said(answer) == (NOT_FOUND + "127.0.0.1 has no /v1/chat/completions: check OPENAI_BASE_URL")
+
+
+def test_a_redirect_names_its_host():
+    answer, _ = run(asked_once(reply(307, "", location="https://elsewhere.example/v1"), R()))
+    assert "elsewhere.example" in said(answer)
+
+
+def test_rate_limits_are_told_on_a_success_too():
+    for script in (reply(200, completion(TEXT), x_ratelimit_limit_requests=500,
+                         x_ratelimit_remaining_requests=499,
+                         x_ratelimit_reset_requests="6m0s", x_request_id="upstreams", set_cookie="c=1"),
+                   stream(*X_ONLY,
+                          **{"x-ratelimit-limit-requests": 500, "x-ratelimit-remaining-requests": 499,
+                             "x-ratelimit-reset-requests": "6m0s", "set-cookie": "c=1"})):
+        (_, headers, _), _ = run(asked_once(script, R(stream=script.chunked)))
+        assert headers["anthropic-ratelimit-requests-limit"] == "500" and "set-cookie" not in headers
+        assert headers["anthropic-ratelimit-requests-remaining"] == "499"
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", headers["anthropic-ratelimit-requests-reset"])
+
+
+def test_the_limit_reached_before_the_first_word_is_an_answer():
+    words = "Could not finish the message because max_tokens or model output limit was reached."
+    script = reply(400, error_like(None, words))
+    answer, _ = run(asked_once(script, R()))
+    assert (said(answer)["content"], said(answer)["stop_reason"]) == ([], "max_tokens")
+    answer, _ = run(asked_once(script, R(stream=True)))
+    assert said(answer) == "MS MD(max_tokens) ME"
+
+
+# ---- Upstreams that fail
+
+def test_nobody_listens():
+    async def scenario():
+        async with FakeUpstream() as upstream:
+            port = upstream.port
+        settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1"}
+        async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
+            return port, said(await ask(server.port, body=R()))
+
+    port, answer = run(scenario())
+    assert answer.startswith(f"502 api_error: Cannot connect to 127.0.0.1:{port}: ")
+
+
+def test_a_name_that_does_not_exist():
+    async def scenario():
+        settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://nowhere.invalid/v1"}
+        async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
+            return said(await ask(server.port, body=R()))
+
+    assert run(scenario()).startswith("502 api_error: Cannot resolve nowhere.invalid")
+
+
+CERTIFICATE = """\
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEILzhwqlMF1VoqVxPf3YzAfdPNZYqaZv4oA79iAvM8pMfoAoGCCqGSM49
+AwEHoUQDQgAEl/kpMs1O2GIHQu3RpMLq7uGrdJw7pvNBdzdfi1z4b+S+5DHr0v6u
+qFd9XnZP5TNqBV4gMrETvMA7qPDXufRHmA==
+-----END EC PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBUDCB+KADAgECAgEBMAoGCCqGSM49BAMCMA8xDTALBgNVBAMMBHRlc3QwIBcN
+MjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMA8xDTALBgNVBAMMBHRlc3Qw
+WTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASX+SkyzU7YYgdC7dGkwuru4at0nDum
+80F3N1+LXPhv5L7kMevS/q6oV31edk/lM2oFXiAysRO8wDuo8Ne59EeYo0MwQTAP
+BgNVHREECDAGhwR/AAABMA8GA1UdEwEB/wQFMAMBAf8wHQYDVR0OBBYEFBKLTXA6
+fTS1nTTQiGok/ogkk8VgMAoGCCqGSM49BAMCA0cAMEQCIDOWK4RnC8UL550gd818
+sCb30Qka2X+r5QeJI0tFqQUhAiA2wt+Qr/bFR7WJ9FtXXn3Ws7hVWm3vWIkB2sjg
+e7H2sw==
+-----END CERTIFICATE-----
+"""  # of 127.0.0.1, with its key: for this test alone
+
+
+def test_a_certificate_must_be_trusted(tmp_path):
+    pem = tmp_path / "certificate.pem"
+    pem.write_text(CERTIFICATE)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(pem))
+
+    async def scenario(**environ):
+        async with FakeUpstream(OK, tls=context) as upstream:
+            settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, **environ}
+            async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
+                return await ask(server.port, body=R())
+
+    refused = run(scenario())
+    assert said(refused).startswith("502 api_error: ") and refused[1]["x-should-retry"] == "false"
+    assert run(scenario(SSL_CERT_FILE=str(pem)))[0] == 200
+
+
+def test_no_answer_in_time():
+    for asked, limit in ((R(), "REQUEST_TIMEOUT"), (R(stream=True), "STREAM_TIMEOUT")):
+        answer, _ = run(asked_once(Reply(200, {}, [HANG]), asked, **{limit: "1"}))
+        assert said(answer).startswith("504 timeout_error: The upstream did not answer within 1 s")
+
+
+def test_silence_in_a_stream():
+    answer, _ = run(asked_once(stream(c("x"), HANG), R(stream=True), STREAM_TIMEOUT="1"))
+    assert said(answer) == 'MS 0+text 0t"x" ERR(timeout_error)'
+
+
+SILENCES = [  # request members, parts of the stream, what comes in a silence of a third of a second
+    ("a ping after text", {}, [c("x")], b'event: ping\ndata: {"type":"ping"}\n\n'),
+    ("the start while the upstream still thinks", {}, [b": thinking\n\n"], b"event: message_start\n"),
+    ("an empty delta while thinking is hidden", {"thinking": OMITTED}, [r("a")],
+     b'"delta":{"type":"thinking_delta","thinking":""}}\n\n'),
+    ("a ping while thinking shows", {"thinking": ADAPTIVE}, [r("a")],
+     b'event: ping\ndata: {"type":"ping"}\n\n'),
+]
+
+
+@table(SILENCES, "members, parts, sign")
+def test_a_sign_of_life_in_silence(members, parts, sign, monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "FIRST_CHUNK_WAIT", 0.01)
+    monkeypatch.setattr(aiapiproxy, "PING_INTERVAL", 0.3)
+
+    async def scenario():
+        async with proxied(stream(*parts, HANG)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", R(stream=True, **members)) as asking:
+                await asking.until(b"event: ping\n")
+                started, asking.read = asking.read, b""
+                if sign not in started or b"ping" in sign:
+                    await asking.until(sign)
+
+    run(scenario())
+
+
+def test_an_error_after_a_start_without_a_chunk_is_an_event(monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "FIRST_CHUNK_WAIT", 0.01)
+
+    async def scenario():
+        gate = asyncio.Event()
+        async with proxied(stream(b": thinking\n\n", gate, error_like(429))) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", R(stream=True)) as asking:
+                await asking.until(b"event: ping\n")
+                gate.set()
+                return said(await asking.answer())
+
+    assert run(scenario()) == "MS ERR(rate_limit_error)"
+
+
+def test_a_stream_whose_end_does_not_come_is_whole(monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "FIRST_CHUNK_WAIT", 0.01)
+    monkeypatch.setattr(aiapiproxy, "LAST_CHUNK_WAIT", 0.3)
+    answer, _ = run(asked_once(stream(c("x"), f("stop"), HANG), R(stream=True)))
+    assert said(answer) == ONE_X
+
+
+def test_a_prompt_that_was_cut_in_silence_is_logged_once(caplog):
+    async def scenario():
+        async with proxied(reply(200, completion(TEXT, usage=used(2000, 2)))) as (_, server):
+            for words in (100, 6000, 6000):
+                await ask(server.port, body=R([U("word " * words)]))
+
+    run(scenario())
+    warnings = [record.levelname for record in caplog.records if "OLLAMA_CONTEXT_LENGTH" in str(vars(record))]
+    assert warnings == ["WARNING"]
+
+
+@table([
+    ("reset after the finish reason", [c("x"), f("stop"), RESET], ONE_X),
+    ("cut after the finish reason", [c("x"), f("stop"), CUT], ONE_X),
+    ("cut before it", [c("x"), CUT], BROKEN),
+])
+def test_a_stream_that_breaks(given, want):
+    answer, _ = run(asked_once(stream(*given), R(stream=True)))
+    assert said(answer) == want
+
+
+def test_a_reset_in_a_stream():
+    async def scenario():
+        gate = asyncio.Event()
+        async with proxied(stream(c("x"), gate, RESET)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", R(stream=True)) as asking:
+                await asking.until(b"text_delta")
+                gate.set()
+                return said(await asking.answer())
+
+    assert run(scenario()) == BROKEN
+
+
+def test_a_stop_sequence_ends_the_upstreams_work():
+    async def scenario():
+        async with proxied(stream(c("abcE"), c("NDxyz"), HANG)) as (upstream, server):
+            answer = await ask(server.port, body=R(stream=True, stop_sequences=["END"]))
+            await upstream.disconnected.wait()
+            return said(answer)
+
+    assert run(scenario()) == 'MS 0+text 0t"abc" 0- MD(stop_sequence,"END") ME'
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+def test_a_client_that_goes_away_ends_the_upstreams_work(streaming, capfd):
+    async def scenario():
+        async with proxied(stream(*([c("x")] if streaming else []), HANG)) as (upstream, server):
+            async with Asking(server.port, "POST", "/v1/messages", R(stream=streaming)) as asking:
+                await (asking.until(b"text_delta") if streaming else upstream.asked.wait())
+            await upstream.disconnected.wait()
+
+    run(scenario())
+    assert not re.search(r"(?i)error|traceback", capfd.readouterr().err)
+
+
+def test_a_stream_that_runs_at_the_end_of_the_proxy_is_told():
+    async def scenario():
+        async with proxied(stream(c("x"), HANG)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", R(stream=True)) as asking:
+                await asking.until(b"text_delta")
+                await server.drain(0)
+                return said(await asking.answer())
+
+    assert run(scenario()) == 'MS 0+text 0t"x" ERR(overloaded_error)'
+
+
+# ---- What the proxy learns from a refusal
+
+def refusal(message, param=None, code=None, status=400):
+    return reply(status, {"error": {"message": message, "param": param, "code": code}})
+
+
+LOCAL_MODELS = {"CLAUDE_SONNET_MODEL": "qwen3:8b"}
+NEEDS_OTHER_NAME = refusal("Unsupported parameter: 'max_tokens' is not supported with this model. "
+                           "Use 'max_completion_tokens' instead.", "max_tokens", "unsupported_parameter")
+BAD_SCHEMA = refusal("Invalid schema for function 'f': wrong.", "tools[0].function.parameters",
+                     "invalid_function_parameters")
+HISTORY = ASKED + [U([tr("call_1", "ok"), txt("b")])]
+
+
+def unsupported(name): return refusal(f"Unsupported parameter: '{name}' is not supported with this model.",
+                                      name,
+                                      "unsupported_parameter")
+
+
+LEARNED = [  # refusal, request, members of the request sent then and from then on
+    ("the newer name of max_tokens", NEEDS_OTHER_NAME, R(),
+     {"max_tokens": None, "max_completion_tokens": 100}),
+    ("the older name", unsupported("max_completion_tokens"), R(model="o3"),
+     {"max_tokens": 100, "max_completion_tokens": None}),
+    ("a cap",
+     refusal("max_tokens is too large: 32000. This model supports at most 16384 completion tokens, "
+             "whereas you provided 32000.", "max_tokens"), R(max_tokens=32000), {"max_tokens": 16384}),
+    ("a cap in other words", refusal("max_tokens must be less than or equal to 50", "max_tokens"), R(),
+     {"max_tokens": 50}),
+    ("a minimum",
+     refusal("Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16, but got 1 "
+             "instead.", "max_tokens"), R(max_tokens=1), {"max_tokens": 16}),
+    ("no temperature",
+     refusal("Unsupported value: 'temperature' does not support 0.1 with this model. Only the default "
+             "(1) value is supported.", "temperature", "unsupported_value"),
+     R(temperature=0.1), {"temperature": None}),
+    ("no top_p", unsupported("top_p"), R(top_p=0.1), {"top_p": None}),
+    ("no stop", unsupported("stop"), R(stop_sequences=["x"]), {"stop": None}),
+    ("no stream_options, in FastAPI's words",
+     reply(422, {"detail": [{"loc": ["body", "stream_options"], "msg": "Extra inputs are not permitted: "
+                             "stream_options", "type": "extra_forbidden"}]}),
+     R(stream=True), {"stream": True, "stream_options": None}),
+    ("no parallel_tool_calls", refusal("Unrecognized request argument supplied: parallel_tool_calls"),
+     R(tools=[T("f")], **choice("auto", disable_parallel_tool_use=True)),
+     {"tool_choice": "auto", "parallel_tool_calls": None}),
+    ("no effort with tools",
+     refusal("Function tools are not supported here; set reasoning_effort to 'none'."),
+     R(model="gpt-5.2", tools=[T("f")], **effort("high")), {"reasoning_effort": "none"}),
+    ("the efforts there are",
+     refusal("Unsupported value: 'reasoning_effort' does not support 'xhigh' with this model. "
+             "Supported values are: 'low', 'medium', and 'high'.",
+             "reasoning_effort",
+             "unsupported_value"),
+     R(model="gpt-5.2", **effort("xhigh")), {"reasoning_effort": "high"}),
+    ("no effort at all", unsupported("reasoning_effort"), R(model="gpt-5.2", **effort("high")),
+     {"reasoning_effort": None}),
+    ("no streams", unsupported("stream"), R(stream=True), {"stream": None, "stream_options": None}),
+    ("no other choice", unsupported("tool_choice"), R(tools=[T("f")], **choice("any")),
+     {"tool_choice": "auto", "tools": [F("f")]}),
+    ("no null content", refusal("messages.1.content: expected string, got null", "messages.[1].content"),
+     R(HISTORY), {"messages": [U("a"), AC("", [call("call_1")]), TM("call_1", "ok"), U("b")]}),
+    ("no user after a tool", refusal("Unexpected role 'user' after role 'tool'", code="3230"),
+     R(HISTORY), {"messages": CALLED + [TM("call_1", "ok"), A("(tool results received)"), U("b")]}),
+    ("Mistral's ids",
+     refusal("Tool call id was toolu_01A09q90qw90lq917835lq9 but must be a-z, A-Z, 0-9, with a length "
+             "of 9. The tool call id must have 9 characters"),
+     R(conversation_with("toolu_01A09q90qw90lq917835lq9")[0]),
+     {"messages": conversation_with("L4lugQ9Qs")[1]}),
+    ("no schema for the answer", unsupported("response_format"), R(**output(STRICT)),
+     {"response_format": {"type": "json_object"},
+      "messages": [S(ONE_JSON_VALUE + compact(STRICT)), U("Hi")]}),
+    ("no reasoning in a message", refusal("Unknown parameter: 'messages[1].reasoning_content'",
+                                          "messages[1].reasoning_content", "unknown_parameter"),
+     R([U("a"), A([think("t", "aap1.c."), tu("call_1")]), U([tr("call_1", "ok")])]),
+     {"messages": CALLED + [TM("call_1", "ok")]}),
+    ("no long descriptions",
+     refusal("Invalid 'tools[0].function.description': string too long. Expected a string with "
+             "maximum length 3.", "tools[0].function.description"),
+     R(tools=[T("f", description="abcdef")]), {"tools": [F("f", description="abc")]}),
+    ("no images", refusal("image_url is not supported by this model"), R([U([txt("a"), img])]),
+     {"messages": [U([P("a"), P("[image omitted: the model does not accept images]")])]}),
+    ("items of an array", BAD_SCHEMA, R(tools=[T("f", inside({"type": "array"}))]),
+     {"tools": [F("f", inside({"type": "array", "items": {}}))]}),
+    ("branches at the root", BAD_SCHEMA, R(tools=[T("f", OPEN_BRANCHES)]),
+     {"tools": [F("f", {"type": "object", "properties": {"a": {}, "b": {}}})]}),
+    ("branches that have all of the root's", BAD_SCHEMA,
+     R(tools=[T("f", {"allOf": [{"properties": {"a": {}}, "required": ["a"]}], "properties": {"b": {}},
+                      "not": {}, "enum": [], "$id": "i"})]),
+     {"tools": [F("f", {"type": "object", "properties": {"b": {}, "a": {}}, "required": ["a"]})]}),
+    ("a reference at the root", BAD_SCHEMA,
+     R(tools=[T("f", {"$ref": "#/$defs/X", "$defs": {"X": inside({})}})]),
+     {"tools": [F("f", {**inside({}), "$defs": {"X": inside({})}})]}),
+    ("schemas that are true or false", BAD_SCHEMA,
+     R(tools=[T("f", {"type": "object", "properties": {"a": True, "b": False}, "required": None})]),
+     {"tools": [F("f", {"type": "object", "properties": {"a": {}, "b": {"not": {}}}})]}),
+    ("a tuple's items", BAD_SCHEMA,
+     R(tools=[T("f", inside({"type": "array", "items": [{"type": "null"}]}))]),
+     {"tools": [F("f", inside({"type": "array", "items": {"type": "null"}}))]}),
+]
+
+
+@table(LEARNED, "refused, asked, want")
+def test_a_refusal_is_learned(refused, asked, want):
+    async def scenario():
+        async with proxied(refused, OK, **LOCAL_MODELS) as (upstream, server):
+            for _ in range(2):
+                status, _, body = await ask(server.port, body=asked)
+                assert status == 200, body
+            return upstream.requests
+
+    first, second, later = run(scenario())
+    assert first.body != second.body == later.body
+    check_body(second.body, want)
+
+
+def test_a_schema_is_simplified_step_by_step():
+    patterns = inside({"type": "string", "pattern": "p", "format": "f", "minLength": 1, "default": "d"})
+
+    async def scenario():
+        async with proxied(refusal("failed to parse grammar", status=400), OK, **LOCAL_MODELS) as (upstream,
+                                                                                                   server):
+            status, _, _ = await ask(server.port, body=R(tools=[T("f", patterns)]))
+            return status, upstream.requests[-1].body["tools"], len(upstream.requests)
+
+    # Step 1 would change nothing in this schema, and the same request is never repeated.
+    assert run(scenario()) == (200, [F("f", inside({"type": "string"}))], 2)
+
+
+def test_two_refusals_are_learned_one_by_one():
+    async def scenario():
+        async with proxied(NEEDS_OTHER_NAME, unsupported("temperature"), OK, **LOCAL_MODELS) as (upstream,
+                                                                                                 server):
+            status, _, _ = await ask(server.port, body=R(temperature=0.1))
+            return status, [without(heard.body, "model", "messages") for heard in upstream.requests]
+
+    assert run(scenario()) == (200, [{"max_tokens": 100, "temperature": 0.1},
+                                     {"max_completion_tokens": 100, "temperature": 0.1},
+                                     {"max_completion_tokens": 100}])
+
+
+@pytest.mark.parametrize("status, want", [(404, "404 not_found_error"), (429, "429 rate_limit_error"),
+                                          (500, "500 api_error")])
+def test_only_a_400_or_422_teaches(status, want):
+    refused = refusal("Unsupported parameter: 'temperature'", "temperature", "unsupported_parameter", status)
+    answer, requests = run(asked_once(refused, R(temperature=0.1)))
+    assert said(answer).startswith(want + ": ") and len(requests) == 1
+
+
+def test_the_same_refusal_again_is_passed_on():
+    answer, requests = run(asked_once(unsupported("temperature"), R(temperature=0.1)))
+    assert said(answer) == ("400 invalid_request_error: "
+                            "Unsupported parameter: 'temperature' is not supported with this model.")
+    assert len(requests) == 2
+
+
+def test_at_most_four_changes_are_tried():
+    async def scenario():
+        names = ["temperature", "top_p", "stop", "tool_choice", "response_format"]
+        async with proxied(*[unsupported(name) for name in names], OK) as (upstream, server):
+            asked = R(temperature=0.1, top_p=0.1, stop_sequences=["x"], tools=[T("f")], **choice("any"),
+                      **output(STRICT))
+            return said(await ask(server.port, body=asked)), len(upstream.requests)
+
+    answer, count = run(scenario())
+    assert answer.startswith("400 invalid_request_error: ") and "response_format" in answer and count == 5
+
+
+def test_what_is_learned_of_one_model_is_not_held_against_another():
+    async def scenario():
+        async with proxied(unsupported("temperature"), OK, **LOCAL_MODELS) as (upstream, server):
+            await ask(server.port, body=R(temperature=0.1))
+            await ask(server.port, body=R(temperature=0.1, model="claude-haiku-4-5"))
+            return [heard.body.get("temperature") for heard in upstream.requests]
+
+    assert run(scenario()) == [0.1, None, 0.1]
+
+
+def test_a_streamed_request_to_an_upstream_that_cannot_stream():
+    async def scenario():
+        async with proxied(unsupported("stream"), OK) as (_, server):
+            return said(await ask(server.port, body=R(stream=True)))
+
+    assert run(scenario()) == 'MS 0+text 0t"Hello" ' + CLOSED
+
+
+def too_long(prompt, answer, maximum):
+    return refusal(f"{MAXIMUM} {maximum} tokens. However, you requested {prompt + answer} tokens "
+                   f"({prompt} in the messages, {answer} in the completion).", code="context_length_exceeded")
+
+
+def test_an_answer_that_does_not_fit_is_asked_shorter():
+    async def scenario():
+        async with proxied(too_long(10000, 32000, 32768), OK, **LOCAL_MODELS) as (upstream, server):
+            for _ in range(2):
+                status, _, _ = await ask(server.port, body=R(max_tokens=32000))
+                assert status == 200
+            return [heard.body["max_tokens"] for heard in upstream.requests]
+
+    assert run(scenario()) == [32000, 22760, 32000]  # not remembered: the next prompt is another
+
+
+def test_an_answer_that_does_not_fit_twice_is_told():
+    answer, requests = run(asked_once(too_long(10000, 32000, 32768), R(max_tokens=32000), **LOCAL_MODELS))
+    assert said(answer) == "400 invalid_request_error: prompt is too long: 42000 tokens > 32768 maximum"
+    assert [heard.body["max_tokens"] for heard in requests] == [32000, 22760]
+
+
+def test_an_answer_without_room_is_told_at_once():
+    answer, requests = run(asked_once(too_long(7500, 2000, 8192), R(max_tokens=2000), **LOCAL_MODELS))
+    assert said(answer) == "400 invalid_request_error: prompt is too long: 9500 tokens > 8192 maximum"
+    assert len(requests) == 1
+
+
+# ============================================================================
+# FILES
+# ============================================================================
+#
+# What stands beside the program: its map, env.example, the README, and the scripts for macOS.
+
+PROGRAM = (ROOT / "aiapiproxy.py").read_text(encoding="utf-8")
+TREE = ast.parse(PROGRAM)
+BANNER = re.compile(r"^# (\d+)\. (.+)$", re.M)
+
+
+STARTS = [(PROGRAM[:match.start()].count("\n") + 1, int(match[1])) for match in BANNER.finditer(PROGRAM)]
+
+
+def section_of(line):
+    """The number of the section that a line stands in; 0 before the first."""
+    return max((number for start, number in STARTS if start <= line), default=0)
+
+
+def defined_names(node):
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return [name.id for target in targets if target is not None for name in ast.walk(target)
+            if isinstance(name, ast.Name)]
+
+
+SECTIONS = {name: section_of(node.lineno) for node in TREE.body for name in defined_names(node)}
+
+
+def used_names(node):
+    """(name, line) of what a top-level statement uses from outside itself: annotations count, locals don't."""
+    own = {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and not isinstance(name.ctx, ast.Load)}
+    own |= {argument.arg for argument in ast.walk(node) if isinstance(argument, ast.arg)}
+    return [(name.id, name.lineno) for name in ast.walk(node) if isinstance(name, ast.Name) and name.id not in own]
+
+
+def test_a_section_names_nothing_from_a_section_below_it():
+    wrong = [f"line {line}: {name} is of section {SECTIONS[name]}" for node in TREE.body
+             for name, line in used_names(node) if SECTIONS.get(name, 0) > section_of(line) > 0]
+    assert wrong == []
+
+
+def test_nothing_waits_in_the_first_half():
+    waiting = int(re.search(r"^# (\d+)\. .*waiting starts here", PROGRAM, re.M)[1])
+    wrong = [node.lineno for node in ast.walk(TREE) if 0 < section_of(getattr(node, "lineno", 0)) < waiting and (
+        isinstance(node, (ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith))
+        or (isinstance(node, ast.Name) and node.id in ("asyncio", "socket")))]
+    assert wrong == []
+
+
+def test_the_map_in_the_docstring_lists_the_sections():
+    listed = re.findall(r"^ +(\d+) +([A-Z].*?)(?:   .*)?$", ast.get_docstring(TREE), re.M)
+    assert [(number, title) for number, title in listed] == [match.groups() for match in BANNER.finditer(PROGRAM)]
+
+
+def test_only_the_standard_library_is_imported_and_none_of_its_http_clients():
+    names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
+    assert not names & {"http.client", "http.server", "urllib.request", "threading", "requests"}
+    if hasattr(sys, "stdlib_module_names"):
+        assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
+
+
+FIRST_VARIABLES = """SERVER_HOST SERVER_PORT OPENAI_API_KEY OPENAI_BASE_URL CLAUDE_HAIKU_MODEL CLAUDE_SONNET_MODEL
+CLAUDE_OPUS_MODEL REQUEST_TIMEOUT STREAM_TIMEOUT RUST_LOG LOG_FORMAT ALLOWED_ORIGINS API_KEY_HEADER""".split()
+
+
+def setting_names():
+    return {item.name.upper() for item in aiapiproxy.fields(aiapiproxy.Settings)}
+
+
+def test_env_example_sets_the_usual_variables_in_their_order_and_to_their_defaults():
+    values, malformed = aiapiproxy.dotenv_values((ROOT / "env.example").read_text())
+    assert (list(values), malformed) == (FIRST_VARIABLES, [])
+    loaded = aiapiproxy.load_settings(values)
+    assert loaded == aiapiproxy.load_settings({"LOG_FORMAT": "json"})
+
+
+def test_env_example_names_every_setting_with_its_default():
+    text = (ROOT / "env.example").read_text()
+    assert set(re.findall(r"^#?([A-Z_]+)=", text, re.M)) == setting_names() | {"RUST_LOG"}
+    commented = dict(re.findall(r"^#([A-Z_]+)=(.*)$", text, re.M))
+    assert aiapiproxy.load_settings(commented) == aiapiproxy.load_settings({})
+
+
+def test_the_readme_lists_every_setting():
+    assert set(re.findall(r"^\| `([A-Z_]+)`", README, re.M)) == setting_names()
+
+
+# ---- a Mac in a folder ---------------------------------------------------------------------------
+#
+# The scripts run unchanged but for their absolute paths, which are moved below a scratch folder.
+# Every tool that only a Mac has, or that would do harm, is one shell script under many names
+# (STAND_IN): it keeps accounts and the launchd job as small files, writes every call into a log,
+# and can end the whole run by SIGKILL at the n-th call that changes something.
+
+STAND_IN = r"""#!/bin/sh
+name=${0##*/}
+real() { PATH=$REAL_PATH exec "$name" "$@"; }
+changes() {  # the run is killed before its KILL_AT-th change
+    printf '%s\n' "$name $*" >>"$MAC/changes"
+    [ "$KILL_AT" = 0 ] || [ "$(grep -c '' "$MAC/changes")" -lt "$KILL_AT" ] || kill -9 0
+}
+value() { read -r value 2>/dev/null <"$1" && printf '%s\n' "$value"; }
+printf '%s\n' "$name $*" >>"$MAC/calls"
+case $name in
+uname) value "$MAC/system" ;;
+sw_vers) value "$MAC/version" ;;
+sleep | dscacheutil | xattr) ;;
+xcode-select) [ -f "$MAC/tools" ] || exit 2 ;;
+id)
+    case $* in
+    -u) value "$MAC/uid" ;;
+    "-u _aiapiproxy") value "$MAC/Users/_aiapiproxy/UniqueID" ;;
+    *) exit 1 ;;
+    esac ;;
+sudo)  # as whom does not matter here; a script is started by its first line
+    shift 2
+    interpreter=$(sed -n '1s/^#!\//\//p' "$1")
+    exec ${interpreter:+"$interpreter"} "$@" ;;
+plutil) changes "$@"; grep -q '^</plist>' "$2" || { echo "$2: not a plist"; exit 1; } ;;
+lsof) [ ! -f "$MAC/listener" ] || cat "$MAC/listener" ;;
+chown) changes "$@" ;;
+chmod | mkdir | mv | rm) changes "$@"; real "$@" ;;
+curl)
+    [ -f "$MAC/job" ] && [ ! -f "$MAC/ill" ] || exit 7
+    echo "{\"status\": \"ok\", \"service\": \"aiapiproxy\", \"pid\": $(cat "$MAC/job")}" ;;
+dscl)
+    record=$MAC$3
+    case $2 in
+    -read)
+        [ -d "$record" ] || { echo "DS Error: -14136 (eDSRecordNotFound)" >&2; exit 56; }
+        [ -n "${4:-}" ] || exit 0
+        [ -f "$record/$4" ] || { echo "No such key: $4" >&2; exit 0; }
+        read -r value <"$record/$4"
+        case $value in
+        *" "*) printf '%s:\n %s\n' "$4" "$value" ;;
+        *) printf '%s: %s\n' "$4" "$value" ;;
+        esac ;;
+    -search)
+        for found in "$record"/*/"$4"; do
+            [ ! -f "$found" ] || [ "$(value "$found")" != "$5" ] || printf 'x\t\t%s = (\n    %s\n)\n' "$4" "$5"
+        done ;;
+    -create)
+        changes "$@"
+        if [ -f "$MAC/refuses" ]; then cat "$MAC/refuses" >&2; exit 40; fi
+        [ -d "$record" ] || PATH=$REAL_PATH mkdir "$record"
+        case ${4:-} in
+        '') exit 0 ;;
+        UniqueID) ids=$MAC/Users ;;
+        PrimaryGroupID) ids=$MAC/Groups ;;
+        *) ids=none ;;
+        esac
+        case $3 in "/Users/"*) [ "$4" != PrimaryGroupID ] || ids=none ;; esac
+        for other in "$ids"/*/"$4" "$ids"/.[!.]*/"$4"; do
+            if [ -f "$other" ] && [ "$(value "$other")" = "$5" ]; then
+                echo "DS Error: -14135 (eDSRecordAlreadyExists)" >&2
+                exit 55
+            fi
+        done
+        printf '%s\n' "$5" >"$record/$4" ;;
+    -merge) changes "$@"; printf '%s\n' "$5" >>"$record/$4" ;;
+    -delete)
+        changes "$@"
+        case $3 in /Users/_aiapiproxy | /Groups/_aiapiproxy) ;; *) exit 99 ;; esac
+        if [ -f "$MAC/refuses" ]; then cat "$MAC/refuses" >&2; exit 40; fi
+        PATH=$REAL_PATH; rm -r "$record" ;;
+    esac ;;
+launchctl)
+    case $1 in
+    print | list)  # a job that was told to end is still there the first two times
+        [ -f "$MAC/job" ] || exit 113
+        if [ -f "$MAC/ending" ]; then
+            printf x >>"$MAC/ending"
+            if [ "$(wc -c <"$MAC/ending")" -ge 3 ]; then PATH=$REAL_PATH; rm -f "$MAC/job" "$MAC/ending"; exit 113; fi
+        fi
+        case $1 in
+        print) printf 'system/com.aiapiproxy = {\n\tstate = running\n\n\tpid = %s\n}\n' "$(cat "$MAC/job")" ;;
+        list) printf '{\n\t"PID" = %s;\n}\n' "$(cat "$MAC/job")" ;;
+        esac ;;
+    bootout | unload)
+        changes "$@"
+        [ ! -f "$MAC/job" ] || [ -f "$MAC/ending" ] || : >"$MAC/ending"
+        exit 36 ;;
+    bootstrap | load)
+        changes "$@"
+        [ ! -f "$MAC/job" ] || { echo "Bootstrap failed: 5: Input/output error" >&2; exit 5; }
+        if [ -s "$MAC/flaky" ]; then
+            printf x >>"$MAC/flaky"
+            [ "$(wc -c <"$MAC/flaky")" -ge 4 ] || { echo "Bootstrap failed: 5: Input/output error" >&2; exit 5; }
+        fi
+        printf x >>"$MAC/starts"
+        echo "$((1000 + $(wc -c <"$MAC/starts")))" >"$MAC/job"
+        cp "$MAC/job" "$DISK/usr/local/var/log/aiapiproxy/aiapiproxy.pid" ;;
+    *) changes "$@" ;;
+    esac ;;
+esac
+"""
+STAND_INS = ("uname sw_vers sleep dscacheutil xattr xcode-select id sudo plutil lsof chown chmod "
+             "mkdir mv rm curl dscl launchctl").split()
+
+# An interpreter: fit (0), without CA certificates (4) or too old (3).
+PYTHON = """#!/bin/sh
+printf '%s\\n' "python {path}" >>"$MAC/calls"
+case "$*" in
+*version_info*) exit {fitness} ;;
+*--version) echo "aiapiproxy 1.0.0" ;;
+esac
+"""
+
+MOVED = re.compile(r"(?<![\w.%}])/(?=(?:usr/local|opt/homebrew|Library|etc)/|usr/bin/(?:python3|dscl)\b)")
+INSTALLED = ("usr/local/bin/aiapiproxy", "usr/local/etc/aiapiproxy/.env", "etc/newsyslog.d/aiapiproxy.conf",
+             "usr/local/var/log/aiapiproxy/stdout.log", "usr/local/var/log/aiapiproxy/stderr.log",
+             "Library/LaunchDaemons/com.aiapiproxy.plist")
+SHELLS = [shell for shell in (["sh"], ["dash"], ["bash", "--posix"]) if shutil.which(shell[0])]
+
+
+class Mac:
+    """A scratch Mac: `disk` is its /, `state` its accounts and jobs, `checkout` a copy of ours."""
+
+    def __init__(self, folder, checkout="checkout"):
+        self.disk, self.state, self.tools = folder / "disk", folder / "state", folder / "tools"
+        self.checkout = folder / checkout
+        for path in (self.disk / "usr/bin", self.state / "Users/me", self.state / "Groups/staff",
+                     self.state / "Search", self.tools, self.checkout):
+            path.mkdir(parents=True)
+        for node in ("Users", "Groups"):
+            (self.state / "Search" / node).symlink_to(self.state / node)
+        self.set(uid=0, system="Darwin", version="14.5", tools="")
+        self.account("/Users/me", UniqueID=501, PrimaryGroupID=20)
+        self.account("/Groups/staff", PrimaryGroupID=20)
+        stand_in = self.tools / "stand-in"
+        stand_in.write_text(STAND_IN)
+        stand_in.chmod(0o755)
+        for name in STAND_INS:
+            (self.tools / name).symlink_to(stand_in)
+        self.python("usr/bin/python3")
+        for name in ("install.sh", "uninstall.sh", "com.aiapiproxy.plist", "aiapiproxy.py", "env.example"):
+            text = (ROOT / name).read_text()
+            (self.checkout / name).write_text(self.moved(text) if name != "aiapiproxy.py" else text)
+
+    def moved(self, text):
+        return MOVED.sub(lambda _: f"{self.disk}/", text)
+
+    def set(self, **files):
+        for name, text in files.items():
+            (self.state / name).write_text(f"{text}\n")
+
+    def account(self, record, **attributes):
+        path = self.state / record[1:]
+        path.mkdir(exist_ok=True)
+        for key, text in attributes.items():
+            (path / key).write_text(f"{text}\n")
+
+    def attributes(self, record):
+        path = self.state / record[1:]
+        return {key.name: key.read_text().strip() for key in path.iterdir()} if path.is_dir() else None
+
+    def python(self, place, fitness=0):
+        path = self.disk / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(PYTHON.format(path=place, fitness=fitness))
+        path.chmod(0o755)
+
+    def run(self, script, *arguments, shell=("sh",), cwd="/", kill_at=0, stdin=subprocess.DEVNULL, **environ):
+        """What the script prints and its exit code; calls() and changes() then tell about this run."""
+        for name in ("calls", "changes"):
+            (self.state / name).write_text("")
+        environment = {"PATH": f"{self.tools}:{os.environ['PATH']}", "REAL_PATH": os.environ["PATH"],
+                       "MAC": str(self.state), "DISK": str(self.disk), "KILL_AT": str(kill_at), **environ}
+        path = script if "/" in script else f"{self.checkout}/{script}"
+        return subprocess.run([*shell, path, *arguments], cwd=cwd, env=environment, stdin=stdin, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, timeout=60)
+
+    def calls(self, beginning=""):
+        return self._lines("calls", beginning)
+
+    def changes(self, beginning=""):
+        return self._lines("changes", beginning)
+
+    def _lines(self, name, beginning):
+        lines = (self.state / name).read_text().replace(str(self.disk), "").splitlines()
+        return [line for line in lines if line.startswith(beginning)]
+
+    def files(self):
+        """Every file of the disk but the interpreters: its mode and content, with paths as on a real Mac."""
+        return {str(path.relative_to(self.disk)): (oct(path.stat().st_mode & 0o777),
+                                                   path.read_text().replace(str(self.disk), ""))
+                for path in sorted(self.disk.rglob("*")) if path.is_file() and not path.name.startswith("python3")}
+
+    def place(self, name, text, mode=0o644):
+        path = self.disk / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(mode)
+        return path
+
+
+@pytest.fixture
+def folder():  # not tmp_path: the first line of the installed program has to stay short
+    with tempfile.TemporaryDirectory(prefix="mac") as path:
+        yield pathlib.Path(path).resolve()
+
+
+@pytest.fixture
+def mac(folder):
+    return Mac(folder)
+
+
+@pytest.fixture(scope="module")
+def template():
+    """A Mac on which install.sh has run, that outcome, and a copy of all that it consists of."""
+    with tempfile.TemporaryDirectory(prefix="mac") as path:
+        folder = pathlib.Path(path).resolve()
+        mac = Mac(folder / "mac")
+        result = mac.run("install.sh", shell=("sh", "-c", 'umask 077; exec sh "$0" "$@"'))  # an administrator's
+        assert result.returncode == 0, result.stdout + result.stderr
+        (mac.state / "stdout").write_text(result.stdout)
+        shutil.copytree(folder / "mac", folder / "copy", symlinks=True)
+        yield mac, outcome(mac), folder / "copy"
+
+
+@pytest.fixture
+def installed(template):
+    """The same Mac in its first state: its paths stand in its files, so it stays where it is."""
+    mac, _, copy = template
+    shutil.rmtree(copy.parent / "mac")
+    shutil.copytree(copy, copy.parent / "mac", symlinks=True)
+    return mac
+
+
+def answered_script(mac, script, answers, *arguments):
+    """The run of a script at whose terminal somebody types."""
+    ours, theirs = pty.openpty()
+    os.write(ours, answers.encode())
+    try:
+        return mac.run(script, *arguments, stdin=theirs)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+# ---- the scripts as text -------------------------------------------------------------------------
+
+SCRIPTS = pytest.mark.parametrize("script", ["install.sh", "uninstall.sh"])
+
+
+def functions(script):
+    return re.findall(r"^(\w+)\(\) \{", (ROOT / script).read_text(), re.M)
+
+
+def steps_of_main(script):
+    body = re.search(r"^main\(\) \{.*?\n(.*?)^\}", (ROOT / script).read_text(), re.M | re.S).group(1)
+    return re.findall(r"^    (\w+)", body, re.M)
+
+
+@SCRIPTS
+def test_a_script_has_its_run_bit(script):
+    assert os.access(ROOT / script, os.X_OK)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_a_script_is_syntactically_right_for_every_shell(script, shell):
+    assert subprocess.run([*shell, "-n", ROOT / script], stderr=subprocess.PIPE).stderr == b""
+
+
+@SCRIPTS
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing(script):
+    result = subprocess.run(["shellcheck", "-s", "sh", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert result.stdout == ""
+
+
+@SCRIPTS
+def test_a_download_that_was_cut_off_runs_nothing(script):
+    assert (ROOT / script).read_text().endswith('\nmain "$@"\n')
+
+
+@SCRIPTS
+def test_main_is_a_list_of_the_steps_in_the_order_of_the_file(script):
+    steps = steps_of_main(script)
+    assert [name for name in functions(script) if name in steps] == steps
+
+
+def test_the_guides_steps_are_functions_of_install_sh_in_the_guides_order():
+    assert [step for step in steps_of_main("install.sh") if step != "read_options"] == [
+        "check_prerequisites", "build_the_application", "create_service_user", "install_application_files",
+        "configure_environment", "install_launch_daemon", "install_log_rotation", "load_and_start_service",
+        "verify_health", "show_next_steps"]
+
+
+def test_install_sh_prints_the_guides_headings(installed):
+    assert re.findall("^==> (.*)", (installed.state / "stdout").read_text(), re.M) == [
+        "Prerequisites", "Build the Application", "Create Service User", "Install Application Files",
+        "Configure Environment", "Install Launch Daemon", "Log Rotation", "Load and Start the Service",
+        "Health Check"]
+
+
+@SCRIPTS
+def test_no_command_is_given_an_option_that_only_gnu_knows(script):
+    gnu = r"sed -[ri]\b|readlink -f|realpath|stat -c|date -d|grep -P|cp --|\bmktemp\b|\becho |\[\[ |^ *local |\bpkill\b"
+    code = re.sub(r"^\s*#.*", "", (ROOT / script).read_text(), flags=re.M)
+    assert re.findall(gnu, code, re.M) == []
+
+
+def test_what_is_removed_with_all_its_content_is_named_literally():
+    assert re.findall(r"rm -rf (.*)", (ROOT / "uninstall.sh").read_text()) == [
+        "/usr/local/etc/aiapiproxy", "/usr/local/var/log/aiapiproxy"]
+
+
+# ---- README.md, the guide's part ------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+GUIDE = ["Prerequisites", "Build the Application", "Create Service User", "Install Application Files",
+         "Configure Environment", "Install Launch Daemon", "Load and Start the Service", "Service Management Commands",
+         "Monitoring and Logs", "Health Check", "Firewall Configuration", "Reverse Proxy Setup (Optional)",
+         "Updating the Service", "Troubleshooting", "Security Considerations", "Performance Tuning", "Log Rotation",
+         "Uninstallation", "Where this differs from the guide", "Comparison: macOS and Linux"]
+
+
+def test_every_section_of_the_guide_is_in_the_readme_in_its_order():
+    assert [title for title in re.findall(r"^#+ (.*)", README, re.M) if title in GUIDE] == GUIDE
+
+
+def test_the_readmes_accounts_by_hand_are_those_of_install_sh(installed):
+    by_hand = re.findall(r"^sudo (dscl \. -create .*)", README, re.M)
+    assert {line.replace("$n", "499").replace("'", "").replace('"', "") for line in by_hand} == {
+        line.replace("-merge", "-create") for line in installed.changes("dscl")}
+
+
+def test_the_readmes_rotation_is_that_of_install_sh(installed):
+    lines = installed.files()["etc/newsyslog.d/aiapiproxy.conf"][1].splitlines()[1:]
+    assert re.findall(r"^/usr/local/var/log/aiapiproxy/\w+\.log .*", README, re.M) == lines
+
+
+# ---- com.aiapiproxy.plist ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plist():
+    return plistlib.loads((ROOT / "com.aiapiproxy.plist").read_bytes())
+
+
+PLIST = [
+    ("the label is that of the file", "Label", "com.aiapiproxy"),
+    ("the program is the installed one, which names its interpreter itself",
+     "ProgramArguments", ["/usr/local/bin/aiapiproxy"]),
+    ("it works where its configuration lies", "WorkingDirectory", "/usr/local/etc/aiapiproxy"),
+    ("it runs as its own user", "UserName", "_aiapiproxy"),
+    ("it runs in its own group", "GroupName", "_aiapiproxy"),
+    ("it starts at boot", "RunAtLoad", True),
+    ("it is started again after a failure only", "KeepAlive", {"SuccessfulExit": False}),
+    ("a crash loop is slowed down", "ThrottleInterval", 10),
+    ("info goes to its own log", "StandardOutPath", "/usr/local/var/log/aiapiproxy/stdout.log"),
+    ("errors go to their own log", "StandardErrorPath", "/usr/local/var/log/aiapiproxy/stderr.log"),
+    ("a log that launchd makes is not for everybody", "Umask", 0o027),
+    ("it is not throttled like a background job", "ProcessType", None),
+    ("nothing but the place of the pid file is set beside .env",
+     "EnvironmentVariables", {"PID_FILE": "/usr/local/var/log/aiapiproxy/aiapiproxy.pid"}),
+]
+
+
+@pytest.mark.parametrize("key, want", [row[1:] for row in PLIST], ids=[row[0] for row in PLIST])
+def test_the_plist(plist, key, want):
+    assert plist.get(key) == want
+
+
+def test_the_plist_leaves_more_time_to_end_than_the_program_takes(plist):
+    assert plist["ExitTimeOut"] > 10
+
+
+@pytest.mark.parametrize("limits", ["SoftResourceLimits", "HardResourceLimits"])
+def test_the_plist_has_descriptors_for_a_thousand_streams_and_limits_nothing_else(plist, limits):
+    assert list(plist[limits]) == ["NumberOfFiles"] and 2 * 1000 + 100 < plist[limits]["NumberOfFiles"] <= 65536
+
+
+def test_the_plist_holds_no_secret_and_nothing_of_another_language():
+    text = (ROOT / "com.aiapiproxy.plist").read_text()
+    assert re.findall(r"_KEY|sk-|RUST_|TOKIO_|ResidentSetSize|NumberOfProcesses", text) == []
+
+
+# ---- installing ----------------------------------------------------------------------------------
+
+
+def test_a_fresh_mac_gets_exactly_these_files(installed):
+    assert set(installed.files()) == {*INSTALLED, "usr/local/var/log/aiapiproxy/aiapiproxy.pid"}
+
+
+def test_the_files_have_the_modes_of_the_guide(installed):
+    files = installed.files()
+    assert [files[name][0] for name in INSTALLED] == ["0o755", "0o600", "0o644", "0o640", "0o640", "0o644"]
+
+
+def test_the_folders_on_the_way_can_be_entered_even_with_an_administrators_umask(installed):
+    folders = ("usr/local", "usr/local/bin", "usr/local/etc", "usr/local/var", "usr/local/var/log")
+    modes = {name: oct((installed.disk / name).stat().st_mode & 0o777) for name in folders}
+    assert modes == dict.fromkeys(folders, "0o755")
+
+
+def test_the_owners_are_those_of_the_guide(installed):
+    owned = {tuple(line.split()[1:]) for line in installed.changes("chown")}
+    assert {(*call[:-1], call[-1].replace(".new", "")) for call in owned} == {
+        ("_aiapiproxy:_aiapiproxy", "/usr/local/bin/aiapiproxy"),
+        ("-R", "_aiapiproxy:_aiapiproxy", "/usr/local/etc/aiapiproxy"),
+        ("-R", "_aiapiproxy:_aiapiproxy", "/usr/local/var/log/aiapiproxy"),
+        ("_aiapiproxy:_aiapiproxy", "/usr/local/var/log/aiapiproxy/stdout.log"),
+        ("_aiapiproxy:_aiapiproxy", "/usr/local/var/log/aiapiproxy/stderr.log"),
+        ("_aiapiproxy:_aiapiproxy", "/usr/local/etc/aiapiproxy/.env"),
+        ("root:wheel", "/Library/LaunchDaemons/com.aiapiproxy.plist"),
+        ("root:wheel", "/etc/newsyslog.d/aiapiproxy.conf")}
+
+
+def test_the_installed_program_differs_from_ours_in_its_first_line_only(installed):
+    first, rest = installed.files()["usr/local/bin/aiapiproxy"][1].split("\n", 1)
+    ours = (ROOT / "aiapiproxy.py").read_text().split("\n", 1)
+    assert (first, rest) == ("#!/usr/bin/python3", ours[1]) and ours[0] == "#!/usr/bin/env python3"
+
+
+def test_the_configuration_is_env_example(installed):
+    assert installed.files()["usr/local/etc/aiapiproxy/.env"][1] == (ROOT / "env.example").read_text()
+
+
+def test_the_rotation_signals_our_own_process_and_adds_no_line(installed):
+    logs = "/usr/local/var/log/aiapiproxy"
+    text = installed.files()["etc/newsyslog.d/aiapiproxy.conf"][1]
+    assert [line.split() for line in text.splitlines() if not line.startswith("#")] == [
+        [f"{logs}/{name}.log", "_aiapiproxy:_aiapiproxy", "640", "7", "1000", "*", "BJ", f"{logs}/aiapiproxy.pid", "1"]
+        for name in ("stdout", "stderr")]
+
+
+def test_quarantine_is_taken_off_what_launchd_reads_and_runs(installed):
+    stripped = {line.split()[-1].replace(".new", "") for line in installed.calls("xattr -d com.apple.quarantine")}
+    assert {"/usr/local/bin/aiapiproxy", "/Library/LaunchDaemons/com.aiapiproxy.plist"} <= stripped
+
+
+def test_the_account_is_hidden_locked_and_its_own_group(installed):
+    assert installed.attributes("/Users/_aiapiproxy") == {
+        "UserShell": "/usr/bin/false", "RealName": "AI API Proxy Service", "NFSHomeDirectory": "/var/empty",
+        "Password": "*", "IsHidden": "1", "PrimaryGroupID": "499", "UniqueID": "499"}
+
+
+def test_the_group_has_the_user_as_its_member(installed):
+    assert installed.attributes("/Groups/_aiapiproxy") == {
+        "RealName": "AI API Proxy Service Group", "Password": "*", "PrimaryGroupID": "499",
+        "GroupMembership": "_aiapiproxy"}
+
+
+def test_the_user_gets_its_id_last_so_that_half_an_account_is_recognised(installed):
+    users = installed.changes("dscl . -create /Users/_aiapiproxy")
+    assert users[-1] == "dscl . -create /Users/_aiapiproxy UniqueID 499"
+
+
+TAKEN_IDS = [
+    ("an id that a user or a group has is passed over",
+     {"/Users/_a": {"UniqueID": 499}, "/Groups/_b": {"PrimaryGroupID": 498}}, ("497", "497")),
+    ("an id of an account that is not listed is found by trying", {"/Users/.a": {"UniqueID": 499}}, ("498", "499")),
+    ("a group that is there keeps its id", {"/Groups/_aiapiproxy": {"PrimaryGroupID": 333}}, ("333", "333")),
+    ("a user that is there keeps its ids",
+     {"/Users/_aiapiproxy": {"UniqueID": 444, "PrimaryGroupID": 20}}, ("444", "444")),
+    ("what the guide's commands leave behind is completed",
+     {"/Users/_aiapiproxy": {"PrimaryGroupID": 20}, "/Groups/_aiapiproxy": {"PrimaryGroupID": 501}}, ("499", "501")),
+]
+
+
+@pytest.mark.parametrize("accounts, want", [row[1:] for row in TAKEN_IDS], ids=[row[0] for row in TAKEN_IDS])
+def test_ids(mac, accounts, want):
+    for record, attributes in accounts.items():
+        mac.account(record, **attributes)
+    mac.run("install.sh")
+    assert (mac.attributes("/Users/_aiapiproxy")["UniqueID"],
+            mac.attributes("/Groups/_aiapiproxy")["PrimaryGroupID"]) == want
+
+
+def test_a_mac_that_does_not_let_accounts_be_changed_is_explained(mac):
+    mac.set(refuses="DS Error: -14120 (eDSPermissionError)")
+    result = mac.run("install.sh")
+    assert result.returncode == 1 and "Full Disk Access" in result.stderr
+
+
+def test_the_second_run_finds_everything_unchanged_and_leaves_accounts_and_service_alone(installed):
+    before = installed.files()
+    result = installed.run("install.sh")
+    said = re.findall(r"^    (unchanged|kept|installed|created|started) ", result.stdout, re.M)
+    assert (said, installed.files(), installed.changes("dscl"), installed.changes("launchctl")) == (
+        ["unchanged"] * 6, before, [], ["launchctl enable system/com.aiapiproxy"])
+
+
+def test_an_update_replaces_the_program_and_restarts_the_service(installed):
+    with open(installed.checkout / "aiapiproxy.py", "a") as program:
+        program.write("# newer\n")
+    result = installed.run("install.sh")
+    assert (re.findall(r"installed  (.*)", result.stdout), (installed.state / "job").read_text()) == (
+        [f"{installed.disk}/usr/local/bin/aiapiproxy"], "1002\n")
+
+
+def test_an_edited_env_is_kept_to_the_byte_and_made_private(mac):
+    edited = "OPENAI_API_KEY='sk-mine'\r\nSERVER_PORT=9000\n"
+    path = mac.place("usr/local/etc/aiapiproxy/.env", edited)
+    mac.run("install.sh")
+    assert (path.read_bytes().decode(), oct(path.stat().st_mode & 0o777)) == (edited, "0o600")
+
+
+def test_an_env_edited_since_the_start_is_a_reason_to_restart(installed):
+    path = installed.place("usr/local/etc/aiapiproxy/.env", "SERVER_PORT=9000\n", 0o600)
+    later = (installed.disk / "usr/local/var/log/aiapiproxy/aiapiproxy.pid").stat().st_mtime + 2
+    os.utime(path, (later, later))
+    installed.run("install.sh")
+    assert "launchctl bootstrap system /Library/LaunchDaemons/com.aiapiproxy.plist" in installed.changes("launchctl")
+
+
+def test_an_empty_env_of_an_interrupted_copy_counts_as_missing(mac):
+    path = mac.place("usr/local/etc/aiapiproxy/.env", "")
+    mac.run("install.sh")
+    assert path.read_text() == (mac.checkout / "env.example").read_text()
+
+
+def test_a_log_that_is_a_link_does_not_lead_root_elsewhere(mac):
+    prey = mac.place("etc/prey", "mine", 0o600)
+    (mac.disk / "usr/local/var/log/aiapiproxy").mkdir(parents=True)
+    (mac.disk / "usr/local/var/log/aiapiproxy/stdout.log").symlink_to(prey)
+    mac.run("install.sh")
+    assert (prey.read_text(), oct(prey.stat().st_mode & 0o777)) == ("mine", "0o600")
+
+
+@pytest.mark.parametrize("setting, url", [
+    ("", "http://127.0.0.1:8082/health"), ("SERVER_PORT=9000", "http://127.0.0.1:9000/health"),
+    ("export SERVER_PORT = \"9000\" # mine\r", "http://127.0.0.1:9000/health"),
+    ("SERVER_PORT=1\nSERVER_PORT='9000'", "http://127.0.0.1:9000/health"),
+    ("#SERVER_PORT=9000", "http://127.0.0.1:8082/health"), ("SERVER_PORT=", "http://127.0.0.1:8082/health"),
+    ("SERVER_HOST=0.0.0.0", "http://127.0.0.1:8082/health"), ("SERVER_HOST=::", "http://[::1]:8082/health"),
+    ("SERVER_HOST=::1,127.0.0.1", "http://[::1]:8082/health")])
+def test_health_is_asked_where_env_says_that_it_is(mac, setting, url):
+    mac.place("usr/local/etc/aiapiproxy/.env", f"A=b\n{setting}\n")
+    assert mac.run("install.sh", "--dry-run").stdout.replace("'", "").count(f"+ curl {url}\n") == 1
+
+
+# ---- launchd -------------------------------------------------------------------------------------
+
+
+def test_nothing_is_stopped_before_the_new_files_are_proven_and_in_place(installed):
+    (installed.checkout / "com.aiapiproxy.plist").write_text(
+        (installed.checkout / "com.aiapiproxy.plist").read_text().replace("<integer>10<", "<integer>11<"))
+    installed.run("install.sh")
+    order = [line for line in installed.changes() if line.split()[0] in ("plutil", "mv", "launchctl")]
+    daemon = "/Library/LaunchDaemons/com.aiapiproxy.plist"
+    assert order[1:] == [f"plutil -lint {daemon}.new", f"mv -f {daemon}.new {daemon}",
+                         "launchctl enable system/com.aiapiproxy",
+                         *["launchctl bootout system/com.aiapiproxy"] * 2,
+                         f"launchctl bootstrap system {daemon}"]
+
+
+@pytest.mark.parametrize("name", ["com.aiapiproxy.plist", "aiapiproxy.py"])
+def test_a_damaged_file_stops_the_update_and_not_the_service(installed, name):
+    (installed.checkout / name).write_text("def damaged(:\n")
+    if name == "aiapiproxy.py":
+        (installed.disk / "usr/bin/python3").unlink()
+        (installed.disk / "usr/bin/python3").symlink_to(sys.executable)
+    before = installed.files()
+    result = installed.run("install.sh")
+    assert (result.returncode, installed.files(), installed.changes("launchctl")) == (1, before, [])
+
+
+def test_a_bootstrap_that_fails_at_first_is_tried_again(mac):
+    mac.set(flaky="x")
+    assert mac.run("install.sh").returncode == 0
+
+
+def test_below_macos_11_the_service_is_loaded_and_started(mac):
+    mac.set(version="10.15.7")
+    mac.run("install.sh")
+    assert mac.changes("launchctl") == ["launchctl enable system/com.aiapiproxy",
+                                        "launchctl load -w /Library/LaunchDaemons/com.aiapiproxy.plist",
+                                        "launchctl start com.aiapiproxy"]
+
+
+def test_a_service_that_does_not_answer_is_a_failure_that_shows_its_log(mac):
+    mac.set(ill="")
+    mac.place("usr/local/var/log/aiapiproxy/stderr.log", "SERVER_PORT: not a number\n")
+    result = mac.run("install.sh")
+    assert result.returncode == 1 and "SERVER_PORT: not a number\n" in result.stderr
+
+
+def test_an_answer_of_another_process_is_no_success(installed):
+    for tool, answer in (("curl", '{"service": "aiapiproxy", "pid": 1}'),):
+        (installed.tools / tool).unlink()
+        (installed.tools / tool).write_text(f"#!/bin/sh\necho '{answer}'\n")
+        (installed.tools / tool).chmod(0o755)
+    assert installed.run("install.sh").returncode == 1
+
+
+def test_a_port_that_somebody_else_holds_is_named_before_anything_is_stopped(mac):
+    mac.set(listener="COMMAND PID USER\nnode 77 me 23u IPv4 TCP 127.0.0.1:8082 (LISTEN)")
+    result = mac.run("install.sh")
+    assert (result.returncode, mac.changes("launchctl")) == (1, [])
+    assert "port 8082 is taken by process 77" in result.stderr
+
+
+# ---- interpreters --------------------------------------------------------------------------------
+
+HOMEBREW, INTEL = "opt/homebrew/bin/python3", "usr/local/bin/python3"
+PYTHON_ORG = "Library/Frameworks/Python.framework/Versions/Current/bin/python3"
+PYTHONS = [
+    ("Apple's comes first where it can run", True, {HOMEBREW: 0}, {}, "usr/bin/python3"),
+    ("without Command Line Tools Homebrew's is taken", False, {HOMEBREW: 0, PYTHON_ORG: 0}, {}, HOMEBREW),
+    ("on Intel Homebrew lies elsewhere", False, {INTEL: 0}, {}, INTEL),
+    ("python.org's is found", False, {PYTHON_ORG: 0}, {}, PYTHON_ORG),
+    ("one that is too old is passed over", False, {HOMEBREW: 3, INTEL: 0}, {}, INTEL),
+    ("one without CA certificates only if there is no other", False, {HOMEBREW: 4, INTEL: 0}, {}, INTEL),
+    ("but then it is taken", False, {HOMEBREW: 4}, {}, HOMEBREW),
+    ("the one asked for comes before all", True, {HOMEBREW: 0}, {"AIAPIPROXY_PYTHON": HOMEBREW}, HOMEBREW),
+    ("if it can be used", True, {HOMEBREW: 3}, {"AIAPIPROXY_PYTHON": HOMEBREW}, "usr/bin/python3"),
+    ("a blank in its path is refused, as it would end the first line", True, {"opt/my python3": 0},
+     {"AIAPIPROXY_PYTHON": "opt/my python3"}, "usr/bin/python3"),
+]
+
+
+@pytest.mark.parametrize("tools, pythons, environ, want", [row[1:] for row in PYTHONS], ids=[row[0] for row in PYTHONS])
+def test_pythons(mac, tools, pythons, environ, want):
+    if not tools:
+        (mac.state / "tools").unlink()
+    for place, fitness in pythons.items():
+        mac.python(place, fitness)
+    result = mac.run("install.sh", "--dry-run", **{name: f"{mac.disk}/{place}" for name, place in environ.items()})
+    assert re.findall(r"sed '1s\|\.\*\|#!(.*?)\|'", result.stdout) == [f"{mac.disk}/{want}"]
+
+
+@pytest.mark.parametrize("alias", [None, INTEL], ids=["by its name", "through a link"])
+def test_apples_shim_is_never_executed_without_command_line_tools(mac, alias):
+    (mac.state / "tools").unlink()
+    if alias:
+        (mac.disk / alias).parent.mkdir(parents=True)
+        (mac.disk / alias).symlink_to(mac.disk / "usr/bin/python3")
+    mac.run("install.sh", AIAPIPROXY_PYTHON=f"{mac.disk}/usr/bin/python3")
+    assert mac.calls("python") == []
+
+
+def test_without_any_python_nothing_is_created_and_three_ways_are_named(mac):
+    (mac.state / "tools").unlink()
+    result = mac.run("install.sh")
+    assert (result.returncode, mac.changes(), mac.files()) == (1, [], {})
+    assert all(way in result.stderr for way in ("xcode-select --install", "python.org", "brew install python"))
+
+
+def test_the_installed_program_runs_by_its_own_first_line(mac):
+    (mac.disk / "usr/bin/python3").unlink()
+    (mac.disk / "usr/bin/python3").symlink_to(sys.executable)
+    result = mac.run("install.sh")
+    assert result.returncode == 0, result.stderr
+    version = subprocess.run([mac.disk / "usr/local/bin/aiapiproxy", "--version"], stdout=subprocess.PIPE, text=True)
+    assert re.fullmatch(r"aiapiproxy \d+\.\d+\.\d+\n", version.stdout)
+
+
+# ---- refusals, dry runs, odd places --------------------------------------------------------------
+
+REFUSALS = [
+    ("without root", {"uid": 501}, "sudo ./"),
+    ("off macOS", {"system": "Linux"}, "macOS only"),
+]
+
+
+@SCRIPTS
+@pytest.mark.parametrize("state, word", [row[1:] for row in REFUSALS], ids=[row[0] for row in REFUSALS])
+def test_it_refuses_with_one_line_before_touching_anything(mac, script, state, word):
+    mac.set(**state)
+    result = mac.run(script)
+    assert (result.returncode, result.stdout, mac.changes(), result.stderr.count("\n")) == (1, "", [], 1)
+    assert word in result.stderr
+
+
+@SCRIPTS
+def test_help_needs_neither_root_nor_a_mac(mac, script):
+    mac.set(uid=501, system="Linux")
+    result = mac.run(script, "--help")
+    assert result.returncode == 0 and result.stdout.startswith(f"usage: sudo ./{script}")
+
+
+@SCRIPTS
+def test_an_unknown_option_is_wrong_usage(mac, script):
+    assert mac.run(script, "--frobnicate").returncode == 2
+
+
+def test_a_dry_run_of_install_sh_prints_what_would_run_and_runs_nothing(mac):
+    printed = re.findall(r"^    \+ (.*)", mac.run("install.sh", "--dry-run").stdout.replace(str(mac.disk), ""), re.M)
+    assert (mac.changes("dscl"), mac.changes("launchctl"), mac.files()) == ([], [], {})
+    assert [line for line in printed if line.split()[0] in ("dscl", "launchctl", "curl")] == [
+        "dscl . -create /Groups/_aiapiproxy",
+        "dscl . -create /Groups/_aiapiproxy RealName 'AI API Proxy Service Group'",
+        "dscl . -create /Groups/_aiapiproxy Password '*'",
+        "dscl . -create /Groups/_aiapiproxy PrimaryGroupID 499",
+        "dscl . -create /Users/_aiapiproxy",
+        "dscl . -create /Users/_aiapiproxy UserShell /usr/bin/false",
+        "dscl . -create /Users/_aiapiproxy RealName 'AI API Proxy Service'",
+        "dscl . -create /Users/_aiapiproxy NFSHomeDirectory /var/empty",
+        "dscl . -create /Users/_aiapiproxy Password '*'",
+        "dscl . -create /Users/_aiapiproxy IsHidden 1",
+        "dscl . -create /Users/_aiapiproxy PrimaryGroupID 499",
+        "dscl . -create /Users/_aiapiproxy UniqueID 499",
+        "dscl . -merge /Groups/_aiapiproxy GroupMembership _aiapiproxy",
+        "launchctl enable system/com.aiapiproxy",
+        "launchctl bootstrap system /Library/LaunchDaemons/com.aiapiproxy.plist",
+        "curl http://127.0.0.1:8082/health"]
+
+
+def test_a_dry_run_of_uninstall_sh_removes_nothing(installed):
+    before = installed.files()
+    result = installed.run("uninstall.sh", "--dry-run", "--purge")
+    assert (installed.changes(), installed.files()) == ([], before)
+    assert f"+ rm -rf {installed.disk}/usr/local/etc/aiapiproxy\n" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["My Mac's \"best\" stuff ", "-rf $(touch pwned);b&c*?[x]"])
+def test_the_checkout_may_lie_in_a_folder_of_any_name(folder, name):
+    mac = Mac(folder, checkout=name)
+    result = mac.run(f"{name}/install.sh", shell=("sh", "--"), cwd=folder)
+    assert (result.returncode, set(INSTALLED) <= set(mac.files()), (folder / "pwned").exists()) == (0, True, False)
+
+
+@pytest.mark.parametrize("shell", SHELLS[1:], ids=" ".join)
+def test_every_shell_installs_and_uninstalls(mac, shell):
+    assert [mac.run("install.sh", shell=shell).returncode,
+            mac.run("uninstall.sh", "--purge", shell=shell).returncode] == [0, 0]
+
+
+def outcome(mac):
+    return mac.files(), mac.attributes("/Users/_aiapiproxy"), mac.attributes("/Groups/_aiapiproxy")
+
+
+def test_a_run_that_was_killed_is_made_good_by_the_next(folder, template):
+    for kill_at in (2, 20, 34, 49):
+        mac = Mac(folder / str(kill_at))
+        assert mac.run("install.sh", kill_at=kill_at).returncode == -9
+        assert (mac.run("install.sh").returncode, *outcome(mac)) == (0, *template[1]), kill_at
+
+
+def test_runs_that_are_killed_again_and_again_arrive_all_the_same(mac, template):
+    codes = [-9]
+    while codes[-1] == -9:
+        codes.append(mac.run("install.sh", kill_at=len(codes)).returncode)
+    assert (codes[-1], *outcome(mac)) == (0, *template[1])
+
+
+def test_an_update_that_was_killed_before_the_restart_is_restarted_by_the_next_run(installed):
+    with open(installed.checkout / "aiapiproxy.py", "a") as program:
+        program.write("# newer\n")
+    pid_file = installed.disk / "usr/local/var/log/aiapiproxy/aiapiproxy.pid"
+    os.utime(pid_file, (pid_file.stat().st_mtime - 2,) * 2)
+    changes = 6  # up to the first of launchctl
+    assert installed.run("install.sh", kill_at=changes).returncode == -9
+    while not installed.changes("launchctl"):
+        changes += 1
+        assert installed.run("install.sh", kill_at=changes).returncode == -9
+    installed.run("install.sh")
+    assert (installed.state / "job").read_text() == "1002\n"
+
+
+# ---- uninstalling --------------------------------------------------------------------------------
+
+ETC, LOG = "usr/local/etc/aiapiproxy", "usr/local/var/log/aiapiproxy"
+ANSWERS = [
+    ("yes to all", "y\ny\nyes\n", [], (False, False, False)),
+    ("no to all", "n\n\nno\n", [], (True, True, True)),
+    ("only the configuration", "y\nn\nn\n", [], (False, True, True)),
+    ("only the logs", "n\ny\nn\n", [], (True, False, True)),
+    ("only the account", "n\nn\ny\n", [], (True, True, False)),
+    ("--yes asks nothing and keeps all", "", ["--yes"], (True, True, True)),
+    ("--purge asks nothing and keeps nothing", "", ["--purge"], (False, False, False)),
+]
+
+
+@pytest.mark.parametrize("answers, options, kept", [row[1:] for row in ANSWERS], ids=[row[0] for row in ANSWERS])
+def test_answers(installed, answers, options, kept):
+    result = answered_script(installed, "uninstall.sh", answers, *options)
+    assert (result.returncode, (installed.disk / ETC).exists(), (installed.disk / LOG).exists(),
+            installed.attributes("/Users/_aiapiproxy") is not None) == (0, *kept)
+
+
+def test_without_a_terminal_every_question_counts_as_no(installed):
+    installed.run("uninstall.sh")
+    assert {name.rsplit("/", 1)[0] for name in installed.files()} == {ETC, LOG}
+
+
+def test_uninstalling_twice_is_no_error(installed):
+    installed.run("uninstall.sh", "--purge")
+    result = installed.run("uninstall.sh", "--purge")
+    assert (result.returncode, installed.changes()) == (0, [])
+
+
+def test_the_service_is_down_before_its_files_go_and_rotation_before_the_account(installed):
+    installed.run("uninstall.sh", "--purge")
+    assert [line for line in installed.changes() if not line.startswith("launchctl bootout")] == [
+        "rm -f /Library/LaunchDaemons/com.aiapiproxy.plist", "rm -f /etc/newsyslog.d/aiapiproxy.conf",
+        "rm -f /usr/local/bin/aiapiproxy", f"rm -rf /{ETC}", f"rm -rf /{LOG}",
+        "dscl . -delete /Users/_aiapiproxy", "dscl . -delete /Groups/_aiapiproxy"]
+
+
+def test_purging_leaves_the_folders_of_others_and_their_files(installed):
+    installed.place("usr/local/bin/other", "mine")
+    installed.place("etc/newsyslog.d/other.conf", "mine")
+    installed.run("uninstall.sh", "--purge")
+    assert set(installed.files()) == {"usr/local/bin/other", "etc/newsyslog.d/other.conf"}
+    assert all((installed.disk / name).is_dir() for name in ("usr/local/bin", "usr/local/etc", "usr/local/var/log"))
+
+
+def test_files_that_outlive_the_account_are_given_to_root(installed):
+    answered_script(installed, "uninstall.sh", "n\nn\ny\n")
+    assert installed.changes("chown") == [f"chown -R root:wheel /{ETC}", f"chown -R root:wheel /{LOG}"]
+
+
+def test_an_account_that_may_not_be_deleted_is_explained_and_the_rest_is_gone(installed):
+    installed.set(refuses="DS Error: -14120 (eDSPermissionError)")
+    result = installed.run("uninstall.sh", "--purge")
+    assert (result.returncode, installed.files()) == (1, {})
+    assert "sudo dscl . -delete /Users/_aiapiproxy" in result.stderr
+
+
+def test_half_an_installation_is_taken_away(folder):
+    for kill_at in (5, 25, 45):
+        mac = Mac(folder / str(kill_at))
+        mac.run("install.sh", kill_at=kill_at)
+        result = mac.run("uninstall.sh", "--purge")
+        assert (result.returncode, *outcome(mac)) == (0, {}, None, None), kill_at
+
+
+def test_an_uninstallation_that_is_killed_again_and_again_is_finished_all_the_same(installed):
+    codes = [-9]
+    while codes[-1] == -9:
+        codes.append(installed.run("uninstall.sh", "--purge", kill_at=len(codes)).returncode)
+    assert (codes[-1], *outcome(installed)) == (0, {}, None, None)
