@@ -71,7 +71,8 @@ def start_over_lean() -> None:
     """
     import marshal
     frame = sys._getframe(1)
-    if sys.gettrace() or sys.getprofile() or sys.warnoptions or sys._xoptions or sys.flags != CLEAN_FLAGS:
+    is_special = any(getattr(sys.flags, name) for name in SPECIAL_FLAGS) or sys.warnoptions or sys._xoptions
+    if sys.gettrace() or sys.getprofile() or is_special or not sys.executable:
         return
     path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f".aiapiproxy-{os.getpid()}-{os.urandom(8).hex()}")
     try:
@@ -87,12 +88,14 @@ def start_over_lean() -> None:
 
 
 LEAN_START = """\
-import marshal, os, sys
+import sys
+sys.path[:] = [folder for folder in sys.path if folder]      # nothing from the working folder
+import marshal, os
 del sys.argv[0]
 with os.fdopen(int(sys.argv.pop(1)), "rb") as file: code = marshal.load(file)
 exec(code, {"__name__": "__main__", "__file__": sys.argv[0], "__builtins__": __builtins__, "IS_LEAN": True})
 """
-CLEAN_FLAGS = sys.flags
+SPECIAL_FLAGS = ("debug", "inspect", "interactive", "optimize", "ignore_environment", "verbose", "isolated", "dev_mode")
 
 if __name__ == "__main__" and "IS_LEAN" not in globals():
     start_over_lean()
@@ -319,7 +322,7 @@ def no_constant(name: str) -> None:
 
 
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
-_client_decoder = json.JSONDecoder(parse_constant=no_constant)
+_client_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=no_constant)
 _strict_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=no_constant, strict=False)
 _decoder = json.JSONDecoder(strict=False)        # for what an upstream sends, whatever it holds
 
@@ -398,6 +401,8 @@ def comma_list(text: str) -> Tuple[str, ...]:
 def host_list(text: str) -> Tuple[str, ...]:
     hosts = tuple(item[1:-1] if item[:1] == "[" and item[-1:] == "]" else item
                   for item in comma_list(text))
+    if not hosts:
+        raise ValueError("names no address")
     for host in hosts:
         if not re.fullmatch(r"[A-Za-z0-9._:%-]+", host):
             raise ValueError(f"{host!r} is not an address or a host name")
@@ -417,7 +422,7 @@ def header_list(text: str) -> Tuple[Tuple[str, str], ...]:
         name, colon, value = item.partition(":")
         name, value = name.strip(), value.strip()
         if not colon or not TOKEN.fullmatch(name.encode("utf-8", "replace")):
-            raise ValueError(f"needs 'Name: value' pairs separated by ';' (near {name[:20]!r})")
+            raise ValueError("needs 'Name: value' pairs separated by ';'")
         if not value.isprintable() or not value.isascii():
             raise ValueError(f"the value of {name} must be printable ASCII")
         if name.lower() in ("host", "content-length", "transfer-encoding", "connection"):
@@ -2542,7 +2547,7 @@ def redacted(text: str, secrets: Iterable[str]) -> str:
 
 
 ERROR_TEXT = 4096                        # characters of an upstream's message that are passed on
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 KEY_LIKE = re.compile(r"\bsk-[A-Za-z0-9_-]{8,}([A-Za-z0-9_-]{4})")
 
 
@@ -2559,7 +2564,7 @@ def upstream_error(status: int, headers: Mapping[str, str], body: bytes, exchang
         found.message = described_answer(status, headers, body if value is None else b"")
     error = error_of_refusal(found, exchange)
     if 300 <= status < 400:
-        host = urlsplit(headers.get("location", "")).hostname or "another address"
+        host = location_host(headers.get("location", ""))
         error.message = f"The upstream answered {status} and points to {host}: check OPENAI_BASE_URL " \
                         "(redirects are not followed, the key would go with them)"
     if status == 404 and error.status == 404:
@@ -2570,6 +2575,13 @@ def upstream_error(status: int, headers: Mapping[str, str], body: bytes, exchang
     if error.headers.get("x-should-retry") == "false":
         error.headers.pop("retry-after", None)
     return error
+
+
+def location_host(location: str) -> str:
+    try:
+        return redacted(urlsplit(location).hostname or "", ())[:200] or "another address"
+    except ValueError:
+        return "another address"
 
 
 def described_answer(status: int, headers: Mapping[str, str], body: bytes) -> str:
@@ -4816,7 +4828,23 @@ class Timeout(NamedTuple):
 class WatchedProtocol(asyncio.StreamReaderProtocol):
     """Tells at once when the peer closes, also while nobody reads: asyncio's streams do not."""
 
-    on_gone: Optional[Callable[[], None]] = None
+    on_gone: Optional[Callable[[], None]] = None     # called when it does, while somebody wants to know
+    fault: Optional[Exception] = None                # what broke the connection
+    is_flooded = False                               # the peer sent far ahead: what is over MAX_AHEAD is lost
+    _ahead = 0
+
+    def watch(self, on_gone: Callable[[], None]) -> None:
+        """While watched, what the peer sends is bounded, since a paused transport would not see its end."""
+        self.on_gone = on_gone
+        self._ahead = 0
+
+    def data_received(self, data: bytes) -> None:
+        if self.on_gone is not None:
+            self._ahead += len(data)
+            if self._ahead > MAX_AHEAD:
+                self.is_flooded = True
+                return
+        super().data_received(data)
 
     def eof_received(self) -> Optional[bool]:
         keeps_open = super().eof_received()
@@ -4825,9 +4853,14 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
         return keeps_open
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
-        super().connection_lost(exc)
+        # As an end and not as an exception, which would hide what had been read before it.
+        self.fault = exc
+        super().connection_lost(None)
         if self.on_gone is not None:
             self.on_gone()
+
+
+MAX_AHEAD = 65536                        # bytes that a client may send before its answer has ended
 
 
 class ByteStream:
@@ -4838,6 +4871,7 @@ class ByteStream:
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER)
         self._reader = reader
         self._writer = writer
+        self._protocol = writer.transport.get_protocol()
         self._loop = asyncio.get_running_loop()
         self._pushed = b""
         self._due: Optional[float] = None
@@ -4868,7 +4902,10 @@ class ByteStream:
         if self._pushed:
             data, self._pushed = self._pushed, b""
             return data
-        return await self._reader.read(READ_SIZE)
+        data = await self._reader.read(READ_SIZE)
+        if not data and getattr(self._protocol, "fault", None) is not None:
+            raise ConnectionResetError("the connection was reset")
+        return data
 
     def push(self, data: bytes) -> None:
         """Gives bytes back: they are read next."""
@@ -4877,6 +4914,11 @@ class ByteStream:
     @property
     def has_pushed(self) -> bool:
         return bool(self._pushed)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether bytes have come that nobody has read."""
+        return bool(self._pushed or self._reader._buffer)    # type: ignore[attr-defined]   # there is no public way
 
     async def head(self, end: Callable[[bytes, int], int], start: bytes = b"") -> Tuple[bytes, bytes]:
         """(a head, the bytes behind it); `end` finds where the head ends, or gives -1, or raises."""
@@ -4946,6 +4988,8 @@ def request_head_end(data: bytes, searched: int) -> int:
     Empty lines before the request line must have been cut.  [RFC 9112 2.2]
     """
     end = data.find(b"\r\n\r\n", searched)
+    if TOKEN.match(data) is None:
+        raise ProtocolError(400, "The request line is malformed: is this TLS? http:// is spoken here")
     head = data if end < 0 else data[:end + 4]
     line_end = head.find(b"\r\n")
     if (line_end if line_end >= 0 else len(head)) > MAX_REQUEST_LINE:
@@ -4990,6 +5034,7 @@ class Connection:
     stream: ByteStream
     protocol: WatchedProtocol
     is_reused: bool = False
+    tunnel: Optional[Connection] = None              # the connection under its TLS: collected, it would be closed
     guard: Optional[asyncio.Protocol] = None         # its transport's protocol while it is idle
     idle_since: float = 0.0              # time.time(): that clock goes on while a laptop sleeps
 
@@ -5093,7 +5138,7 @@ class Upstream:
 
     def release(self, connection: Connection) -> None:
         """Takes a connection back whose answer has been read to its end."""
-        if connection.stream.is_gone() or connection.stream.has_pushed:
+        if connection.stream.is_gone() or connection.stream.has_unread:
             connection.stream.abort()
             return
         connection.stream.relax()
@@ -5177,7 +5222,7 @@ class Upstream:
                                                server_hostname=self.host)
         protocol.connection_made(transport)
         writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
-        return Connection(ByteStream(reader, writer), protocol)
+        return Connection(ByteStream(reader, writer), protocol, tunnel=connection)
 
     # ---- request and answer -------------------------------------------------
 
@@ -5187,9 +5232,12 @@ class Upstream:
         has_answered = False
         try:
             stream.expect(due)
-            await self._write(stream, request, body, due)
-            meanwhile()
-            start = await stream.read()
+            if len(body) <= WRITE_BUFFER:
+                stream.write(request + body)
+                meanwhile()
+                start, is_sent = await stream.read(), True
+            else:
+                start, is_sent = await self._large_write(stream, request, body, meanwhile)
             has_answered = bool(start)
             while True:
                 head, start = await stream.head(response_head_end, start)
@@ -5200,26 +5248,33 @@ class Upstream:
                     raise ProtocolError(502, "an upgrade that nobody asked for")
             stream.push(start)
             stream.relax()
-            return Reply(self, connection, status, headers, is_http11, timeout, due)
+            return Reply(self, connection, status, headers, is_http11 and is_sent, timeout, due)
         except BaseException as error:
             stream.abort()
             raise exchange_error(error, self, has_answered, timeout) from None
 
-    async def _write(self, stream: ByteStream, request: bytes, body: bytes, due: float) -> None:
-        """Head and body in one write if they are small; else in pieces, as the upstream takes them."""
-        if len(body) <= WRITE_BUFFER:
-            stream.write(request + body)
-            return
+    async def _large_write(self, stream: ByteStream, request: bytes, body: bytes,
+                           meanwhile: Callable[[], Any]) -> Tuple[bytes, bool]:
+        """Sends a large body in pieces, as the upstream takes them.
+
+        Returns (the first bytes of the answer, whether all was sent): it may answer before it has read all.
+        """
         stream.write(request)
+        reading = asyncio.ensure_future(stream.read())
         try:
             for place in range(0, len(body), WRITE_PIECE):
+                if reading.done() or stream.is_gone():
+                    return await reading, False
                 stream.write(body[place:place + WRITE_PIECE])
-                if stream.unsent > WRITE_BUFFER:
-                    await asyncio.wait_for(stream.drain(), max(due - self._loop.time(), 0.001))
-        except asyncio.TimeoutError:
-            raise TimedOut from None
-        except ConnectionError:
-            pass                         # it may have answered before it had read all: 413 and its like
+                draining = asyncio.ensure_future(stream.drain())
+                await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
+                draining.cancel()
+                await asyncio.gather(draining, return_exceptions=True)
+            meanwhile()
+            return await reading, True
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
 
 IDLE_TIME = 60.0                         # seconds; most servers and NATs keep longer
@@ -5340,9 +5395,9 @@ def exchange_error(error: BaseException, upstream: Upstream, has_answered: bool,
     if isinstance(error, TimedOut):
         return UpstreamError(504, f"The upstream did not answer within {timeout.seconds:g} s ({timeout.setting})")
     if isinstance(error, ProtocolError):
-        wrong = error.message[:1].lower() + error.message[1:]
-        return ConnectionLost(502, f"The upstream broke HTTP: {wrong}") if has_answered else \
-            UpstreamError(502, f"The upstream broke HTTP: {wrong}")
+        broken = ConnectionLost(502, "The upstream broke HTTP: " + error.message[:1].lower() + error.message[1:])
+        broken.answered = True           # it did: that request is not sent again
+        return broken
     if isinstance(error, zlib.error):
         return UpstreamError(502, "The upstream's compressed answer is damaged")
     if not isinstance(error, (OSError, EOFError)):
@@ -5365,8 +5420,8 @@ def connect_error(error: Exception, host: str, port: int) -> UpstreamError:
         return UpstreamError(502, f"TLS with {host}:{port} failed: {error.reason or 'handshake'}")
     if isinstance(error, socket.gaierror):
         return UpstreamError(502, f"Cannot resolve {host} (is OPENAI_BASE_URL right?)")
-    if isinstance(error, EOFError):
-        detail = "it closed the connection"
+    if isinstance(error, (EOFError, ConnectionResetError)):
+        detail = "it closed the connection before it was made (does the port speak TLS?)"
     elif isinstance(error, ConnectionRefusedError) or "refused" in str(error).lower():
         detail = "connection refused (is it running?)"
     else:
@@ -5421,7 +5476,9 @@ def basic_credentials(url: SplitResult) -> str:
 class Transaction:
     """A client's request and its answer, as a handler sees them: the body in, the events out."""
 
-    def __init__(self, stream: ByteStream, request: Request, request_id: str, client: str) -> None:
+    def __init__(self, stream: ByteStream, request: Request, request_id: str, client: str,
+                 watch: Callable[[], Any]) -> None:
+        self._watch = watch
         self.request = request
         self.id = request_id
         self.client = client
@@ -5526,10 +5583,11 @@ class Transaction:
             headers["connection"] = "close"
         return encoded_head("HTTP/1.1 200 OK", headers.items())
 
-    def check_client(self) -> None:
-        """Raises ClientGone for a client that has closed before it was answered."""
+    def watch_client(self) -> None:
+        """From now on the task of this request is cancelled when the client closes.  Raises ClientGone."""
         if self._stream.is_gone():
             raise ClientGone
+        self._watch()
 
     def is_clogged(self) -> bool:
         """Whether the client takes nothing at the moment."""
@@ -5581,16 +5639,17 @@ class App:
         self.loop = asyncio.get_running_loop()
         self.new_id = RandomIds()
         self._is_published = True
+        self.upstream: Upstream = None       # type: ignore[assignment]   # set by use()
         self.use(settings)
 
     def use(self, settings: Settings) -> None:
         """Takes settings, at the start and on SIGHUP; running requests go on with the old ones."""
-        if hasattr(self, "upstream"):
+        upstream = Upstream(settings, self.metrics)
+        if self.upstream is not None:
             self.upstream.close()
-        self.settings = settings
+        self.settings, self.upstream = settings, upstream
         self.lessons.clear()
         self.secrets = tuple(settings.secrets())
-        self.upstream = Upstream(settings, self.metrics)
 
     def learned(self, model: str) -> Dict[str, Any]:
         """The lessons of a model, oldest models forgotten first."""
@@ -5703,6 +5762,8 @@ async def handled(app: App, tx: Transaction) -> Optional[Response]:
     if request.method != route.method and not (request.method == "HEAD" and route.method == "GET"):
         allowed = "GET, HEAD" if route.method == "GET" else route.method
         raise ProxyError(405, f"{request.path} takes {allowed}", headers={"allow": allowed})
+    if request.headers.get("expect", "100-continue").lower() != "100-continue":
+        raise ProxyError(417, "The only expectation that is met here is 100-continue")
     if not route.is_api:
         return await route.handle(app, tx)
     check_body_headers(request, settings)
@@ -5720,8 +5781,6 @@ async def handled(app: App, tx: Transaction) -> Optional[Response]:
 def check_body_headers(request: Request, settings: Settings) -> None:
     """Raises ProxyError for a body that must not or cannot be read."""
     headers = request.headers
-    if headers.get("expect", "100-continue").lower() != "100-continue":
-        raise ProxyError(417, "The only expectation that is met here is 100-continue")
     if request.method != "POST":
         return
     if "content-length" not in headers and "transfer-encoding" not in headers:
@@ -5774,13 +5833,13 @@ def check_host(request: Request, settings: Settings) -> None:
         return
     host = re.sub(r":[0-9]*$", "", request.authority).strip("[]").lower()
     allowed = {name.lower() for name in (*settings.server_host, *settings.allowed_hosts)}
-    if not (is_loopback(host) or host in allowed or request.authority.lower() in allowed or is_local_name(host, request)):
+    if not (is_loopback(host) or host in allowed or request.authority.lower() in allowed or is_placeholder(host, request)):
         raise ProxyError(403, f"The host {request.authority[:200]} is not served: list it in ALLOWED_HOSTS")
 
 
-def is_local_name(host: str, request: Request) -> bool:
-    """A bare name such as `mymac`, from a program: a page's POST always has an Origin.  [Fetch 3.2]"""
-    return request.method == "POST" and "origin" not in request.headers and re.fullmatch(r"[a-z][a-z-]*", host) is not None
+def is_placeholder(host: str, request: Request) -> bool:
+    """A single letter, as tools send it that write their heads by hand; a page's POST has an Origin.  [Fetch 3.2]"""
+    return len(host) == 1 and host.isalpha() and request.method == "POST" and "origin" not in request.headers
 
 
 def check_key(request: Request, settings: Settings) -> None:
@@ -5878,6 +5937,12 @@ async def answered(app: App, tx: Transaction, exchange: Exchange, key: str,
         relay.close()
 
 
+@lru_cache(maxsize=256)
+def shown_model(name: str) -> str:
+    """A model's name for the log: the client chose it, and could have put anything there."""
+    return redacted(name, ())[:200]
+
+
 def translated(asked: Json, settings: Settings, session: str = "", is_counting: bool = False) -> Exchange:
     """openai_request for a body from outside, whose numbers and depth can be beyond what JSON may hold."""
     try:
@@ -5894,9 +5959,10 @@ class NothingGenerated(Exception):
 def prepare(app: App, tx: Transaction, exchange: Exchange, key: str, session: str) -> None:
     """What of a request the log, the redaction and the lessons of earlier ones need."""
     exchange.secrets = tx.secrets = (*app.secrets, *((key,) if len(key) >= 8 and key not in app.secrets else ()))
-    tx.note(model=exchange.asked_model[:200], upstream_model=exchange.profile.model[:200], stream=exchange.is_streamed)
+    tx.note(model=shown_model(exchange.asked_model), upstream_model=shown_model(exchange.profile.model),
+            stream=exchange.is_streamed)
     if session:
-        tx.note(session=session[:100])
+        tx.note(session=redacted(session, exchange.secrets)[:100])
     if exchange.dropped:
         log(logging.INFO, "dropped", request_id=tx.id, names=", ".join(exchange.dropped)[:300])
     if exchange.profile.model in app.lessons:
@@ -5905,7 +5971,7 @@ def prepare(app: App, tx: Transaction, exchange: Exchange, key: str, session: st
 
 async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str) -> Reply:
     """The upstream's 2xx answer.  A refusal that teaches something changes the request, which is sent again."""
-    tx.check_client()
+    tx.watch_client()
     loop = app.loop
     for tries_left in range(MAX_LESSONS, -1, -1):
         settings = app.settings
@@ -5920,7 +5986,7 @@ async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str) 
         app.metrics.observe("upstream_seconds", loop.time() - began)
         tx.note(upstream_status=reply.status)
         if "x-request-id" in reply.headers:
-            tx.note(upstream_request_id=reply.headers["x-request-id"][:100])
+            tx.note(upstream_request_id=redacted(reply.headers["x-request-id"], exchange.secrets)[:100])
         if 200 <= reply.status < 300:
             if is_streamed:
                 reply.timeout, reply.is_live = silence, True
@@ -6220,7 +6286,7 @@ async def count_tokens(app: App, tx: Transaction) -> Response:
     """POST /v1/messages/count_tokens: computed here, without the upstream.  [Anthropic: count tokens]"""
     asked = await tx.json(app.settings.max_request_size)
     exchange = translated(asked, app.settings, is_counting=True)
-    tx.note(model=exchange.asked_model[:200], upstream_model=exchange.profile.model[:200])
+    tx.note(model=shown_model(exchange.asked_model), upstream_model=shown_model(exchange.profile.model))
     body_bytes(exchange)
     tokens = exchange.input_estimate()
     tx.note(input_tokens=tokens)
@@ -6432,7 +6498,6 @@ class Server:
         self._slot = slot
         self._listeners: List[asyncio.AbstractServer] = []
         self._tasks: Set[asyncio.Task] = set()               # 3.9's streams keep no reference of their own
-        self._idle: Set[ByteStream] = set()                  # connections between two requests
         self._active: Dict[Transaction, asyncio.Task] = {}
         self.port = 0
 
@@ -6457,10 +6522,10 @@ class Server:
         self.app.is_draining = True
         for listener in self._listeners:
             listener.close()
-        for stream in list(self._idle):
-            stream.close()
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=seconds)
+        for task in self._tasks.difference(self._active.values()):
+            task.cancel()                                    # heads unfinished, connections between requests
+        if self._active:
+            await asyncio.wait(set(self._active.values()), timeout=seconds)
         for tx, task in list(self._active.items()):
             tx.is_shut_down = True
             task.cancel()
@@ -6503,9 +6568,8 @@ class Server:
             return False
         if request is None:
             return False
-        tx = Transaction(stream, request, request_id, client)
+        tx = Transaction(stream, request, request_id, client, lambda: protocol.watch(task.cancel))
         self._active[tx] = task
-        protocol.on_gone = task.cancel
         try:
             response = await respond(self.app, tx)
             is_kept = self._finish_answer(stream, tx, response)
@@ -6522,27 +6586,26 @@ class Server:
             self._account(tx)
         if is_kept:
             await tx.skip_body()
-        elif not tx.body.done:
+        elif not tx.body.done and not self.app.is_draining:
             await linger(stream)
-        return is_kept and not self.app.is_draining
+        return is_kept and not self.app.is_draining and not protocol.is_flooded
 
     async def _next_request(self, stream: ByteStream) -> Optional[Request]:
         """The head of the next request; None when there will be none.  Raises ProtocolError."""
         if self.app.is_draining:
             return None
-        self._idle.add(stream)
         stream.expect(self._loop.time() + IDLE_KEEP_ALIVE)
         try:
             data = b""
-            while not data:
-                data = await stream.read()
-                if not data:
+            while data in (b"", b"\r"):
+                more = await stream.read()
+                if not more:
                     return None
-                data = data.lstrip(b"\r\n")                  # empty lines before a request  [RFC 9112 2.2]
+                data += more
+                while data.startswith(b"\r\n"):             # empty lines before a request  [RFC 9112 2.2]
+                    data = data[2:]
         except TimedOut:
             return None
-        finally:
-            self._idle.discard(stream)
         if b"\r\n\r\n" not in data:
             stream.expect(self._loop.time() + HEAD_TIME)
         try:
@@ -6583,7 +6646,7 @@ class Server:
 
     async def _refuse(self, stream: ByteStream, error: ProtocolError, request_id: str, client: str) -> None:
         """Answers a head that is not one, and closes."""
-        tx = Transaction(stream, Request("-", "-", "", {}, True, ""), request_id, client)
+        tx = Transaction(stream, Request("-", "-", "", {}, True, ""), request_id, client, int)
         self._write(stream, tx, error_response(self.app, tx, error), False)
         self._account(tx)
         await linger(stream)
@@ -6613,9 +6676,9 @@ class Server:
         if not LOG.isEnabledFor(level):
             return
         if "x-request-id" in request.headers:
-            facts["client_request_id"] = request.headers["x-request-id"][:200]
+            facts["client_request_id"] = redacted(request.headers["x-request-id"], tx.secrets)[:200]
         facts.pop("outcome", None)
-        log(level, "request", request_id=tx.id, method=request.method[:20], path=request.path[:200], status=status,
+        log(level, "request", request_id=tx.id, method=request.method[:20], path=request.path if path != "other" else redacted(request.path, tx.secrets)[:200], status=status,
             **facts, ttft_ms=first, duration_ms=round(duration * 1000, 1), bytes_out=tx.bytes_out, client=tx.client,
             outcome=outcome)
 
@@ -6641,18 +6704,18 @@ def listening_sockets(settings: Settings) -> List[socket.socket]:
     found: List[socket.socket] = []
     port = settings.server_port
     try:
-        for host in settings.server_host:
-            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            for family, kind, protocol, _, address in dict.fromkeys(addresses):
-                item = socket.socket(family, kind, protocol)
-                found.append(item)
-                item.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    item.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                item.bind((address[0], port, *address[2:]))
-                port = port or item.getsockname()[1]
-                item.listen(BACKLOG)
-                item.setblocking(False)
+        addresses = [entry for host in settings.server_host for entry in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)]
+        for family, kind, protocol, _, address in dict.fromkeys(addresses):
+            item = socket.socket(family, kind, protocol)
+            found.append(item)
+            item.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                item.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            item.bind((address[0], port, *address[2:]))
+            port = port or item.getsockname()[1]
+            item.listen(BACKLOG)
+            item.setblocking(False)
     except OSError:
         for item in found:
             item.close()
@@ -6909,9 +6972,21 @@ def configuration(options: argparse.Namespace) -> Tuple[Settings, List[Warning_]
         overrides.update(openai_api_key="demo", upstream_headers=(), claude_haiku_model=DEMO_MODEL,
                          claude_sonnet_model=DEMO_MODEL, claude_opus_model=DEMO_MODEL)
     settings = load_settings(os.environ, dotenv, **overrides)
+    check_certificates(settings)
     for name, near in unknown_names([*dotenv, *(name for name in os.environ if name.startswith(OWN_PREFIXES))]):
         warnings.append(("unknown_setting", {"message": f"{name} is not a setting: is {near} meant?"}))
     return settings, warnings
+
+
+def check_certificates(settings: Settings) -> None:
+    """Raises ConfigError for CA certificates that cannot be loaded."""
+    if settings.ssl_cert_file or settings.ssl_cert_dir:
+        try:
+            tls_context(settings)
+        except (OSError, ssl.SSLError) as error:
+            name = "SSL_CERT_FILE" if settings.ssl_cert_file else "SSL_CERT_DIR"
+            path = settings.ssl_cert_file or settings.ssl_cert_dir
+            raise ConfigError([f"{name} {path} cannot be read: {getattr(error, 'strerror', None) or error}"]) from None
 
 
 def host_option(text: str) -> Tuple[str, ...]:
