@@ -6420,7 +6420,7 @@ async def status(app: App, tx: Transaction) -> Response:
         "workers": settings.workers, "requests": sum(api.values()),
         "errors": sum(amount for labels, amount in api.items()
                       if 'outcome="ok"' not in labels and 'outcome="client_gone"' not in labels),
-        "recent": recent,
+        "recent": [{**request, "time": rfc3339(request["time"])} for request in recent],
         "minutes": last_hour((entry for counts in workers for entry in counts["minutes"]), time.time()),
         "adjustments": [{"model": name, "adjustment": lesson.replace("_", " "),
                          "value": "" if value is True else str(value)}
@@ -6669,7 +6669,7 @@ class Server:
                     metrics.add("tokens_total", f'kind="{kind}",model="{model_label}"', facts.get(name) or 0)
         first = None if tx.first_token is None else round((tx.first_token - tx.began) * 1000, 1)
         self.app.count({
-            "time": rfc3339(time.time()), "status": status, "outcome": outcome, "ttft_ms": first,
+            "time": time.time(), "status": status, "outcome": outcome, "ttft_ms": first,
             "duration_ms": round(duration * 1000, 1), "session": facts.get("session", ""), "error": facts.get("error", ""),
             **{name: facts.get(name) for name in SHOWN_FACTS}} if path == "/v1/messages" else None)
         level = logging.DEBUG if path.startswith("/health") or path in ("/metrics", "/status") else logging.INFO
@@ -6897,9 +6897,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     for event, facts in warnings:
         log(logging.WARNING, event, **facts)
     if settings.workers > 1:
-        return Supervisor(settings, sockets, options, files).run()
+        return Supervisor(Worker(settings, sockets, options, files)).run()
     try:
-        asyncio.run(run(settings, sockets, options, files))
+        asyncio.run(run(Worker(settings, sockets, options, files)))
     except KeyboardInterrupt:
         pass
     return 0
@@ -7035,62 +7035,80 @@ def listen_problem(error: OSError, settings: Settings) -> str:
     return f"cannot listen on {where}: {error.strerror or error} (SERVER_HOST, SERVER_PORT)"
 
 
-async def run(settings: Settings, sockets: List[socket.socket], options: argparse.Namespace,
-              files: List[LogFile], board: Optional[Board] = None, slot: int = 0, lifeline: int = -1) -> None:
+@dataclass
+class Worker:
+    """What a process that serves was given; alone, or one of several under a Supervisor."""
+    settings: Settings
+    sockets: List[socket.socket]
+    options: argparse.Namespace
+    files: List[LogFile]
+    board: Optional[Board] = None
+    slot: int = 0
+    lifeline: int = -1                   # a pipe that ends with the supervisor; -1: there is none
+
+
+async def run(worker: Worker) -> None:
     """Serves until a signal asks for the end; a worker also ends when its supervisor is gone."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_fault)
-    demo = DemoUpstream()
-    demo_url = urlsplit(f"http://127.0.0.1:{await demo.start()}/v1") if options.demo else None
-    if demo_url is not None:
+    settings, is_alone = worker.settings, worker.lifeline < 0
+    demo, demo_url = DemoUpstream(), None
+    if worker.options.demo:
+        demo_url = urlsplit(f"http://127.0.0.1:{await demo.start()}/v1")
         settings = replace(settings, openai_base_url=demo_url)
-    server = Server(settings, STATUS_PAGE, board, slot)
-    await server.start(sockets)
-    stop = asyncio.Event()
-    insist = asyncio.Event()
+    server = Server(settings, STATUS_PAGE, worker.board, worker.slot)
+    await server.start(worker.sockets)
+    stop, insist = asyncio.Event(), asyncio.Event()
 
     def asked_to_stop() -> None:
         (insist if stop.is_set() else stop).set()
 
-    def reload() -> None:
-        for file in files:
-            file.reopen_if_moved()
-        try:
-            fresh, warnings = configuration(options)
-        except ConfigError as error:
-            log(logging.ERROR, "reload_failed", message="the old settings stay: " + "; ".join(error.problems))
-            return
-        for event, facts in warnings:
-            log(logging.WARNING, event, **facts)
-        server.app.use(replace(fresh, openai_base_url=demo_url) if demo_url is not None else fresh)
-        LOG.setLevel(fresh.log_level)
-        log(logging.INFO, "reloaded", message="settings read again")
-
-    for number, handler in ((signal.SIGTERM, asked_to_stop), (signal.SIGINT, asked_to_stop), (signal.SIGHUP, reload)):
-        loop.add_signal_handler(number, handler)
-    if lifeline >= 0:
-        loop.add_reader(lifeline, stop.set)                  # readable only when the supervisor has died
-    else:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked_to_stop)
+    loop.add_signal_handler(signal.SIGHUP, lambda: reload(worker, server, demo_url))
+    if is_alone:
         write_pid_file(settings.pid_file)
+        log(logging.INFO, "started", **start_facts(settings, server.port, worker.options.demo))
+    else:
+        loop.add_reader(worker.lifeline, asked_to_stop)      # readable only when the supervisor has died
     try:
-        if lifeline < 0:
-            log(logging.INFO, "started", **start_facts(settings, server.port, options.demo))
         await stop.wait()
-        if lifeline >= 0:
-            loop.remove_reader(lifeline)
-        else:
+        if is_alone:
             log(logging.INFO, "stopping", in_flight=server.app.in_flight)
-        draining = asyncio.ensure_future(server.drain(DRAIN_TIME))
-        insisting = asyncio.ensure_future(insist.wait())
-        await asyncio.wait({draining, insisting}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (draining, insisting):
-            task.cancel()
+        else:
+            loop.remove_reader(worker.lifeline)
+        ways = {asyncio.ensure_future(server.drain(DRAIN_TIME)), asyncio.ensure_future(insist.wait())}
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
         server.app.publish()
-        if lifeline < 0:
+        if is_alone:
             log(logging.INFO, "stopped")
     finally:
-        if lifeline < 0:
+        if is_alone:
             remove_pid_file(settings.pid_file)
+
+
+def reload(worker: Worker, server: Server, demo_url: Optional[SplitResult]) -> None:
+    """SIGHUP: log files anew, and the settings; a bad file leaves the old ones in force."""
+    for file in worker.files:
+        file.reopen_if_moved()
+    try:
+        fresh, warnings = configuration(worker.options)
+    except ConfigError as error:
+        log(logging.ERROR, "reload_failed", message="the old settings stay: " + "; ".join(error.problems))
+        return
+    for event, facts in warnings:
+        log(logging.WARNING, event, **facts)
+    old = server.app.settings
+    for name in ("server_host", "server_port", "workers"):
+        if getattr(fresh, name) != getattr(old, name):
+            log(logging.WARNING, "reloaded", message=f"{name.upper()} takes effect at the next start")
+    if demo_url is not None:
+        fresh = replace(fresh, openai_base_url=demo_url)
+    server.app.use(replace(fresh, server_host=old.server_host, server_port=old.server_port, workers=old.workers))
+    LOG.setLevel(fresh.log_level)
+    log(logging.INFO, "reloaded", message="settings read again")
 
 
 DRAIN_TIME = 10.0                        # seconds for running requests to end after the first signal
@@ -7146,14 +7164,11 @@ class Supervisor:
     is refused.  Signals go on to all workers; when the parent dies, they end.
     """
 
-    def __init__(self, settings: Settings, sockets: List[socket.socket], options: argparse.Namespace,
-                 files: List[LogFile]) -> None:
-        self._settings = settings
-        self._sockets = sockets
-        self._options = options
-        self._files = files
-        self._board = Board(settings.workers)
-        self._lifeline, self._held_end = os.pipe()
+    def __init__(self, template: Worker) -> None:
+        self._settings = template.settings
+        self._board = Board(self._settings.workers)
+        lifeline, self._held_end = os.pipe()
+        self._template = replace(template, board=self._board, lifeline=lifeline)
         self._workers: Dict[int, int] = {}                   # process id -> slot
         self._is_stopping = False
 
@@ -7162,8 +7177,9 @@ class Supervisor:
             signal.signal(number, self._pass_on)
         write_pid_file(self._settings.pid_file)
         try:
-            log(logging.INFO, "started", **start_facts(
-                self._settings, self._sockets[0].getsockname()[1], self._options.demo), workers=self._settings.workers)
+            port = self._template.sockets[0].getsockname()[1]
+            log(logging.INFO, "started", **start_facts(self._settings, port, self._template.options.demo),
+                workers=self._settings.workers)
             for slot in range(self._settings.workers):
                 self._start(slot)
             while self._workers:
@@ -7194,7 +7210,7 @@ class Supervisor:
 
             async def serve() -> None:
                 asyncio.get_running_loop().call_soon(signal.pthread_sigmask, signal.SIG_UNBLOCK, signals)
-                await run(self._settings, self._sockets, self._options, self._files, self._board, slot, self._lifeline)
+                await run(replace(self._template, slot=slot))
 
             asyncio.run(serve())
             code = 0
@@ -7213,7 +7229,7 @@ class Supervisor:
 
     def _pass_on(self, number: int, frame: Any) -> None:
         if number == signal.SIGHUP:
-            for file in self._files:
+            for file in self._template.files:
                 file.reopen_if_moved()
         else:
             if not self._is_stopping:
