@@ -4988,7 +4988,7 @@ def request_head_end(data: bytes, searched: int) -> int:
     Empty lines before the request line must have been cut.  [RFC 9112 2.2]
     """
     end = data.find(b"\r\n\r\n", searched)
-    if TOKEN.match(data) is None:
+    if data and TOKEN.match(data) is None:
         raise ProtocolError(400, "The request line is malformed: is this TLS? http:// is spoken here")
     head = data if end < 0 else data[:end + 4]
     line_end = head.find(b"\r\n")
@@ -6113,7 +6113,9 @@ class Relay:
         except asyncio.CancelledError:
             if not self._tx.is_shut_down or not self._tx.has_begun():
                 raise
-            self._tx.send_now(self._translator.fail(ProxyError(529, "The proxy is shutting down")), is_last=True)
+            error_of_end = ProxyError(529, "The proxy is shutting down")
+            self._tx.note(outcome="shutdown", error=error_of_end.message)
+            self._tx.send_now(self._translator.fail(error_of_end), is_last=True)
         return None
 
     async def _run(self) -> Optional[Response]:
@@ -6891,7 +6893,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     try:
         sockets = listening_sockets(settings)
     except OSError as error:
-        complain(listen_problem(error, settings))
+        complain(listen_problem(error, settings), settings.log_format)
         return 1
     files = start_logging(settings)
     for event, facts in warnings:
@@ -6945,10 +6947,10 @@ def port_argument(text: str) -> int:
 EX_CONFIG = 78                           # sysexits.h
 
 
-def complain(problem: str) -> None:
+def complain(problem: str, log_format: str = "") -> None:
     """One line on stderr, in the format that the log would have."""
     line = f"aiapiproxy: {problem}"
-    if os.environ.get("LOG_FORMAT", "").lower() == "json":
+    if (log_format or os.environ.get("LOG_FORMAT", "")).lower() == "json":
         line = json.dumps({"ts": rfc3339(time.time()), "level": "error", "event": "not_started", "message": problem})
     try:
         os.write(2, line.encode("utf-8", "replace") + b"\n")
@@ -7231,10 +7233,13 @@ class Supervisor:
         if number == signal.SIGHUP:
             for file in self._template.files:
                 file.reopen_if_moved()
+        elif self._is_stopping:
+            number = signal.SIGKILL                          # the second one insists
         else:
-            if not self._is_stopping:
-                log(logging.INFO, "stopping")
             self._is_stopping = True
+            log(logging.INFO, "stopping")
+            for item in self._template.sockets:              # else the backlog would go on accepting
+                item.close()
         for pid in list(self._workers):
             try:
                 os.kill(pid, number)
