@@ -13,6 +13,8 @@ import asyncio
 import base64
 import contextlib
 import copy
+import gzip
+import http.client
 import itertools
 import json
 import os
@@ -22,12 +24,17 @@ import pty
 import random
 import re
 import shutil
+import signal
 import socket
 import ssl
+import stat
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import warnings
 import zlib
 
 import pytest
@@ -3405,6 +3412,2821 @@ def test_an_answer_without_room_is_told_at_once():
     answer, requests = run(asked_once(too_long(7500, 2000, 8192), R(max_tokens=2000), **LOCAL_MODELS))
     assert said(answer) == "400 invalid_request_error: prompt is too long: 9500 tokens > 8192 maximum"
     assert len(requests) == 1
+
+
+# ============================================================================
+# 14. SERVER: HTTP/1.1 as it may come
+# ============================================================================
+#
+# `Wire` is a client that sends any bytes and reads answers one by one.  `bare` is the proxy without an
+# upstream.  Behind each hostile request stands SMUGGLED, which must never be answered.
+
+
+def within(seconds, coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, seconds))
+
+
+@contextlib.asynccontextmanager
+async def bare(**environ):
+    """The proxy in front of a port where nobody listens."""
+    settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:1/v1",
+                                         **environ}, server_port=0)
+    async with running(settings) as server:
+        yield server
+
+
+class Wire:
+    """A connection to the proxy, byte by byte."""
+
+    def __init__(self, port):
+        self.port, self.data = port, b""
+
+    async def __aenter__(self):
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2 ** 20)
+        return self
+
+    async def __aexit__(self, *_):
+        self.writer.transport.abort()
+
+    async def send(self, data, piece=0):
+        for at in range(0, len(data), piece or len(data) or 1):
+            self.writer.write(data[at:at + (piece or len(data))])
+            await self.writer.drain()
+            await asyncio.sleep(0)
+
+    async def more(self):
+        piece = await self.reader.read(65536)
+        self.data += piece
+        return piece
+
+    async def answer(self, has_body=True):
+        """(status, headers, body) of the next answer; a missing end is a failure."""
+        while b"\r\n\r\n" not in self.data:
+            assert await self.more(), f"no answer: {self.data!r}"
+        head, _, self.data = self.data.partition(b"\r\n\r\n")
+        line, *fields = head.decode("latin-1").split("\r\n")
+        assert re.fullmatch(r"HTTP/1\.1 [1-5]\d\d [A-Za-z -]+", line), line
+        headers = {}
+        for field in fields:
+            name, _, value = field.partition(": ")
+            assert re.fullmatch(r"[a-z0-9-]+", name) and name not in headers, field
+            headers[name] = value
+        status = int(line.split()[1])
+        if status == 100:
+            return status, headers, b""
+        assert re.fullmatch(r"req_[A-Za-z0-9]{24}", headers["request-id"]) and "date" in headers
+        assert "server" not in headers
+        if not has_body or status == 204:
+            return status, headers, b""
+        if "transfer-encoding" in headers:
+            assert headers["transfer-encoding"] == "chunked" and "content-length" not in headers
+            while not self.data.endswith(b"0\r\n\r\n"):
+                assert await self.more(), "the last chunk is missing"
+            body, self.data = unchunked(self.data), b""
+        elif "content-length" in headers:
+            length = int(headers["content-length"])
+            while len(self.data) < length:
+                assert await self.more(), "the body ended early"
+            body, self.data = self.data[:length], self.data[length:]
+        else:
+            assert headers["connection"] == "close"
+            body, self.data = self.data + await self.reader.read(-1), b""
+        return status, headers, body
+
+    async def end(self):
+        """The connection ends here, without another byte."""
+        with contextlib.suppress(ConnectionError):
+            while await self.more():
+                pass
+        assert self.data == b""
+
+
+def checked(answer):
+    """An answer's status and kind of error; the envelope is Anthropic's."""
+    status, headers, body = answer
+    assert status != 500, body
+    if status < 400:
+        return str(status)
+    found = json.loads(body)
+    assert found.keys() == {"type", "error", "request_id"} and found["type"] == "error"
+    assert found["request_id"] == headers["request-id"] and found["error"]["message"]
+    assert headers["content-type"] == "application/json"
+    return f"{status} {found['error']['type']}"
+
+
+def GET(path="/health", *fields, version="HTTP/1.1", host="Host: 127.0.0.1"):
+    return HTTP(f"GET {path} {version}", *fields, host=host)
+
+
+def POST(*fields, body=b"", host="Host: 127.0.0.1", path="/v1/messages/count_tokens"):
+    return HTTP(f"POST {path} HTTP/1.1", *fields, host=host) + body
+
+
+def HTTP(line, *fields, host="Host: 127.0.0.1"):
+    lines = [each if isinstance(each, bytes) else each.encode("latin-1")
+             for each in (line, *([host] if host else []), *fields)]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def chunks(*sizes_and_data, end=b"0\r\n\r\n"):
+    return POST("Transfer-Encoding: chunked", body=b"".join(sizes_and_data) + end)
+
+
+SMUGGLED = GET("/smuggled")
+HI = json.dumps(R()).encode()
+CHUNKED_HI = b"%x\r\n%b\r\n" % (len(HI), HI)
+BAD, KIND = "400 invalid_request_error", "invalid_request_error"
+
+BAD_HEADS = [  # each is answered once, and closed
+    ("no version", b"GET /health\r\n\r\n", BAD),
+    ("no target", b"GET  HTTP/1.1\r\nHost: a\r\n\r\n", BAD),
+    ("only a word", b"GET\r\n\r\n", BAD),
+    ("two blanks", b"GET  /health HTTP/1.1\r\nHost: a\r\n\r\n", BAD),
+    ("a tab for a blank", b"GET\t/health HTTP/1.1\r\nHost: a\r\n\r\n", BAD),
+    ("a blank at the start", b" GET /health HTTP/1.1\r\nHost: a\r\n\r\n", BAD),
+    ("a blank at the end", b"GET /health HTTP/1.1 \r\nHost: a\r\n\r\n", BAD),
+    ("a blank in the target", b"GET /he alth HTTP/1.1\r\nHost: a\r\n\r\n", BAD),
+    ("small letters in HTTP", b"GET /health http/1.1\r\nHost: a\r\n\r\n", BAD),
+    ("two digits in the version", b"GET /health HTTP/1.10\r\nHost: a\r\n\r\n", BAD),
+    ("no dot in the version", b"GET /health HTTP/11\r\nHost: a\r\n\r\n", BAD),
+    ("a method that is no token", b"G@T /health HTTP/1.1\r\nHost: a\r\n\r\n", BAD),
+    ("a NUL in the target", b"GET /hea\0lth HTTP/1.1\r\nHost: a\r\n\r\n", BAD),
+    ("a byte over 127 in the target", b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n", BAD),
+    ("DEL in the target", b"GET /\x7f HTTP/1.1\r\nHost: a\r\n\r\n", BAD),
+    ("a target that is no path", GET("health"), BAD),
+    ("an authority as target", GET("127.0.0.1:80"), BAD),
+    ("an asterisk with GET", GET("*"), BAD),
+    ("TLS on a plain port", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", BAD),
+    ("HTTP/2's preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "505 api_error"),
+    ("HTTP/2.0", GET(version="HTTP/2.0"), "505 api_error"),
+    ("HTTP/0.9", GET(version="HTTP/0.9"), "505 api_error"),
+    ("HTTP/3.0", GET(version="HTTP/3.0"), "505 api_error"),
+    ("a header without a colon", GET("/health", "X"), BAD),
+    ("a header without a name", GET("/health", ": x"), BAD),
+    ("a blank before the colon", GET("/health", "X : x"), BAD),
+    ("a tab before the colon", GET("/health", "X\t: x"), BAD),
+    ("a folded header", GET("/health", "X: a", " b"), BAD),
+    ("a folded header by a tab", GET("/health", "X: a", "\tb"), BAD),
+    ("a blank before the first header", b"GET /health HTTP/1.1\r\n Host: a\r\n\r\n", BAD),
+    ("a NUL in a value", GET("/health", "X: a\0b"), BAD),
+    ("a NUL in a name", GET("/health", "X\0: a"), BAD),
+    ("a bare CR in a value", GET("/health", "X: a\rb"), BAD),
+    ("a bare CR for a line's end", b"GET /health HTTP/1.1\r\nHost: a\rX: b\r\n\r\n", BAD),
+    ("a bare LF for a line's end", b"GET /health HTTP/1.1\nHost: a\n\n", BAD),
+    ("a bare LF between headers", b"GET /health HTTP/1.1\r\nHost: a\nX: b\r\n\r\n", BAD),
+    ("a bare LF at the head's end", b"GET /health HTTP/1.1\r\nHost: a\r\n\n", BAD),
+    ("CR CR LF", b"GET /health HTTP/1.1\r\nHost: a\r\r\n\r\n", BAD),
+    ("a control character in a value", GET("/health", "X: a\x01b"), BAD),
+    ("DEL in a value", GET("/health", "X: a\x7fb"), BAD),
+    ("a vertical tab in a name", GET("/health", "X\x0b: a"), BAD),
+    ("a byte over 127 in a name", GET("/health", b"\xc3\xa4: a"), BAD),
+    ("no Host", GET(host=""), BAD),
+    ("Host twice, equal", GET("/health", "Host: 127.0.0.1"), BAD),
+    ("Host twice, in other letters", GET("/health", "hOST: b"), BAD),
+    ("two names in Host", GET(host="Host: a b"), BAD),
+    ("a path in Host", GET(host="Host: a/b"), BAD),
+    ("a user in Host", GET(host="Host: a@b"), BAD),
+    ("a port that is none", GET(host="Host: a:b"), BAD),
+    ("an open bracket in Host", GET(host="Host: [::1"), BAD),
+    ("a Host outside ASCII", GET(host=b"Host: \xe4"), BAD),
+    ("Content-Length twice, equal", POST("Content-Length: 2", "Content-Length: 2", body=b"{}"), BAD),
+    ("Content-Length twice", POST("Content-Length: 2", "Content-Length: 0", body=b"{}"), BAD),
+    ("Content-Length as a list", POST("Content-Length: 2, 2", body=b"{}"), BAD),
+    ("Content-Length with a plus", POST("Content-Length: +2", body=b"{}"), BAD),
+    ("Content-Length with a minus", POST("Content-Length: -2", body=b"{}"), BAD),
+    ("Content-Length in hex", POST("Content-Length: 0x2", body=b"{}"), BAD),
+    ("Content-Length with a fraction", POST("Content-Length: 2.0", body=b"{}"), BAD),
+    ("Content-Length with an underscore", POST("Content-Length: 0_2", body=b"{}"), BAD),
+    ("Content-Length with a blank inside", POST("Content-Length: 0 2", body=b"{}"), BAD),
+    ("Content-Length in other digits", POST(b"Content-Length: \xb2", body=b"{}"), BAD),
+    ("Content-Length in words", POST("Content-Length: two", body=b"{}"), BAD),
+    ("Content-Length empty", POST("Content-Length:", body=b"{}"), BAD),
+    ("Content-Length of 19 digits", POST("Content-Length: 0000000000000000002", body=b"{}"), BAD),
+    ("both lengths", POST("Content-Length: 2", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"), BAD),
+    ("both, the other way", POST("Transfer-Encoding: chunked", "Content-Length: 5", body=b"0\r\n\r\n"), BAD),
+    ("gzip, chunked", POST("Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n"), BAD),
+    ("chunked twice", POST("Transfer-Encoding: chunked, chunked", body=b"0\r\n\r\n"), BAD),
+    ("two lines of chunked", POST(*["Transfer-Encoding: chunked"] * 2, body=b"0\r\n\r\n"), BAD),
+    ("identity", POST("Transfer-Encoding: identity", body=b"{}"), BAD),
+    ("xchunked", POST("Transfer-Encoding: xchunked", body=b"0\r\n\r\n"), BAD),
+    ("chunked with a parameter", POST("Transfer-Encoding: chunked;q=1", body=b"0\r\n\r\n"), BAD),
+    ("chunked in quotes", POST('Transfer-Encoding: "chunked"', body=b"0\r\n\r\n"), BAD),
+    ("chunked behind a vertical tab", POST("Transfer-Encoding: \x0bchunked", body=b"0\r\n\r\n"), BAD),
+    ("chunked and a comma", POST("Transfer-Encoding: chunked,", body=b"0\r\n\r\n"), BAD),
+    ("an empty coding", POST("Transfer-Encoding:", body=b"0\r\n\r\n"), BAD),
+    ("chunked in HTTP/1.0", HTTP("POST /v1/messages HTTP/1.0", "Transfer-Encoding: chunked"), BAD),
+    ("a line of 8193 bytes", GET("/" + "a" * (8193 - 14)), "414 invalid_request_error"),
+    ("a long header", GET("/health", "X: " + "a" * 65536), "431 invalid_request_error"),
+    ("many long headers", GET("/health", *["X: " + "a" * 1000] * 70), "431 invalid_request_error"),
+    ("129 headers", GET("/health", *["X: a"] * 128), "431 invalid_request_error"),
+    ("a declared body too large", POST("Content-Length: 33554433"), "413 request_too_large"),
+    ("a declared body of 18 digits", POST("Content-Length: 999999999999999999"), "413 request_too_large"),
+]
+
+BAD_CHUNKS = [
+    ("a size that is no number", chunks(b"g\r\n")), ("an empty size", chunks(b"\r\n")),
+    ("a size with a minus", chunks(b"-1\r\n")), ("a size with a plus", chunks(b"+2\r\n{}\r\n")),
+    ("a size with 0x", chunks(b"0x2\r\n{}\r\n")), ("a size behind a blank", chunks(b" 2\r\n{}\r\n")),
+    ("two sizes", chunks(b"2 2\r\n{}\r\n")), ("a size of 17 digits", chunks(b"00000000000000002\r\n{}\r\n")),
+    ("a size with an underscore", chunks(b"0_2\r\n{}\r\n")),
+    ("a bare LF behind the size", chunks(b"2\n{}\r\n")),
+    ("a bare CR behind the size", chunks(b"2\r{}\r\n")),
+    ("a bare LF in an extension", chunks(b"2;a\n\r\n{}\r\n")),
+    ("a NUL in an extension", chunks(b"2;\0\r\n{}\r\n")),
+    ("data longer than said", chunks(b"1\r\n{}\r\n")), ("data shorter than said", chunks(b"3\r\n{}\r\n")),
+    ("nothing behind the data", chunks(b"2\r\n{}")), ("a bare LF behind the data", chunks(b"2\r\n{}\n")),
+    ("a trailer without a colon", chunks(CHUNKED_HI, end=b"0\r\nX\r\n\r\n")),
+    ("a folded trailer", chunks(CHUNKED_HI, end=b"0\r\nX: a\r\n b\r\n\r\n")),
+    ("an extension over 64 KiB", chunks(b"2;" + b"a" * 65537 + b"\r\n{}\r\n")),
+    ("extensions over 64 KiB in all", chunks(b"1;aaaa\r\n \r\n" * 20000)),
+    ("trailers over 64 KiB", chunks(CHUNKED_HI, end=b"0\r\n" + b"X: aaaaaaaa\r\n" * 7000 + b"\r\n")),
+]
+
+
+async def attacked(port, request, piece=0):
+    """The one answer to a hostile request; the connection has closed, and the next one works."""
+    async with Wire(port) as wire:
+        sending = asyncio.ensure_future(wire.send(request + SMUGGLED, piece))
+        answer = await wire.answer()
+        await wire.end()
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+    async with Wire(port) as wire:
+        await wire.send(GET())
+        assert (await wire.answer())[0] == 200
+    assert answer[1]["connection"] == "close"
+    return checked(answer)
+
+
+@pytest.mark.parametrize("piece", [0, 1], ids=["at once", "byte by byte"])
+@table(BAD_HEADS)
+def test_a_head_that_is_refused(given, want, piece):
+    async def scenario():
+        async with bare() as server:
+            return await attacked(server.port, given, piece if len(given) < 500 else piece * 3000)
+
+    assert run(scenario()) == want
+
+
+@pytest.mark.parametrize("piece", [0, 1], ids=["at once", "byte by byte"])
+@table(BAD_CHUNKS, "given")
+def test_a_chunked_body_that_is_refused(given, piece):
+    async def scenario():
+        async with bare() as server:
+            return await attacked(server.port, given, piece if len(given) < 500 else piece * 3000)
+
+    assert run(scenario()) == BAD
+
+
+def test_nothing_that_is_refused_is_logged_with_a_traceback(capfd, caplog):
+    async def scenario():
+        async with bare() as server:
+            for _, request, *_ in [*BAD_HEADS, *BAD_CHUNKS]:
+                await attacked(server.port, request)
+
+    within(20, scenario())
+    assert capfd.readouterr().err == ""
+    assert not [record for record in caplog.records if record.levelname == "ERROR" or record.exc_info]
+
+
+GOOD = [  # each leaves the connection in order: the next request is answered
+    ("the plain request", GET(), "200"),
+    ("empty lines before it", b"\r\n\r\n" + GET(), "200"),
+    ("an address as target", GET("http://127.0.0.1:8082/health"), "200"),
+    ("an address without a path", GET("http://127.0.0.1"), "200"),
+    ("a query", GET("/health?a=b"), "200"),
+    ("HTTP/1.2", GET(version="HTTP/1.2"), "200"),
+    ("headers in any letters, blanks around", GET("/health", "cOnTeNt-LeNgTh:\t 0 \t"), "200"),
+    ("an empty value", GET("/health", "X:"), "200"),
+    ("bytes over 127 in a value", GET("/health", b"X: \xc3\xa4\xff"), "200"),
+    ("128 headers", GET("/health", *["X: a"] * 127), "200"),
+    ("a line of 8192 bytes", GET("/" + "a" * (8192 - 14)), "404 not_found_error"),
+    ("headers of 60 KB", GET("/health", "X: " + "a" * 60000), "200"),
+    ("an IPv6 Host", GET(host="Host: [::1]:8082"), "200"),
+    ("OPTIONS *", HTTP("OPTIONS * HTTP/1.1"), "204"),
+    ("a body with GET", GET("/health", "Content-Length: 5") + b"hello", "200"),
+    ("a body with a wrong path", POST("Content-Length: 5", body=b"hello", path="/x"), "404 not_found_error"),
+    ("a body with a wrong method", HTTP("PUT /v1/messages HTTP/1.1", "Content-Length: 5") + b"hello",
+     "405 invalid_request_error"),
+    ("a body of 60 KB with a wrong path", POST("Content-Length: 60000", body=b"a" * 60000, path="/x"),
+     "404 not_found_error"),
+    ("no length", POST(), "411 invalid_request_error"),
+    ("a coded body", POST("Content-Encoding: gzip", "Content-Length: 5", body=b"hello"),
+     "415 invalid_request_error"),
+    ("Content-Encoding: identity", POST("Content-Encoding: identity", f"Content-Length: {len(HI)}", body=HI),
+     "200"),
+    ("another expectation", POST("Expect: 200-ok", "Content-Length: 0"), "417 invalid_request_error"),
+    ("any Content-Type", POST("Content-Type: text/plain", f"Content-Length: {len(HI)}", body=HI), "200"),
+    ("a length with zeros in front", POST(f"Content-Length: 000{len(HI)}", body=HI), "200"),
+    ("no body", POST("Content-Length: 0"), BAD),
+    ("a chunked body", chunks(CHUNKED_HI), "200"),
+    ("a chunk for each byte", chunks(*[b"1\r\n%c\r\n" % byte for byte in HI]), "200"),
+    ("sizes with zeros and big letters", chunks(b"000%X\r\n%b\r\n" % (len(HI), HI), end=b"000\r\n\r\n"),
+     "200"),
+    ("extensions of chunks", chunks(b'%x ;a="b";c\r\n%b\r\n' % (len(HI), HI), end=b"0;d\r\n\r\n"), "200"),
+    ("trailers", chunks(CHUNKED_HI, end=b"0\r\nX: a\r\nContent-Length: 7\r\n\r\n"), "200"),
+    ("a chunked body that is no JSON", chunks(b"2\r\n{a\r\n"), BAD),
+]
+
+
+@pytest.mark.parametrize("piece", [0, 1], ids=["at once", "byte by byte"])
+@table(GOOD)
+def test_a_request_that_is_served(given, want, piece):
+    async def scenario():
+        async with bare() as server, Wire(server.port) as wire:
+            await wire.send(given + GET("/v1/models?limit=1"), piece if len(given) < 2000 else piece * 3000)
+            answer = await wire.answer()
+            status, _, body = await wire.answer()
+            assert status == 200 and json.loads(body)["data"] and wire.data == b""
+            return checked(answer)
+
+    assert run(scenario()) == want
+
+
+def test_pipelined_requests_are_answered_in_order():
+    async def scenario():
+        async with proxied(OK) as (_, server), Wire(server.port) as wire:
+            message = POST(f"Content-Length: {len(HI)}", body=HI, path="/v1/messages")
+            await wire.send(GET() + message + chunks(CHUNKED_HI) + GET("/x") + GET("/"))
+            return [checked(await wire.answer()) for _ in range(5)]
+
+    assert run(scenario()) == ["200", "200", "200", "404 not_found_error", "200"]
+
+
+def test_a_keep_alive_connection_carries_messages_and_streams():
+    async def scenario():
+        async with proxied(OK, stream(SIMPLE), OK, stream(SIMPLE)) as (upstream, server):
+            async with Wire(server.port) as wire:
+                for streaming in (False, True, False, True):
+                    body = json.dumps(R(stream=streaming)).encode()
+                    await wire.send(POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages"))
+                    status, headers, _ = await wire.answer()
+                    assert status == 200 and headers.get("connection") != "close"
+            return len(upstream.connections)
+
+    assert run(scenario()) == 1
+
+
+# ---- pure tables
+
+@table([
+    ("a plain head", b"GET /a?b=c HTTP/1.1\r\nHost: h:1\r\nX: 1\r\nx:  2 \t",
+     ("GET", "/a", "b=c", {"host": "h:1", "x": "1, 2"}, True, "h:1")),
+    ("HTTP/1.0 without a Host", b"GET / HTTP/1.0", ("GET", "/", "", {}, False, "")),
+    ("the target's host wins", b"GET HTTP://b:2/x HTTP/1.1\r\nHost: a",
+     ("GET", "/x", "", {"host": "a"}, True, "b:2")),
+    ("a token of signs as method", b"M!#$%&'*+-.^_`|~ / HTTP/1.1\r\nHost: a",
+     ("M!#$%&'*+-.^_`|~", "/", "", {"host": "a"}, True, "a")),
+])
+def test_parse_request_head(given, want):
+    assert tuple(aiapiproxy.parse_request_head(given)) == want
+
+
+@table([
+    ("kept by default", "HTTP/1.1", None, True), ("closed when asked", "HTTP/1.1", "close", False),
+    ("closed in a list", "HTTP/1.1", "x, Close", False), ("HTTP/1.0 closes", "HTTP/1.0", None, False),
+    ("HTTP/1.0 is kept when asked", "HTTP/1.0", "Keep-Alive", True),
+    ("HTTP/1.0 closes when in doubt", "HTTP/1.0", "x", False),
+], "version, connection, want")
+def test_whether_a_connection_is_kept(version, connection, want):
+    fields = [] if connection is None else [f"Connection: {connection}"]
+    head = GET("/", *fields, version=version)[:-4]
+    assert aiapiproxy.parse_request_head(head).keeps_alive() is want
+
+
+def test_a_body_of_a_length_at_every_cut():
+    for pieces in every_split(b"hello rest"):
+        body, data, rest = aiapiproxy.LengthBody(5), b"", b""
+        for piece in pieces:
+            if body.done:
+                rest += piece
+            else:
+                data += body.feed(piece)
+        assert (data, body.done, body.rest + rest) == (b"hello", True, b" rest")
+
+
+FED = [  # the bytes of a chunked body, its data, what follows
+    ("one chunk", b"5\r\nhello\r\n0\r\n\r\nrest", b"hello", b"rest"),
+    ("none", b"0\r\n\r\n", b"", b""),
+    ("several", b"1\r\na\r\n0a\r\n0123456789\r\nF;x\r\n0123456789\r\n\0\xff,\r\n0\r\n\r\n0\r\n\r\n",
+     b"a01234567890123456789\r\n\0\xff,", b"0\r\n\r\n"),
+    ("extensions and trailers", b'2 \t;a="\xe4"\r\n\r\n\r\n0;b\r\nX: y\r\nZ:\r\n\r\n', b"\r\n", b""),
+    ("a large one", b"401\r\n" + b"a" * 1025 + b"\r\n0\r\n\r\nGET", b"a" * 1025, b"GET"),
+]
+
+
+@table(FED, "raw, want, rest")
+def test_a_chunked_body_at_every_cut(raw, want, rest):
+    for pieces in every_split(raw):
+        body, data, after = aiapiproxy.ChunkedBody(), b"", b""
+        for piece in pieces:
+            if body.done:
+                after += piece
+            else:
+                data += body.feed(piece)
+        assert (data, body.done, body.rest + after) == (want, True, rest), pieces[0]
+        body.eof()
+
+
+@table(BAD_CHUNKS, "given")
+def test_a_broken_chunked_body_at_every_cut(given):
+    raw = given.partition(b"\r\n\r\n")[2]
+    for pieces in every_split(raw) if len(raw) < 200 else ([raw], [raw[:70], raw[70:]]):
+        body = aiapiproxy.ChunkedBody()
+        with pytest.raises(aiapiproxy.ProxyError) as caught:
+            for piece in pieces:
+                body.feed(piece)
+            body.eof()
+        assert caught.value.status == 400
+
+
+@table([("in the size", b"5"), ("in the data", b"5\r\nhel"), ("behind it", b"5\r\nhello"),
+        ("before the last chunk", b"5\r\nhello\r\n"), ("before the last line", b"0\r\n"),
+        ("in a trailer", b"0\r\nX: y\r\n")], "given")
+def test_a_chunked_body_that_ends_early(given):
+    body = aiapiproxy.ChunkedBody()
+    body.feed(given)
+    with pytest.raises(aiapiproxy.ProtocolError):
+        body.eof()
+
+
+# ---- limits, times and clients that stop half way
+
+def test_a_body_over_the_limit_is_refused_before_it_has_come():
+    async def scenario():
+        async with bare(MAX_REQUEST_SIZE="1000") as server:
+            async with Wire(server.port) as wire:
+                await wire.send(chunks(*[b"64\r\n" + b" " * 100 + b"\r\n"] * 11, end=b""))
+                assert checked(await wire.answer()) == "413 request_too_large"
+                await wire.end()
+            async with Wire(server.port) as wire:
+                await wire.send(POST("Content-Length: 1001"))
+                assert checked(await wire.answer()) == "413 request_too_large"
+                await wire.end()
+            async with Wire(server.port) as wire:
+                await wire.send(POST("Content-Length: 1000", body=HI + b" " * (1000 - len(HI))))
+                assert checked(await wire.answer()) == "200"
+
+    run(scenario())
+
+
+def test_a_413_reaches_a_client_that_first_sends_all():
+    async def scenario():
+        async with bare(MAX_REQUEST_SIZE="1000") as server:
+            async with Wire(server.port) as wire:
+                await wire.send(POST("Content-Length: 5000000", body=b" " * 5000000))
+                assert checked(await wire.answer()) == "413 request_too_large"
+
+    run(scenario())
+
+
+@table([("a wrong key", ["x-api-key: wrong"]), ("none", []), ("with Expect", ["Expect: 100-continue"])],
+       "fields")
+def test_the_key_is_asked_for_before_the_body(fields):
+    async def scenario():
+        async with bare(PROXY_API_KEY="proxy-key-1") as server, Wire(server.port) as wire:
+            await wire.send(POST("Content-Length: 20000000", *fields))
+            return checked(await wire.answer())
+
+    assert run(scenario()) == "401 authentication_error"
+
+
+@table([
+    ("100 comes before the body", POST("Expect: 100-continue", f"Content-Length: {len(HI)}"), HI, "100 200"),
+    ("in any letters", POST("Expect: 100-Continue", f"Content-Length: {len(HI)}"), HI, "100 200"),
+    ("with a chunked body", POST("Expect: 100-continue", "Transfer-Encoding: chunked"),
+     CHUNKED_HI + b"0\r\n\r\n", "100 200"),
+    ("not when the body is there", POST("Expect: 100-continue", f"Content-Length: {len(HI)}", body=HI), b"",
+     "200"),
+    ("not for no body", POST("Expect: 100-continue", "Content-Length: 0"), b"", BAD),
+    ("not for a body too large", POST("Expect: 100-continue", "Content-Length: 99999999"), b"",
+     "413 request_too_large"),
+    ("not for a wrong path", POST("Expect: 100-continue", "Content-Length: 5", path="/x"), b"",
+     "404 not_found_error"),
+    ("not in HTTP/1.0", HTTP("POST /v1/messages/count_tokens HTTP/1.0", "Expect: 100-continue",
+                             f"Content-Length: {len(HI)}"), HI, "200"),
+], "head, body, want")
+def test_expect(head, body, want):
+    async def scenario():
+        async with bare() as server, Wire(server.port) as wire:
+            await wire.send(head)
+            if want[:3] == "100":
+                assert await wire.answer() == (100, {}, b"")
+            await wire.send(body)
+            return want[:4] * (want[:3] == "100") + checked(await wire.answer())
+
+    assert run(scenario()) == want
+
+
+@table([(path, path) for path in ("/health", "/health/live", "/health/ready", "/metrics", "/v1/models", "/",
+                                  "/v1/models/claude-opus-5-5", "/x", "/v1/messages", "/status")], "path")
+def test_HEAD_is_GET_without_a_body(path):
+    async def scenario():
+        async with bare() as server, Wire(server.port) as wire:
+            await wire.send(GET(path))
+            get = await wire.answer()
+            await wire.send(HTTP(f"HEAD {path} HTTP/1.1"))
+            head = await wire.answer(has_body=False)
+            await wire.send(GET())
+            assert (await wire.answer())[0] == 200
+            return get, head
+
+    get, head = run(scenario())
+    assert get[0] == head[0] and get[1].keys() == head[1].keys() and int(head[1]["content-length"]) > 0
+    assert get[1]["content-type"] == head[1]["content-type"] and get[1].get("allow") == head[1].get("allow")
+
+
+@table([
+    ("a head that stops", b"GET /health HTTP/1.1\r\nHost:", "408 timeout_error"),
+    ("a single byte", b"G", "408 timeout_error"),
+    ("a body that never begins", POST("Content-Length: 5"), "408 timeout_error"),
+    ("a body that stops", POST("Content-Length: 50", body=b"{"), "408 timeout_error"),
+    ("a chunked body that stops", chunks(b"50\r\n{", end=b""), "408 timeout_error"),
+    ("a chunk's size that stops", chunks(b"5", end=b""), "408 timeout_error"),
+])
+def test_a_client_that_stops(given, want, monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "HEAD_TIME", 0.1)
+    monkeypatch.setattr(aiapiproxy, "BODY_SILENCE", 0.1)
+
+    async def scenario():
+        async with bare() as server, Wire(server.port) as wire:
+            await wire.send(given)
+            answer = await wire.answer()
+            await wire.end()
+            assert answer[1]["connection"] == "close"
+            return checked(answer)
+
+    assert run(scenario()) == want
+
+
+def test_a_head_that_drips_is_cut_and_a_body_that_drips_is_not(monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "HEAD_TIME", 0.2)
+    monkeypatch.setattr(aiapiproxy, "BODY_SILENCE", 0.2)
+
+    async def drip(wire, data):
+        for byte in data:
+            await wire.send(bytes([byte]))
+            await asyncio.sleep(0.03)
+
+    async def scenario():
+        async with bare() as server:
+            async with Wire(server.port) as wire:
+                dripping = asyncio.ensure_future(drip(wire, GET()))
+                assert checked(await wire.answer()) == "408 timeout_error"
+                dripping.cancel()
+            async with Wire(server.port) as wire:
+                await wire.send(POST(f"Content-Length: {len(HI)}"))
+                await drip(wire, HI[:12])
+                await wire.send(HI[12:])
+                assert checked(await wire.answer()) == "200"
+
+    run(scenario())
+
+
+def test_an_idle_connection_is_closed_without_a_word(monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "IDLE_KEEP_ALIVE", 0.1)
+
+    async def scenario():
+        async with bare() as server:
+            for start in (b"", GET(), b"\r\n"):
+                async with Wire(server.port) as wire:
+                    await wire.send(start)
+                    if len(start) > 2:
+                        await wire.answer()
+                    await wire.end()
+
+    run(scenario())
+
+
+@table([
+    ("HTTP/1.0 closes", GET(version="HTTP/1.0"), "close"),
+    ("HTTP/1.0 without a Host is served", GET(version="HTTP/1.0", host=""), "close"),
+    ("HTTP/1.0 is kept when asked", GET("/health", "Connection: keep-alive", version="HTTP/1.0"),
+     "keep-alive"),
+    ("HTTP/1.1 closes when asked", GET("/health", "Connection: close"), "close"),
+    ("HTTP/1.1 is kept", GET("/health"), None),
+])
+def test_how_a_connection_goes_on(given, want):
+    async def scenario():
+        async with bare() as server, Wire(server.port) as wire:
+            await wire.send(given)
+            status, headers, _ = await wire.answer()
+            assert status == 200
+            if want == "close":
+                await wire.end()
+            else:
+                await wire.send(GET())
+                assert (await wire.answer())[0] == 200
+            return headers.get("connection")
+
+    assert run(scenario()) == want
+
+
+@pytest.mark.parametrize("asked_for", [[], ["Connection: keep-alive"]], ids=["plain", "keep-alive"])
+def test_a_stream_for_HTTP_1_0_ends_with_its_connection(asked_for):
+    async def scenario():
+        async with proxied(stream(SIMPLE)) as (_, server), Wire(server.port) as wire:
+            body = json.dumps(R(stream=True)).encode()
+            await wire.send(HTTP("POST /v1/messages HTTP/1.0", f"Content-Length: {len(body)}",
+                                 *asked_for) + body)
+            status, headers, body = await wire.answer()
+            assert headers["connection"] == "close" and "transfer-encoding" not in headers
+            await wire.end()
+            return status, printed(body)
+
+    assert run(scenario()) == (200, HELLO)
+
+
+@pytest.mark.parametrize("parts", [[HANG], [c("x"), HANG]], ids=["before the answer", "in the stream"])
+@pytest.mark.parametrize("way", ["half-closed", "closed", "reset"])
+def test_a_client_that_closes_while_it_is_answered_is_gone(way, parts):
+    async def scenario():
+        async with proxied(stream(*parts)) as (upstream, server), Wire(server.port) as wire:
+            body = json.dumps(R(stream=True)).encode()
+            await wire.send(POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages"))
+            await upstream.asked.wait()
+            if len(parts) > 1:
+                while b"text_delta" not in wire.data:
+                    await wire.more()
+            if way == "half-closed":
+                wire.writer.write_eof()
+            elif way == "closed":
+                wire.writer.close()
+            else:
+                wire.writer.transport.abort()
+            await asyncio.wait_for(upstream.disconnected.wait(), 1)
+            async with Wire(server.port) as wire:
+                await wire.send(GET())
+                assert json.loads((await wire.answer())[2])["in_flight"] == 0
+
+    run(scenario())
+
+
+@table([("in a head", b"GET /hea"), ("in a body", POST("Content-Length: 10", body=b"{")), ("at once", b""),
+        ("in a chunk", chunks(b"5\r\na", end=b""))], "given")
+def test_a_client_that_goes_before_it_has_asked(given, capfd):
+    async def scenario():
+        async with bare() as server:
+            for ending in ("close", "write_eof", "abort"):
+                async with Wire(server.port) as wire:
+                    await wire.send(given)
+                    if ending == "abort":
+                        wire.writer.transport.abort()
+                        continue
+                    getattr(wire.writer, ending)()
+                    with contextlib.suppress(ConnectionError):
+                        assert await wire.reader.read(-1) == b""
+            assert (await ask(server.port, "GET", "/health"))[0] == 200
+
+    run(scenario())
+    assert capfd.readouterr().err == ""
+
+
+# ============================================================================
+# JSON bodies
+# ============================================================================
+
+def deep(levels, inside): return b'{"a":' * levels + inside + b"}" * levels
+def in_request(member): return HI[:-1] + b"," + member + b"}"
+def in_schema(value): return b'"tools":[{"name":"a","input_schema":' + value + b"}]"
+
+
+HOSTILE_JSON = [  # body, what the answer says
+    ("100,000 arrays", b"[" * 100000 + b"]" * 100000, BAD), ("100,000 objects", deep(100000, b"1"), BAD),
+    ("100,000 levels in a request", in_request(b'"metadata":' + deep(100000, b"1")), BAD),
+    ("100,000 levels in a tool's input", in_request(in_schema(deep(100000, b"1"))), BAD),
+    ("900 levels in a tool's schema", in_request(in_schema(deep(900, b"1"))), "200 or 400"),
+    ("NaN", in_request(b'"temperature":NaN'), BAD), ("Infinity", in_request(b'"temperature":Infinity'), BAD),
+    ("-Infinity", in_request(b'"temperature":-Infinity'), BAD),
+    ("1e999", in_request(b'"temperature":1e999'), BAD),
+    ("-1e999", in_request(b'"metadata":{"a":-1e999}'), "200 or 400"),
+    ("a number of 5,000 digits", in_request(b'"max_tokens":' + b"1" * 5000), BAD),
+    ("a number of 4,000 digits", in_request(b'"top_k":' + b"1" * 4000), "200 or 400"),
+    ("not UTF-8", in_request(b'"a":"\xff"'), BAD), ("UTF-8 of a surrogate",
+                                                    in_request(b'"a":"\xed\xa0\x80"'), BAD),
+    ("UTF-8 that is too long", in_request(b'"a":"\xc0\xaf"'), BAD),
+    ("UTF-16", HI.decode().encode("utf-16"), BAD),
+    ("UTF-8 cut off", HI[:-2] + b"\xe2\x82", BAD),
+    ("a BOM", b"\xef\xbb\xbf" + HI, "200"), ("two BOMs", b"\xef\xbb\xbf" * 2 + HI, BAD),
+    ("a lone surrogate in a text", HI.replace(b'"Hi"', b'"Hi \\ud83d"'), "200"),
+    ("a lone surrogate in a name", HI.replace(b'claude-sonnet-5-5', b'claude-\\udc00'), "200 or 400"),
+    ("a lone surrogate as a key", in_request(b'"\\ud83d":1'), "200 or 400"),
+    ("NUL in a text", HI.replace(b'"Hi"', b'"\\u0000"'), "200"),
+    ("equal keys", HI[:-1] + b',"max_tokens":100}', "200"),
+    ("nothing", b"", BAD), ("blanks", b" \n ", BAD), ("an array", b"[]", BAD), ("a string", b'"a"', BAD),
+    ("a number", b"1", BAD), ("null", b"null", BAD), ("half an object", HI[:20], BAD),
+    ("two objects", HI + HI, BAD), ("single quotes", b"{'a':1}", BAD), ("a comma too much", b'{"a":1,}', BAD),
+    ("a comment", b"{/**/}", BAD), ("a raw line feed in a text", b'{"a":"\n"}', BAD),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+@table(HOSTILE_JSON)
+def test_hostile_json(given, want, path):
+    async def scenario():
+        async with proxied(OK) as (_, server), Wire(server.port) as wire:
+            await wire.send(POST(f"Content-Length: {len(given)}", body=given, path=path))
+            answer = await wire.answer()
+            await wire.send(GET())
+            assert (await wire.answer())[0] == 200
+            return answer
+
+    answer = run(scenario())
+    assert checked(answer) in ({"200", BAD} if want == "200 or 400" else {want})
+    if b"Infinity" in given or b"NaN" in given:
+        assert "line" in answer[2].decode() or "NaN" in answer[2].decode() or "Infinity" in answer[2].decode()
+
+
+WRONG_VALUES = [None, True, -1, 0, 1.5, 10 ** 30, "", "x", "\ud83d", [], {}, [None], [[]], [{}], {"type": 1},
+                {"type": "x"}, {"type": []}, [{"type": "text"}], [{"type": "text", "text": None}],
+                {"a": {"a": []}}]
+EVERY_BLOCK = {
+    "text": {"type": "text", "text": "a", "citations": [], "cache_control": {"type": "ephemeral"}},
+    "image": img, "image by URL": {"type": "image", "source": {"type": "url", "url": "https://a/b.png"}},
+    "image by file": {"type": "image", "source": {"type": "file", "file_id": "f"}},
+    "document": {**doc(PDF), "title": "t", "context": "c", "citations": {"enabled": True}},
+    "document of text": doc({"type": "text", "media_type": "text/plain", "data": "a"}),
+    "document of content": doc({"type": "content", "content": [txt("a")]}),
+    "document by URL": doc({"type": "url", "url": "https://a/b.pdf"}),
+    "tool_use": tu("call_1", "f", {"a": 1}),
+    "tool_result": {**tr("call_1", [txt("a"), img]), "is_error": True},
+    "thinking": think("a", "b"), "redacted_thinking": {"type": "redacted_thinking", "data": "a"},
+    "search_result": {"type": "search_result", "source": "s", "title": "t", "content": [txt("a")]},
+    "server_tool_use": {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
+    "web_search_tool_result": {"type": "web_search_tool_result", "tool_use_id": "s", "content": [
+        {"type": "web_search_result", "url": "u", "title": "t", "encrypted_content": "e", "page_age": None}]},
+    "container_upload": {"type": "container_upload", "file_id": "f"},
+}
+EVERY_FIELD = {
+    **R(), "system": [txt("s")], "stream": False, "temperature": 0.5, "top_p": 0.5, "top_k": 5,
+    "stop_sequences": ["a"], "metadata": {"user_id": "u"}, "service_tier": "auto",
+    "tools": [{**T("f"), "description": "d", "strict": True, "cache_control": {"type": "ephemeral"},
+               "input_examples": [{}], "type": "custom", "defer_loading": False}, WEB_SEARCH],
+    "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
+    "thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"},
+    "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": STRICT}},
+    "output_format": {"type": "json_schema", "schema": STRICT}, "container": "c", "mcp_servers": [],
+    "context_management": {"edits": []}, "betas": ["b"], "speed": "fast", "inference_geo": "us",
+    "thread": None,
+    "cache_control": {"type": "ephemeral"}, "fallbacks": [], "diagnostics": {}, "user_profile_id": "u"}
+
+
+def places(value):
+    """Every (parent, key) at every depth."""
+    for parent in containers(value):
+        for key in (list(parent) if isinstance(parent, dict) else range(len(parent))):
+            yield parent, key
+
+
+def with_block(block):
+    kind = block["type"]
+    if kind in ("tool_use", "thinking", "redacted_thinking", "server_tool_use", "web_search_tool_result"):
+        return R([U("a"), A([block]), U("b")])
+    return R([U("a"), A([tu("call_1")]), U([block])] if kind == "tool_result" else [U([block])])
+
+
+def check_is_served_or_refused(request):
+    """Translated, or refused by a sentence that names a field: never anything else."""
+    try:
+        exchange = aiapiproxy.openai_request(request, SETTINGS["openai"])
+        aiapiproxy.json_bytes(exchange.body)
+        exchange.input_estimate()
+    except aiapiproxy.ProxyError as error:
+        assert 400 <= error.status < 500 and "\n" not in error.message, (request, error.message)
+
+
+@table([("a request", EVERY_FIELD), *((f"a block {name}", with_block(each)) for name,
+                                      each in EVERY_BLOCK.items()),
+        ("a block's result in a tool's", with_block(tr("call_1", list(EVERY_BLOCK.values()))))], "given")
+def test_a_wrong_type_in_any_field(given):
+    check_is_served_or_refused(given)
+    for parent, key in list(places(given)):
+        before = parent[key]
+        for wrong in WRONG_VALUES:
+            parent[key] = wrong
+            check_is_served_or_refused(given)
+        parent[key] = before
+        if isinstance(parent, dict):
+            del parent[key]
+            check_is_served_or_refused(given)
+            parent[key] = before
+
+
+def test_a_wrong_type_in_any_member_over_the_wire():
+    async def scenario():
+        async with proxied(OK) as (_, server), Wire(server.port) as wire:
+            for name in EVERY_FIELD:
+                for wrong in WRONG_VALUES:
+                    body = json.dumps({**EVERY_FIELD, name: wrong}).encode()
+                    await wire.send(POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages"))
+                    status, _, body = await wire.answer()
+                    assert status in (200, 400), (name, wrong, body)
+
+    within(20, scenario())
+
+
+# ============================================================================
+# 12. UPSTREAM: what can go wrong there
+# ============================================================================
+#
+# `RawUpstream` answers by bytes, however wrong.  The certificates are for these tests alone: a CA and four
+# that stand for localhost and upstream.example, or fail to, all with the same key.
+
+TEST_CA = """\
+-----BEGIN CERTIFICATE-----
+MIIBijCCATGgAwIBAgIUJP7iGM1v8hDA74mCe33gbsntLSMwCgYIKoZIzj0EAwIw
+EjEQMA4GA1UEAwwHVGVzdCBDQTAgFw0yNjExMjUxNjM0MzdaGA8yMTI2MTEwMTE2
+MzQzN1owEjEQMA4GA1UEAwwHVGVzdCBDQTBZMBMGByqGSM49AgEGCCqGSM49AwEH
+A0IABAoYo2jU6QXssIP69qmyZvo/iaVmCr2KA9eDx+MuKBwx37gPYM4wgAcdJD2F
+VWFSqpr3GarYE9z9GVFZIMV+F72jYzBhMB0GA1UdDgQWBBTY0q15CEErwPM46kuH
+3te5b5bvvzAfBgNVHSMEGDAWgBTY0q15CEErwPM46kuH3te5b5bvvzAPBgNVHRMB
+Af8EBTADAQH/MA4GA1UdDwEB/wQEAwICBDAKBggqhkjOPQQDAgNHADBEAiBDUmhH
+bBgr2MkPxpURNYtAfs9U5Jpn6UzNwoMXPzfydQIgHWdArHi3xOx6FMZXEGXbAuO5
+eYntzzAW0VbZ5ZB1uCQ=
+-----END CERTIFICATE-----
+"""
+TEST_KEY = """\
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIARkPGFqRkDuxMrDyx/yEZTf7oXJIoX2Bcoy1VNADVJboAoGCCqGSM49
+AwEHoUQDQgAEpz2B5ClXuBbiE0umwQliTc50It/pJNxuH2PxbnrWlYp685hZH7Pc
+UgKptbd7WjEU/CEKWXcH1FG2s0GhS/9jhg==
+-----END EC PRIVATE KEY-----
+"""
+CERTIFICATES = {
+    "good": """\
+-----BEGIN CERTIFICATE-----
+MIIBgTCCASigAwIBAgIBATAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
+MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAPMQ0wCwYDVQQDDARn
+b29kMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEpz2B5ClXuBbiE0umwQliTc50
+It/pJNxuH2PxbnrWlYp685hZH7PcUgKptbd7WjEU/CEKWXcH1FG2s0GhS/9jhqNw
+MG4wLAYDVR0RBCUwI4IJbG9jYWxob3N0ghB1cHN0cmVhbS5leGFtcGxlhwR/AAAB
+MB0GA1UdDgQWBBRmANnvlq/cmmeH7AmHxDiF97Vf8TAfBgNVHSMEGDAWgBTY0q15
+CEErwPM46kuH3te5b5bvvzAKBggqhkjOPQQDAgNHADBEAiAwvXuVGg6B2NkRLdXa
+LhV40E2lcMq1p5UczRQZELYSngIgLrc43DmFChisj+NlU6TfUhkV60iZl1f5YWOn
+1fI606A=
+-----END CERTIFICATE-----
+""",
+    "other": """\
+-----BEGIN CERTIFICATE-----
+MIIBbzCCARWgAwIBAgIBAjAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
+MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAQMQ4wDAYDVQQDDAVv
+dGhlcjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABKc9geQpV7gW4hNLpsEJYk3O
+dCLf6STcbh9j8W561pWKevOYWR+z3FICqbW3e1oxFPwhCll3B9RRtrNBoUv/Y4aj
+XDBaMBgGA1UdEQQRMA+CDW90aGVyLmV4YW1wbGUwHQYDVR0OBBYEFGYA2e+Wr9ya
+Z4fsCYfEOIX3tV/xMB8GA1UdIwQYMBaAFNjSrXkIQSvA8zjqS4fe17lvlu+/MAoG
+CCqGSM49BAMCA0gAMEUCIC6fO8sUh1PdiRdIbgXr7QqfCFc+5RWs+sP0Lia7p5PJ
+AiEA5tQmWuU3yeAJYrlC7My6AuyhbhMU8NjFA/KAB7iUiL8=
+-----END CERTIFICATE-----
+""",
+    "old": """\
+-----BEGIN CERTIFICATE-----
+MIIBbjCCAROgAwIBAgIBAzAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
+MB4XDTIwMDEwMTAwMDAwMFoXDTIxMDEwMTAwMDAwMFowDjEMMAoGA1UEAwwDb2xk
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEpz2B5ClXuBbiE0umwQliTc50It/p
+JNxuH2PxbnrWlYp685hZH7PcUgKptbd7WjEU/CEKWXcH1FG2s0GhS/9jhqNeMFww
+GgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMB0GA1UdDgQWBBRmANnvlq/cmmeH
+7AmHxDiF97Vf8TAfBgNVHSMEGDAWgBTY0q15CEErwPM46kuH3te5b5bvvzAKBggq
+hkjOPQQDAgNJADBGAiEAju+dvrw6Gs5Qb/ZYAfXKXyyy6H6fP2EPmacneVNHiZoC
+IQDCFKiqM+ImkJWT23W4hvas2H9AnVSnVhOGb2W5MSPcHA==
+-----END CERTIFICATE-----
+""",
+    "self": """\
+-----BEGIN CERTIFICATE-----
+MIIBkDCCATegAwIBAgIUK83b3QXsTF3AUCl94t3Niaj5+PQwCgYIKoZIzj0EAwIw
+DzENMAsGA1UEAwwEc2VsZjAgFw0yNjExMjUxNjM0MzdaGA8yMTI2MTEwMTE2MzQz
+N1owDzENMAsGA1UEAwwEc2VsZjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABKc9
+geQpV7gW4hNLpsEJYk3OdCLf6STcbh9j8W561pWKevOYWR+z3FICqbW3e1oxFPwh
+Cll3B9RRtrNBoUv/Y4ajbzBtMB0GA1UdDgQWBBRmANnvlq/cmmeH7AmHxDiF97Vf
+8TAfBgNVHSMEGDAWgBRmANnvlq/cmmeH7AmHxDiF97Vf8TAPBgNVHRMBAf8EBTAD
+AQH/MBoGA1UdEQQTMBGCCWxvY2FsaG9zdIcEfwAAATAKBggqhkjOPQQDAgNHADBE
+AiBF9Bu1r04jyFevRfq9fvof3wwHiHTUotqhCVcbBiFqJwIgSd7/jBlOqJZksoEm
+VWkeO9Q12j1fPycsQLN+dqzp0cQ=
+-----END CERTIFICATE-----
+""",
+}
+
+
+class RawUpstream:
+    """A server on 127.0.0.1: the n-th request of a connection gets the n-th of its answers, byte by byte.
+
+    `scripts` has a list of answers for each connection, the last one for all that follow.  An answer is
+    bytes, or a list of bytes, gates and endings; behind the last answer the connection closes.
+    """
+
+    def __init__(self, *scripts, tls=None):
+        self.scripts, self.tls, self.connections = list(scripts), tls, set()
+        self.heads, self.opened, self.written, self.closed = [], 0, 0, asyncio.Event()
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=self.tls, limit=2 ** 26)
+        self.port = self.server.sockets[0].getsockname()[1]
+        self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/v1"
+        return self
+
+    async def __aexit__(self, *_):
+        self.server.close()
+        for connection in self.connections:
+            connection.cancel()
+        await asyncio.gather(*self.connections, return_exceptions=True)
+
+    async def serve(self, reader, writer):
+        task = asyncio.current_task()
+        self.connections.add(task)
+        self.opened += 1
+        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+        try:
+            for answer in script if isinstance(script, list) else [script]:
+                head = await reader.readuntil(b"\r\n\r\n")
+                self.heads.append(head.decode("latin-1"))
+                length = re.search(rb"(?i)content-length: *(\d+)", head)
+                await reader.readexactly(int(length[1]) if length else 0)
+                for part in answer if isinstance(answer, list) else [answer]:
+                    if isinstance(part, asyncio.Event):
+                        await part.wait()
+                    elif part == HANG:
+                        await reader.read(1)
+                    elif part == RESET:
+                        reset(writer)
+                        return
+                    else:
+                        for at in range(0, len(part), 65536):
+                            writer.write(part[at:at + 65536])
+                            await writer.drain()
+                            self.written += len(part[at:at + 65536])
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self.closed.set()
+            self.connections.discard(task)
+            writer.close()
+
+
+def reset(writer):
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+def raw_answer(body, *fields, status=200, length=True):
+    """The bytes of an answer."""
+    lines = [f"HTTP/1.1 {status} X", *fields, *([f"Content-Length: {len(body)}"] if length else [])]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+@contextlib.asynccontextmanager
+async def facing(*scripts, **environ):
+    """The proxy in front of a RawUpstream."""
+    async with RawUpstream(*scripts) as upstream:
+        async with bare(**{"OPENAI_BASE_URL": upstream.url, **environ}) as server:
+            yield upstream, server
+
+
+def deflated(data, wbits):
+    engine = zlib.compressobj(wbits=wbits)
+    return engine.compress(data) + engine.flush()
+
+
+FINE = json.dumps(completion({"content": "x"}, usage=used(5, 3))).encode()
+FINE_SSE = sse([c("x"), f("stop"), u(5, 3), D])
+JSON_TYPE = "Content-Type: application/json"
+LOST = "The upstream closed the connection before the end of the answer"
+
+RAW_ANSWERS = [  # the upstream's bytes, what the client gets: the text x, or an error
+    ("nothing", b"", "502: Cannot connect to 127.0.0.1: the connection was closed before an answer"),
+    ("a reset before an answer", [[RESET]],
+     "502: Cannot connect to 127.0.0.1: the connection was closed before an answer"),
+    ("half a status line", b"HTTP/1.1 20", f"502: {LOST}"),
+    ("half a head", b"HTTP/1.1 200 OK\r\nContent-Le", f"502: {LOST}"),
+    ("half a body", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "502: The upstream broke HTTP: "),
+    ("half a body, then a reset", [[b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", RESET]],
+     f"502: {LOST}"),
+    ("half a chunk", raw_answer(b"5\r\n{", "Transfer-Encoding: chunked", length=False),
+     "502: The upstream broke HTTP: "),
+    ("no last chunk", raw_answer(b"2\r\n{}\r\n", "Transfer-Encoding: chunked", length=False),
+     "502: The upstream broke HTTP: "),
+    ("a chunk without size", raw_answer(b"x\r\n{}\r\n", "Transfer-Encoding: chunked", length=False),
+     "502: The upstream broke HTTP: "),
+    ("a chunk too long", raw_answer(b"1\r\n{}\r\n0\r\n\r\n", "Transfer-Encoding: chunked", length=False),
+     "502: The upstream broke HTTP: "),
+    ("another coding", raw_answer(FINE, "Transfer-Encoding: x"), "502: The upstream broke HTTP: "),
+    ("SSH", b"SSH-2.0-OpenSSH_9.0\r\n", "502: The upstream broke HTTP: "),
+    ("HTTP/2", b"HTTP/2 200\r\n\r\n", "502: The upstream broke HTTP: "),
+    ("TLS", b"\x15\x03\x01\x00\x02\x02\x28", "502: The upstream broke HTTP: "),
+    ("a page without a head", b"<html>", "502: The upstream broke HTTP: "),
+    ("a status of four digits", b"HTTP/1.1 2000 OK\r\n\r\n", "502: The upstream broke HTTP: "),
+    ("status 000", b"HTTP/1.1 000 OK\r\n\r\n", "502: The upstream broke HTTP: "),
+    ("two different lengths", raw_answer(FINE, "Content-Length: 1"), "502: The upstream broke HTTP: "),
+    ("a negative length", raw_answer(FINE, "Content-Length: -1", length=False),
+     "502: The upstream broke HTTP: "),
+    ("a length of 30 digits", raw_answer(FINE, "Content-Length: " + "9" * 30, length=False),
+     "502: The upstream broke HTTP: "),
+    ("a NUL in the head", raw_answer(FINE, "X: a\0"), "502: The upstream broke HTTP: "),
+    ("a head of 70 KB", raw_answer(FINE, "X: " + "a" * 70000), "502: The upstream broke HTTP: "),
+    ("a head without end", b"HTTP/1.1 200 OK\r\n" + b"X: aaaaaaaa\r\n" * 90000,
+     "502: The upstream broke HTTP: "),
+    ("101", b"HTTP/1.1 101 Switching Protocols\r\n\r\n", "502: The upstream broke HTTP: "),
+    ("204", b"HTTP/1.1 204 No Content\r\n\r\n", "502: The upstream's answer is empty"),
+    ("304", b"HTTP/1.1 304 Not Modified\r\n\r\n", "502: "),
+    *((f"{status}, never followed", raw_answer(b"", "Location: http://127.0.0.1:{port}/v2", status=status),
+       "502: ")
+      for status in (300, 301, 302, 303, 305, 307, 308)),
+    ("a redirect that breaks its URL", raw_answer(b"", "Location: http://[x/", status=302), "502: "),
+    ("an unknown status", raw_answer(b"{}", status=599), "500: "),
+    ("1xx before the answer", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n"
+     + raw_answer(FINE, JSON_TYPE), "x"),
+    ("equal lengths", raw_answer(FINE, f"Content-Length: {len(FINE)}"), "x"),
+    ("a body that the connection ends", raw_answer(FINE, length=False), "x"),
+    ("HTTP/1.0", raw_answer(FINE).replace(b"HTTP/1.1", b"HTTP/1.0"), "x"),
+    ("no reason phrase", raw_answer(FINE).replace(b"200 X", b"200"), "x"),
+    ("bare LF", raw_answer(FINE).replace(b"\r\n", b"\n"), "x"),
+    ("a folded header", raw_answer(FINE, "X: a", "  b"), "x"),
+    ("chunks with extensions and trailers",
+     raw_answer(b"%x;a=b\r\n%b\r\n0\r\nX: y\r\n\r\n" % (len(FINE), FINE), "Transfer-Encoding: chunked",
+                length=False), "x"),
+    ("bytes behind the answer", raw_answer(FINE) + b"HTTP/1.1 200 OK\r\n", "x"),
+    ("gzip", raw_answer(gzip.compress(FINE), "Content-Encoding: gzip"), "x"),
+    ("x-gzip", raw_answer(gzip.compress(FINE), "Content-Encoding: x-gzip"), "x"),
+    ("deflate", raw_answer(deflated(FINE, 15), "Content-Encoding: deflate"), "x"),
+    ("deflate without its wrapper", raw_answer(deflated(FINE, -15), "Content-Encoding: deflate"), "x"),
+    ("Content-Encoding: identity", raw_answer(FINE, "Content-Encoding: identity"), "x"),
+    ("gzip that is none", raw_answer(FINE, "Content-Encoding: gzip"), "502: "),
+    ("gzip cut off", raw_answer(gzip.compress(FINE)[:-30], "Content-Encoding: gzip"), "502: "),
+    ("gzip that swells beyond 64 MiB", raw_answer(gzip.compress(b" " * 70000000), "Content-Encoding: gzip"),
+     "502: The upstream's answer is "),
+    ("a page", raw_answer(b"<html><title>Sorry</title>", "Content-Type: text/html"), "502: "),
+    ("not JSON", raw_answer(b"sorry", JSON_TYPE), "502: "), ("JSON cut off", raw_answer(FINE[:-9]), "502: "),
+    ("not UTF-8", raw_answer(FINE.replace(b'"x"', b'"x\xff"')), "x\ufffd"),
+    ("a BOM", raw_answer(b"\xef\xbb\xbf" + FINE), "x"),
+    ("100,000 levels", raw_answer(b"[" * 100000 + b"]" * 100000), "502: "),
+    *((f"{value!r}", raw_answer(json.dumps(value).encode()), "502: ") for value in (
+        None, 1, "x", [], {}, [[]], {"choices": None}, {"choices": {}}, {"choices": [None]},
+        {"choices": [[]]},
+        {"choices": "x"})),
+]
+
+
+def shown(answer):
+    """The text of a message however it came, or the status and words of an error."""
+    status, headers, body = answer
+    if headers["content-type"].startswith("text/event-stream"):
+        return "".join(event["delta"].get("text", "") for event in events(body)
+                       if event["type"] == "content_block_delta")
+    found = json.loads(body)
+    if status == 200:
+        return "".join(block["text"] for block in found["content"])
+    checked_kind = found["error"]["type"]
+    assert checked_kind and found["request_id"] == headers["request-id"]
+    return f"{status}: {found['error']['message']}"
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+@table(RAW_ANSWERS)
+def test_an_upstream_that_answers_anything(given, want, streaming):
+    async def scenario():
+        async with facing(given) as (upstream, server):
+            if isinstance(given, bytes):
+                upstream.scripts = [given.replace(b"{port}", str(upstream.port).encode())]
+            answer = await ask(server.port, body=R(stream=streaming))
+            assert (await ask(server.port, "GET", "/health"))[0] == 200
+            return answer, upstream
+
+    answer, upstream = run(scenario())
+    got = shown(answer).replace(f":{upstream.port}", "")
+    assert got.startswith(want) if want[3:4] == ":" else got == want
+    assert len(upstream.heads) == 1, "nothing is asked twice"
+    assert answer[1]["content-type"] in ("application/json", "text/event-stream; charset=utf-8")
+
+
+def test_a_redirect_leads_nobody_elsewhere_and_names_its_host():
+    async def scenario():
+        async with RawUpstream(raw_answer(FINE)) as other:
+            moved = raw_answer(b"", f"Location: http://localhost:{other.port}/v1/chat/completions",
+                               status=307)
+            async with facing(moved) as (upstream, server):
+                answer = await ask(server.port, body=R())
+                return shown(answer), answer[1], other.opened
+
+    message, headers, opened = run(scenario())
+    assert "localhost" in message and opened == 0 and "location" not in headers
+
+
+def test_nothing_of_the_upstreams_headers_reaches_the_client():
+    async def scenario(streaming):
+        fields = ["Set-Cookie: a=b", "Access-Control-Allow-Origin: *", "Location: /x", "Server: s",
+                  "X-Powered-By: p",
+                  "Strict-Transport-Security: max-age=1", "request-id: req_upstream", "Connection: close",
+                  "Via: v"]
+        body = FINE_SSE if streaming else FINE
+        async with facing(raw_answer(body, *fields)) as (_, server):
+            return (await ask(server.port, body=R(stream=streaming)))[1]
+
+    assert run(scenario(False)).keys() == {"date", "request-id", "content-type", "content-length",
+                                           "connection"}
+    assert run(scenario(True)).keys() == {"date", "request-id", "content-type", "cache-control",
+                                          "x-accel-buffering", "transfer-encoding", "connection"}
+
+
+# ---- the pool
+
+KEPT = raw_answer(FINE)
+NOT_TWICE = f"502: {LOST}"
+
+POOLS = [  # what each connection answers, what the clients get one after the other, connections, requests
+    ("a connection is used again", [[KEPT] * 3], ["x", "x", "x"], 1, 3),
+    ("one that dies unseen is replaced", [[KEPT, b""], [KEPT]], ["x", "x"], 2, 3),
+    ("one that is reset unseen is replaced", [[KEPT, [RESET]], [KEPT]], ["x", "x"], 2, 3),
+    ("but only once", [[KEPT, b""], [b""]],
+     ["x", "502: Cannot connect to 127.0.0.1: the connection was closed before an answer"], 2, 3),
+    ("not when an answer had begun", [[KEPT, b"HTTP/1.1 2"], [KEPT]], ["x", NOT_TWICE], 1, 2),
+    ("not in the body", [[KEPT, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"], [KEPT]],
+     ["x", "502: The upstream broke HTTP: the body ended early"], 1, 2),
+    ("Connection: close keeps it out", [[raw_answer(FINE, "Connection: close")] * 2], ["x", "x"], 2, 2),
+    ("HTTP/1.0 keeps it out", [[KEPT.replace(b"HTTP/1.1", b"HTTP/1.0")] * 2], ["x", "x"], 2, 2),
+    ("more bytes than the answer keep it out", [[KEPT + b"x"] * 2], ["x", "x"], 2, 2),
+    ("a second answer that nobody asked for is not taken",
+     [[KEPT + raw_answer(FINE.replace(b'"x"', b'"y"'))] * 2],
+     ["x", "x"], 2, 2),
+    ("an error's connection is used again", [[raw_answer(b"{}", status=400), KEPT]], ["400: ", "x"], 1, 2),
+    ("204 is nothing to read", [[b"HTTP/1.1 204 X\r\n\r\n", KEPT]], ["502: ", "x"], 1, 2),
+]
+
+
+@table(POOLS, "scripts, want, opened, asked")
+def test_the_pool(scripts, want, opened, asked):
+    async def scenario():
+        async with facing(*scripts) as (upstream, server):
+            got = [shown(await ask(server.port, body=R())).replace(f":{upstream.port}", "") for _ in want]
+            return got, upstream.opened, len(upstream.heads)
+
+    got, *counts = run(scenario())
+    assert all(each.startswith(start) for each, start in zip(got, want)) and counts == [opened, asked]
+
+
+@table([("closed", b""), ("sent bytes", b"HTTP/1.1 408 X\r\n\r\n")], "late")
+def test_an_idle_connection_that_the_upstream_touches_is_not_used_again(late):
+    async def scenario():
+        gate = asyncio.Event()
+        async with facing([[KEPT, gate, late]], [KEPT]) as (upstream, server):
+            await ask(server.port, body=R())
+            gate.set()
+            await upstream.closed.wait()
+            while server.app.upstream.idle_count:
+                await asyncio.sleep(0.001)
+            assert shown(await ask(server.port, body=R())) == "x"
+            return len(upstream.heads)
+
+    assert run(scenario()) == 2
+
+
+def test_a_connection_that_was_idle_too_long_or_slept_is_not_used():
+    async def scenario():
+        async with facing([KEPT] * 9) as (upstream, server):
+            for seconds in (0, 59, 61, -5):                    # the clock may also have been put back
+                for connection in server.app.upstream._idle:
+                    connection.idle_since -= seconds
+                assert shown(await ask(server.port, body=R())) == "x"
+            return upstream.opened
+
+    assert run(scenario()) == 3
+
+
+def test_idle_connections_are_closed_in_time(monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "IDLE_TIME", 0.1)
+
+    async def scenario():
+        async with facing([[KEPT, HANG]]) as (upstream, server):
+            await ask(server.port, body=R())
+            await upstream.closed.wait()
+            return server.app.upstream.idle_count
+
+    assert run(scenario()) == 0
+
+
+# ---- silence
+
+@table([
+    ("before the head", [HANG], R(), "REQUEST_TIMEOUT"),
+    ("in the head", [b"HTTP/1.1 200 O", HANG], R(), "REQUEST_TIMEOUT"),
+    ("in the body", [raw_answer(FINE)[:-5], HANG], R(), "REQUEST_TIMEOUT"),
+    ("before a stream's head", [HANG], R(stream=True), "STREAM_TIMEOUT"),
+    ("before a stream's first byte", [raw_answer(b"", "Content-Type: text/event-stream", length=False), HANG],
+     R(stream=True), "STREAM_TIMEOUT"),
+    ("before the head of a stream that the client did not ask for", [HANG], R(max_tokens=30000),
+     "REQUEST_TIMEOUT"),
+], "parts, asked, setting")
+def test_an_upstream_that_falls_silent(parts, asked, setting):
+    async def scenario():
+        async with facing([parts], **{setting: "0.2"}) as (upstream, server):
+            answer = await ask(server.port, body=asked)
+            await upstream.closed.wait()
+            return answer
+
+    answer = run(scenario())
+    assert shown(answer) == f"504: The upstream did not answer within 0.2 s ({setting})"
+    assert json.loads(answer[2])["error"]["type"] == "timeout_error"
+
+
+def test_an_answer_that_drips_has_REQUEST_TIMEOUT_in_all_and_a_stream_has_not():
+    async def drip(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            is_stream = b"event-stream" in head
+            data = raw_answer(FINE_SSE if is_stream else FINE, length=False)
+            for at in range(0, len(data), 40):
+                writer.write(data[at:at + 40])
+                await writer.drain()
+                await asyncio.sleep(0.06)
+        writer.close()
+
+    async def scenario():
+        upstream = await asyncio.start_server(drip, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
+        async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2", STREAM_TIMEOUT="0.2") as server:
+            got = [shown(await ask(server.port, body=R(stream=streaming))) for streaming in (False, True)]
+        upstream.close()
+        return got
+
+    assert run(scenario()) == ["504: The upstream did not answer within 0.2 s (REQUEST_TIMEOUT)", "x"]
+
+
+def test_a_host_that_swallows_packets_is_given_up():
+    async def scenario():
+        hole = socket.socket()
+        hole.bind(("127.0.0.1", 0))
+        hole.listen(0)
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(hole.getsockname())
+        url = f"http://127.0.0.1:{hole.getsockname()[1]}/v1"
+        async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2") as server:
+            answers = [await ask(server.port, body=R(stream=streaming)) for streaming in (False, True, False)]
+            ready = await ask(server.port, "GET", "/health/ready")
+            assert (await ask(server.port, "GET", "/health"))[0] == 200
+        for each in (hole, *fillers):
+            each.close()
+        return answers, ready
+
+    answers, (status, _, body) = run(scenario())
+    assert all(checked(answer) == "504 timeout_error" and "REQUEST_TIMEOUT" in shown(answer)
+               for answer in answers)
+    found = json.loads(body)
+    assert status == 503 and found["status"] == "not_ready" and "127.0.0.1" in found["reason"]
+
+
+# ---- TLS and outgoing proxies
+
+def tls_server(folder, name):
+    for file, text in (("key.pem", TEST_KEY), ("ca.pem", TEST_CA), ("cert.pem", CERTIFICATES[name])):
+        (folder / file).write_text(text)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(folder / "cert.pem"), str(folder / "key.pem"))
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    return context
+
+
+@table([
+    ("a good certificate", "good", "localhost", "x"), ("of an address", "good", "127.0.0.1", "x"),
+    ("of another name", "other", "localhost",
+     "502: The certificate of localhost is not accepted: Hostname mismatch"),
+    ("of another address", "other", "127.0.0.1",
+     "502: The certificate of 127.0.0.1 is not accepted: IP address mismatch"),
+    ("out of date", "old", "localhost",
+     "502: The certificate of localhost is not accepted: certificate has expired"),
+    ("signed by itself", "self", "localhost", "502: The certificate of localhost is not accepted: self"),
+    ("old TLS", "TLS 1.1", "localhost", "502: .*(TLS|closed)"),
+    ("no TLS", "plain", "localhost", "502: TLS with localhost:"),
+    ("the end in the handshake", "cut", "localhost", "502: .*(TLS|closed)"),
+    ("silence in the handshake", "silent", "localhost", "504: The upstream did not answer within 0.5 s"),
+], "certificate, host, want")
+def test_TLS(certificate, host, want, tmp_path):
+    context = tls_server(tmp_path, certificate if certificate in CERTIFICATES else "good")
+    if certificate == "TLS 1.1":
+        context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            context.maximum_version = ssl.TLSVersion.TLSv1_1
+    chosen = []
+    context.set_servername_callback(lambda connection, name, _: chosen.append(name))
+
+    async def odd(reader, writer):
+        await reader.read(1)
+        if certificate == "plain":
+            writer.write(b"HTTP/1.1 400 You speak TLS\r\n\r\n")
+        if certificate == "silent":
+            await reader.read(-1)
+        writer.close()
+
+    async def scenario():
+        server = await asyncio.start_server(odd, "127.0.0.1", 0)
+        async with RawUpstream([KEPT] * 2, tls=context) as upstream:
+            is_odd = certificate in ("plain", "cut", "silent")
+            port = server.sockets[0].getsockname()[1] if is_odd else upstream.port
+            async with bare(OPENAI_BASE_URL=f"https://{host}:{port}/v1",
+                            SSL_CERT_FILE=str(tmp_path / "ca.pem"),
+                            REQUEST_TIMEOUT="0.5") as proxy:
+                answers = [await ask(proxy.port, body=R()) for _ in range(2)]
+            assert upstream.opened <= 1 or want != "x"
+        server.close()
+        return answers
+
+    for answer in run(scenario()):
+        assert re.match(want, shown(answer)), shown(answer)
+        assert answer[1].get("x-should-retry") == ("false" if "certificate" in want else None)
+    if want == "x" and host == "localhost":
+        assert chosen == ["localhost"]
+
+
+class Tunnel:
+    """An outgoing proxy: records what it is asked, and leads everything to one port."""
+
+    def __init__(self, port, answer=b"HTTP/1.1 200 Connected\r\n\r\n"):
+        self.port, self.reply, self.heads, self.tasks = port, answer, [], set()
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.url = f"127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_):
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    async def serve(self, reader, writer):
+        self.tasks.add(asyncio.current_task())
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            self.heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
+            writer.write(self.reply)
+            if b" 200 " in self.reply:
+                there, here = await asyncio.open_connection("127.0.0.1", self.port)
+                await asyncio.gather(self.pump(reader, here), self.pump(there, writer))
+        writer.close()
+
+    async def pump(self, reader, writer):
+        with contextlib.suppress(ConnectionError):
+            while True:
+                data = await reader.read(65536)
+                if not data:
+                    break
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+def test_https_goes_through_a_tunnel_with_the_proxys_credentials_alone(tmp_path):
+    async def scenario():
+        async with RawUpstream([KEPT] * 2, tls=tls_server(tmp_path, "good")) as upstream:
+            async with Tunnel(upstream.port) as tunnel:
+                async with bare(OPENAI_BASE_URL="https://upstream.example/v1",
+                                SSL_CERT_FILE=str(tmp_path / "ca.pem"),
+                                HTTPS_PROXY=f"http://user:p%40ss@{tunnel.url}") as server:
+                    got = [shown(await ask(server.port, body=R())) for _ in range(2)]
+            return got, tunnel.heads, upstream.heads
+
+    got, tunnelled, heads = run(scenario())
+    assert got == ["x", "x"] and len(tunnelled) == 1 and len(heads) == 2
+    assert tunnelled[0].startswith("CONNECT upstream.example:443 HTTP/1.1\r\nHost: upstream.example:443\r\n")
+    assert "Basic " + base64.b64encode(b"user:p@ss").decode() in tunnelled[0] and KEY not in tunnelled[0]
+    assert "proxy-authorization" not in heads[0].lower() and KEY in heads[0]
+
+
+@table([
+    ("that refuses", b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n", "407"),
+    ("that breaks HTTP", b"hello\r\n\r\n", "upstream.example"), ("that closes", b"", "upstream.example"),
+    ("that says more than its head", b"HTTP/1.1 200 X\r\n\r\nHTTP/1.1 200 X\r\n\r\n{}", "upstream.example"),
+], "answer, word")
+def test_a_tunnel(answer, word, tmp_path):
+    async def scenario():
+        async with RawUpstream([KEPT], tls=tls_server(tmp_path, "good")) as upstream:
+            async with Tunnel(upstream.port, answer) as tunnel:
+                async with bare(OPENAI_BASE_URL="https://upstream.example/v1",
+                                https_proxy=f"http://user:password1@{tunnel.url}") as server:
+                    return shown(await ask(server.port, body=R())), upstream.heads
+
+    message, heads = run(scenario())
+    assert message.startswith("502: ") and word in message and "password1" not in message and heads == []
+
+
+def test_the_certificate_is_asked_for_in_a_tunnel_too(tmp_path):
+    async def scenario():
+        async with RawUpstream([KEPT], tls=tls_server(tmp_path, "other")) as upstream:
+            async with Tunnel(upstream.port) as tunnel:
+                async with bare(OPENAI_BASE_URL="https://upstream.example/v1", HTTPS_PROXY=tunnel.url,
+                                SSL_CERT_FILE=str(tmp_path / "ca.pem")) as server:
+                    return shown(await ask(server.port, body=R()))
+
+    assert run(scenario()).startswith("502: The certificate of upstream.example is not accepted: Hostname")
+
+
+@table([
+    ("http takes the whole address", "http://upstream.example/v1", {}, "POST http://upstream.example/v1/"),
+    ("with its query", "http://upstream.example/v1?a=b", {},
+     "POST http://upstream.example/v1/chat/completions?a=b "),
+    ("with its port", "http://upstream.example:8000", {},
+     "POST http://upstream.example:8000/chat/completions "),
+    ("but not for what is exempt", "http://upstream.example/v1", {"NO_PROXY": "a.b, .example"}, None),
+    ("nor for what is exempt by name", "http://upstream.example/v1", {"no_proxy": "upstream.example"}, None),
+    ("nor when all is exempt", "http://upstream.example/v1", {"NO_PROXY": "*"}, None),
+    ("another name does not exempt", "http://upstream.example/v1", {"NO_PROXY": "stream.example"},
+     "POST http://u"),
+], "url, more, want")
+def test_an_outgoing_proxy_for_http(url, more, want):
+    async def scenario():
+        async with RawUpstream([KEPT]) as proxy:
+            at = f"http://user:password1@127.0.0.1:{proxy.port}"
+            async with bare(OPENAI_BASE_URL=url, http_proxy=at, REQUEST_TIMEOUT="1", **more) as server:
+                answer = await ask(server.port, body=R())
+            return shown(answer), proxy.heads
+
+    answer, heads = run(scenario())
+    if want is None:
+        assert heads == [] and answer.startswith("502: Cannot resolve upstream.example")
+    else:
+        assert answer == "x" and heads[0].startswith(want)
+        assert "Proxy-Authorization: Basic " + base64.b64encode(b"user:password1").decode() in heads[0]
+
+
+def test_this_machine_is_never_behind_an_outgoing_proxy():
+    async def scenario():
+        async with facing([KEPT], HTTP_PROXY="http://127.0.0.1:1",
+                          HTTPS_PROXY="http://127.0.0.1:1") as (_, server):
+            return shown(await ask(server.port, body=R()))
+
+    assert run(scenario()) == "x"
+
+
+# ---- streams that break
+
+def test_a_stream_that_is_cut_anywhere_ends_in_an_error_event():
+    whole = sse([ROLE, c("x"), k(0, "call_1", "f", '{"a":'), k(0, None, None, "1}"), f("tool_calls"),
+                 u(5, 3), D])
+    enough = whole.index(b"\n\n", whole.index(b"finish_reason\":\"tool")) + 1
+
+    async def scenario():
+        async with FakeUpstream(*[stream(whole[:at], CUT) for at in range(1, len(whole))]) as upstream:
+            async with bare(OPENAI_BASE_URL=upstream.url) as server:
+                for at in range(1, len(whole)):
+                    answer = await ask(server.port, body=R(stream=True, tools=[T("f")]))
+                    if answer[0] == 200:
+                        shape = printed(answer[2])
+                        assert shape.endswith("MD(tool_use) ME"
+                                              if at >= enough else "ERR(api_error)"), (at, shape)
+                    else:
+                        assert checked(answer) == "502 api_error" and at < whole.index(b"\n\n") + 2, at
+
+    within(20, scenario())
+
+
+@table([
+    ("a line that is no JSON", [c("x"), sse(["{oops"]), c("y"), f("stop"), D], BROKEN),
+    ("JSON cut off", [c("x"), sse(['{"choices":[{"delta":{"content":"']), D], BROKEN),
+    ("an error in the middle", [c("x"), error_like(500), D], BROKEN),
+    ("the end without a finish reason", [c("x"), CUT], BROKEN),
+    ("a line of 17 MiB", [c("x"), b"data: " + b" " * (17 << 20)], BROKEN),
+])
+def test_a_stream_that_goes_wrong_is_told_by_an_event(given, want):
+    answer, _ = run(asked_once(stream(*given), R(stream=True)))
+    assert said(answer) == want
+
+
+def test_a_line_of_5_MB_is_carried():
+    text = "0123456789" * 500000
+    answer, _ = run(asked_once(stream(c(text), f("stop"), D), R(stream=True)))
+    assert shown(answer) == text
+
+
+def test_arguments_in_one_line_of_5_MB_are_carried():
+    arguments = json.dumps({"a": "\u00e4\"\\" * 800000})
+    answer, _ = run(asked_once(stream(k(0, "call_1", "f", arguments), f("tool_calls"), D),
+                               R(stream=True, tools=[T("f")])))
+    got = "".join(event["delta"]["partial_json"] for event in events(answer[2])
+                  if event["type"] == "content_block_delta")
+    assert json.loads(got) == json.loads(arguments)
+
+
+def test_a_stream_that_stalls_is_ended_and_its_upstream_left():
+    async def scenario():
+        async with proxied(stream(c("x"), HANG), STREAM_TIMEOUT="0.2") as (upstream, server):
+            answer = await ask(server.port, body=R(stream=True))
+            await asyncio.wait_for(upstream.disconnected.wait(), 1)
+            return said(answer), server.app.upstream.idle_count
+
+    assert run(scenario()) == ('MS 0+text 0t"x" ERR(timeout_error)', 0)
+
+
+def test_comments_keep_a_stream_alive():
+    async def comment(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(raw_answer(sse([c("x")]), "Content-Type: text/event-stream", length=False))
+            for _ in range(8):
+                await asyncio.sleep(0.06)
+                writer.write(b": keep-alive\n\n")
+            writer.write(sse([f("stop"), D]))
+        writer.close()
+
+    async def scenario():
+        upstream = await asyncio.start_server(comment, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
+        async with bare(OPENAI_BASE_URL=url, STREAM_TIMEOUT="0.3") as server:
+            answer = await ask(server.port, body=R(stream=True))
+        upstream.close()
+        return said(answer)
+
+    assert run(scenario()) == ONE_X
+
+
+def test_a_client_that_reads_nothing_slows_the_upstream_and_is_not_cut():
+    async def scenario():
+        piece = sse([c("0123456789" * 3000)] * 1000)
+        async with facing([[raw_answer(b"", "Content-Type: text/event-stream", length=False), piece,
+                            sse([f("stop"), D])]], STREAM_TIMEOUT="0.3") as (upstream, server):
+            async with Wire(server.port) as wire:
+                body = json.dumps(R(stream=True)).encode()
+                await wire.send(POST(f"Content-Length: {len(body)}", "Connection: close", body=body,
+                                     path="/v1/messages"))
+                await wire.more()
+                wire.reader._transport.pause_reading()
+                seen = -1
+                while seen != upstream.written:
+                    seen = upstream.written
+                    await asyncio.sleep(0.4)
+                assert seen < len(piece) * 0.8
+                (tx,) = server._active
+                assert tx._stream.unsent <= 262144
+                wire.reader._transport.resume_reading()
+                return seen + len(await wire.reader.read(-1)), await upstream.closed.wait()
+
+    assert within(15, scenario())[0] > 30000000
+
+
+# ---- load
+
+def descriptors():
+    return len(os.listdir("/dev/fd"))
+
+
+def test_a_hundred_streams_half_of_whose_clients_leave_leave_nothing_behind():
+    async def scenario():
+        gate = asyncio.Event()
+        async with proxied(stream(c("x"), gate, f("stop"), D)) as (upstream, server):
+            await ask(server.port, "GET", "/health")
+            before, tasks = descriptors(), len(asyncio.all_tasks())
+            async with contextlib.AsyncExitStack() as stack:
+                clients = [await stack.enter_async_context(Asking(server.port, "POST", "/v1/messages",
+                                                                  R(stream=True))) for _ in range(100)]
+                await asyncio.gather(*[client.until(b"text_delta") for client in clients])
+                assert server.app.in_flight == 100
+                for client in clients[::2]:
+                    client.writer.transport.abort()
+                while server.app.in_flight > 50:
+                    await asyncio.sleep(0.005)
+                gate.set()
+                for client in clients[1::2]:
+                    assert said(await client.answer()) == ONE_X
+            while server._tasks or server.app.tasks:
+                await asyncio.sleep(0.005)
+            assert server.app.in_flight == 0 and not server._active and not server.app.tasks
+            server.app.upstream.close()
+            while descriptors() > before or len(asyncio.all_tasks()) > tasks:
+                await asyncio.sleep(0.005)
+
+    within(10, scenario())
+
+
+def test_one_request_more_than_MAX_CONCURRENT_REQUESTS_is_told_at_once():
+    async def scenario():
+        gate = asyncio.Event()
+        async with proxied(stream(c("x"), gate, f("stop"), D), MAX_CONCURRENT_REQUESTS="2") as (_, server):
+            async with contextlib.AsyncExitStack() as stack:
+                for _ in range(5):                            # connections and unfinished heads do not count
+                    await (await stack.enter_async_context(Wire(server.port))).send(b"POST /v1/messages HT")
+                clients = [await stack.enter_async_context(Asking(server.port, "POST", "/v1/messages",
+                                                                  R(stream=True))) for _ in range(2)]
+                for client in clients:
+                    await client.until(b"text_delta")
+                refused = await ask(server.port, body=R())
+                assert (await ask(server.port, "GET", "/health"))[0] == 200
+                assert (await ask(server.port, "GET", "/metrics"))[0] == 200
+                gate.set()
+                for client in clients:
+                    await client.answer()
+                assert (await ask(server.port, body=R(stream=True)))[0] == 200
+                return refused
+
+    refused = run(scenario())
+    assert checked(refused) == "529 overloaded_error" and refused[1]["retry-after"] == "1"
+
+
+# ============================================================================
+# Who may call
+# ============================================================================
+
+PROXY = {"PROXY_API_KEY": "proxy-key-1, proxy-key-2"}
+
+
+def basic(password): return "Authorization: Basic " + base64.b64encode(f"me:{password}".encode()).decode()
+
+
+async def one(port, request, has_body=True):
+    async with Wire(port) as wire:
+        await wire.send(request)
+        return await wire.answer(has_body)
+
+
+KEYS = [  # fields of the request, path, further settings, status
+    ("as a bearer", ["Authorization: Bearer proxy-key-1"], "/v1/models", {}, 200),
+    ("as a bearer in any letters", ["authorization: bearer   proxy-key-1"], "/v1/models", {}, 200),
+    ("as x-api-key", ["X-Api-Key: proxy-key-1"], "/v1/models", {}, 200),
+    ("the second key", ["X-Api-Key: proxy-key-2"], "/v1/models", {}, 200),
+    ("bare in Authorization, API_KEY_HEADER's default", ["Authorization: proxy-key-1"], "/v1/models", {},
+     200),
+    ("in a header of one's own", ["X-Own: proxy-key-1"], "/v1/models", {"API_KEY_HEADER": "x-own"}, 200),
+    ("in a header of one's own as a bearer", ["X-Own: Bearer proxy-key-1"], "/v1/models",
+     {"API_KEY_HEADER": "X-Own"}, 200),
+    ("as x-api-key beside a header of one's own", ["X-Api-Key: proxy-key-1"], "/v1/models",
+     {"API_KEY_HEADER": "X-Own"}, 200),
+    ("as a bearer beside a header of one's own", ["Authorization: Bearer proxy-key-1"], "/v1/models",
+     {"API_KEY_HEADER": "X-Own"}, 200),
+    ("one right, one wrong", ["Authorization: Bearer wrong", "X-Api-Key: proxy-key-1"], "/v1/models", {},
+     200),
+    ("by Basic on the page", [basic("proxy-key-1")], "/", {}, 200),
+    ("by Basic on the metrics", [basic("proxy-key-2")], "/metrics", {}, 200),
+    ("not by Basic elsewhere", [basic("proxy-key-1")], "/v1/models", {}, 401),
+    ("not a wrong one by Basic", [basic("wrong")], "/metrics", {}, 401),
+    ("not Basic that is none", ["Authorization: Basic %%%"], "/metrics", {}, 401),
+    ("not Basic of other bytes", ["Authorization: Basic /////w=="], "/metrics", {}, 401),
+    ("not none", [], "/v1/models", {}, 401), ("not an empty one", ["X-Api-Key:"], "/v1/models", {}, 401),
+    ("not a wrong one", ["X-Api-Key: proxy-key-3"], "/v1/models", {}, 401),
+    ("not the start of one", ["X-Api-Key: proxy-key-"], "/v1/models", {}, 401),
+    ("not more than one", ["X-Api-Key: proxy-key-11"], "/v1/models", {}, 401),
+    ("not both as one", ["X-Api-Key: proxy-key-1, proxy-key-2"], "/v1/models", {}, 401),
+    ("not in other letters", ["X-Api-Key: PROXY-KEY-1"], "/v1/models", {}, 401),
+    ("not with bytes over 127", [b"X-Api-Key: proxy-key-1\xff"], "/v1/models", {}, 401),
+    ("not twice", ["X-Api-Key: proxy-key-1", "X-Api-Key: proxy-key-1"], "/v1/models", {}, 401),
+    ("not the upstream's", [f"X-Api-Key: {KEY}"], "/v1/models", {}, 401),
+    ("not in the query", [], "/v1/models?x-api-key=proxy-key-1", {}, 401),
+    ("not for the page without", [], "/", {}, 401), ("not for the metrics without", [], "/metrics", {}, 401),
+    ("not for what the page shows", [], "/status", {}, 401), ("not for what is not there", [], "/x", {}, 401),
+    ("health is open", [], "/health", {}, 200), ("live is open", [], "/health/live", {}, 200),
+    ("ready is open", [], "/health/ready", {}, 200), ("but not what looks like it", [], "/healthy", {}, 401),
+    ("nor what is below it", [], "/health/x", {}, 401),
+]
+
+
+@table(KEYS, "fields, path, more, status")
+def test_the_proxys_own_key(fields, path, more, status):
+    async def scenario():
+        async with bare(**PROXY, **more) as server:
+            return await one(server.port, GET(path, *fields))
+
+    answer = run(scenario())
+    assert answer[0] == status
+    if status == 401:
+        assert checked(answer) == "401 authentication_error" and b"proxy-key-1" not in answer[2]
+        assert ("www-authenticate" in answer[1]) == (path in ("/", "/metrics", "/status"))
+
+
+def test_OPTIONS_and_HEAD_of_the_root_need_no_key_and_other_methods_do():
+    async def scenario():
+        async with bare(**PROXY) as server:
+            return [(await one(server.port, HTTP(f"{line} HTTP/1.1", "Content-Length: 0"), False))[0]
+                    for line in (
+                "OPTIONS /v1/messages", "HEAD /", "HEAD /metrics", "POST /", "POST /v1/messages",
+                "PUT /health")]
+
+    assert run(scenario()) == [204, 200, 401, 401, 401, 405]
+
+
+PASSED_ON = [  # fields, settings, the key that the upstream sees, or the start of the answer
+    ("a bearer", ["Authorization: Bearer sk-client-1"], {}, "sk-client-1"),
+    ("x-api-key", ["x-api-key: sk-client-1"], {}, "sk-client-1"),
+    ("the placeholder is no key", ["x-api-key: sk-client-1"], {"OPENAI_API_KEY": "your-openai-api-key-here"},
+     "sk-client-1"),
+    ("a header of one's own", ["X-Own: sk-client-1"], {"API_KEY_HEADER": "X-Own"}, "sk-client-1"),
+    ("Anthropic's never", ["x-api-key: sk-ant-api03-1"], {}, "401: The key is one of Anthropic's"),
+    ("Anthropic's never, as a bearer", ["Authorization: Bearer sk-ant-oat01-1"], {},
+     "401: The key is one of Anthropic's"),
+    ("Anthropic's beside another", ["x-api-key: sk-ant-1", "Authorization: Bearer sk-client-1"], {},
+     "sk-client-1"),
+    ("none", [], {}, "401: No key for the upstream"), ("an empty one", ["x-api-key:"], {}, "401: No key"),
+    ("Basic is no key", [basic("sk-client-1")], {}, "401: No key"),
+    ("a blank in it", ["x-api-key: a b"], {}, "401: No key"),
+    ("bytes over 127", [b"x-api-key: a\xe4b"], {}, "401: No key"),
+    ("the proxy's own and another", ["x-api-key: proxy-key-1", "Authorization: Bearer sk-client-1"], PROXY,
+     "sk-client-1"),
+    ("the proxy's own alone", ["x-api-key: proxy-key-1"], PROXY, "401: No key"),
+    ("another without the proxy's own", ["x-api-key: sk-client-1"], PROXY,
+     "401: The key is not one of PROXY_API_KEY"),
+]
+
+
+@table(PASSED_ON, "fields, more, want")
+def test_the_clients_key_goes_upstream_when_there_is_no_other(fields, more, want):
+    async def scenario():
+        async with facing([KEPT], **{"OPENAI_API_KEY": "", **more}) as (upstream, server):
+            extra = ["Cookie: a=b", "X-Forwarded-For: 1.2.3.4", "anthropic-beta: x",
+                     "Origin: http://localhost"]
+            answer = await one(server.port, POST(f"Content-Length: {len(HI)}", *fields, *extra, body=HI,
+                                                 path="/v1/messages", host="Host: any.example"))
+            return answer, upstream.heads
+
+    answer, heads = run(scenario())
+    if want[:3] == "401":
+        assert shown(answer).startswith(want) and heads == []
+        assert checked(answer) == "401 authentication_error"
+    else:
+        assert shown(answer) == "x" and f"Authorization: Bearer {want}\r\n" in heads[0]
+        names = {line.partition(":")[0].lower() for line in heads[0].split("\r\n")[1:] if line}
+        assert names == {"host", "authorization", "content-type", "accept", "accept-encoding", "user-agent",
+                         "content-length"}
+
+
+ORIGINS = [  # origin, settings, whether it is served
+    ("this machine", "http://localhost", {}, True), ("with a port", "http://localhost:3000", {}, True),
+    ("by TLS", "https://localhost:3000", {}, True), ("by its address", "http://127.0.0.1:1", {}, True),
+    ("another of its addresses", "http://127.8.9.10", {}, True),
+    ("by its IPv6 address", "http://[::1]:80", {}, True),
+    ("a name below localhost", "http://app.localhost:80", {}, True),
+    ("an app", "app://obsidian.md", {}, True),
+    ("Tauri", "tauri://localhost", {}, True), ("VS Code", "vscode-webview://1a2b", {}, True),
+    ("Capacitor", "capacitor://localhost", {}, True), ("a stranger", "https://evil.example", {}, False),
+    ("null", "null", {}, False), ("an empty one", "", {}, False), ("a file", "file://", {}, False),
+    ("an extension", "chrome-extension://a", {}, False),
+    ("a scheme that starts alike", "apps://a", {}, False),
+    ("localhost in front", "http://localhost.evil.example", {}, False),
+    ("an address in front", "http://127.0.0.1.evil.example", {}, False),
+    ("localhost behind", "http://evillocalhost", {}, False),
+    ("localhost as a user", "http://localhost@evil.example", {}, False),
+    ("a user before localhost", "http://evil.example:x@localhost", {}, False),
+    ("localhost as a fragment", "http://evil.example#localhost", {}, False),
+    ("localhost as a path", "http://evil.example/localhost", {}, False),
+    ("a number that means 127.0.0.1", "http://2130706433", {}, False),
+    ("a stranger's app scheme", "https://app://x", {}, False),
+    ("the network next door", "http://192.168.1.2", {}, False),
+    ("every address", "http://0.0.0.0", {}, False),
+    ("a listed one", "https://a.example", {"ALLOWED_ORIGINS": "https://b.example, https://a.example"}, True),
+    ("one that is not listed", "https://c.example", {"ALLOWED_ORIGINS": "https://a.example"}, False),
+    ("the listed name by another scheme", "http://a.example", {"ALLOWED_ORIGINS": "https://a.example"},
+     False),
+    ("the listed name with a port", "https://a.example:1", {"ALLOWED_ORIGINS": "https://a.example"}, False),
+    ("this machine, whatever is listed", "http://localhost:1", {"ALLOWED_ORIGINS": "https://a.example"},
+     True),
+    ("a stranger where a key is asked for", "https://evil.example", PROXY, True),
+    ("not when others are listed", "https://evil.example",
+     {**PROXY, "ALLOWED_ORIGINS": "https://a.example"}, False),
+    ("a stranger that brings its own key", "https://evil.example", {"OPENAI_API_KEY": ""}, True),
+]
+
+
+@table(ORIGINS, "origin, more, is_served")
+def test_web_pages(origin, more, is_served):
+    fields = [f"Origin: {origin}", "Authorization: Bearer proxy-key-1"]
+
+    async def scenario():
+        async with facing([KEPT], **more) as (upstream, server):
+            answers = [await one(server.port, POST(*fields, f"Content-Type: {kind}",
+                                                   f"Content-Length: {len(HI)}",
+                                                   body=HI, path="/v1/messages"))
+                       for kind in ("application/json", "text/plain")]
+            answers.append(await one(server.port, GET("/x", *fields)))
+            preflight = await one(server.port, HTTP(
+                "OPTIONS /v1/messages HTTP/1.1", *fields[:1], "Access-Control-Request-Method: POST",
+                "Access-Control-Request-Headers: x-api-key, anthropic-version"))
+            health = await one(server.port, GET("/health", *fields[:1]))
+            return answers, preflight, health, upstream.heads
+
+    answers, preflight, health, heads = run(scenario())
+    assert health[0] == 200 and not [name for name in health[1] if name.startswith("access-control")]
+    if is_served:
+        assert [answer[0] for answer in answers][::2] == [200, 404] and preflight[0] == 204
+        for _, headers, _ in (*answers, preflight):
+            assert headers["access-control-allow-origin"] == origin and headers["vary"] == "Origin"
+            assert headers["access-control-expose-headers"] == "request-id, retry-after"
+        assert {"GET", "POST", "OPTIONS"} <= set(preflight[1]["access-control-allow-methods"].split(", "))
+        assert preflight[1]["access-control-allow-headers"] == "x-api-key, anthropic-version"
+        assert preflight[1]["access-control-max-age"] == "600" and "content-length" not in preflight[1]
+    else:
+        assert heads == [] and preflight[0] == 403
+        for answer in (*answers, preflight):
+            assert checked(answer) == "403 permission_error"
+            assert not [name for name in answer[1] if name.startswith("access-control")]
+
+
+def test_a_preflight_echoes_only_names_of_headers():
+    async def scenario():
+        async with bare() as server:
+            return await one(server.port, HTTP("OPTIONS / HTTP/1.1", "Origin: http://localhost",
+                                               "Access-Control-Request-Headers: a<script>: b"))
+
+    assert run(scenario())[1].get("access-control-allow-headers", "") == ""
+
+
+HOSTS_ASKED = [  # Host, settings, whether GET is served, whether POST is
+    *((host, host, {}, True, True) for host in (
+        "localhost", "localhost:8082", "LOCALHOST", "a.localhost", "127.0.0.1", "127.1.2.3:99", "[::1]",
+        "[::1]:80")),
+    *((host, host, {}, False, False) for host in (
+        "evil.example", "evil.example:8082", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1",
+        "192.168.1.5:8082", "0.0.0.0", "[::2]", "[fe80::1]", "128.0.0.1", "2130706433", "mymac.local",
+        "mymac", "x.", "a_b")),
+    ("a single letter, for a program's POST alone", "x", {}, False, True),
+    ("a listed one", "proxy.example:1", {"ALLOWED_HOSTS": "a.example, Proxy.Example"}, True, True),
+    ("not one below a listed one", "x.proxy.example", {"ALLOWED_HOSTS": "proxy.example"}, False, False),
+    ("all", "evil.example", {"ALLOWED_HOSTS": "*"}, True, True),
+    ("any where a key is asked for", "evil.example", PROXY, True, True),
+    ("any where clients bring their own", "evil.example", {"OPENAI_API_KEY": ""}, True, True),
+]
+
+
+@table(HOSTS_ASKED, "host, more, get, post")
+def test_the_Host_of_a_request(host, more, get, post):
+    async def scenario():
+        async with facing([KEPT], **more) as (_, server):
+            key = "Authorization: Bearer proxy-key-1"
+            return [await one(server.port, GET("/v1/models", key, host=f"Host: {host}")),
+                    await one(server.port, POST(key, f"Content-Length: {len(HI)}", body=HI,
+                                                path="/v1/messages",
+                                                host=f"Host: {host}")),
+                    await one(server.port, GET(f"http://{host}/v1/models", key)),
+                    await one(server.port, POST(key, f"Content-Length: {len(HI)}", "Origin: http://localhost",
+                                                body=HI, path="/v1/messages", host=f"Host: {host}"))]
+
+    answers = run(scenario())
+    assert [answer[0] for answer in answers] == [200 if is_served else 403
+                                                 for is_served in (get, post, get, get)]
+    for answer in answers:
+        assert answer[0] == 200 or (checked(answer) == "403 permission_error"
+                                    and b"ALLOWED_HOSTS" in answer[2])
+
+
+@table([(f"{host} {more}", (host, more), want) for host, more, want in [
+    *((host, {}, True) for host in ("127.0.0.1", "::1", "[::1]", "localhost", "127.0.0.1,::1", "127.3.2.1")),
+    *((host, {}, False) for host in ("0.0.0.0", "::", "[::]", "192.168.1.2", "mymac.local",
+                                     "127.0.0.1,0.0.0.0",
+                                     "::ffff:1.2.3.4")),
+    ("0.0.0.0", PROXY, True), ("0.0.0.0", {"OPENAI_API_KEY": ""}, True),
+    ("::", {"OPENAI_API_KEY": "", **PROXY}, True),
+]])
+def test_an_unprotected_key_is_not_offered_to_other_machines(given, want):
+    host, more = given
+    environ = {"OPENAI_API_KEY": KEY, "SERVER_HOST": host, **more}
+    if want:
+        assert aiapiproxy.load_settings(environ).server_host
+    else:
+        with pytest.raises(aiapiproxy.ConfigError, match="SERVER_HOST.*PROXY_API_KEY"):
+            aiapiproxy.load_settings(environ)
+
+
+# ---- what must not be seen
+
+ECHOES = [  # how an upstream tells the key that it was sent
+    ("in an error", raw_answer(json.dumps({"error": {"message": f"Incorrect API key: {KEY}."}}).encode(),
+                               status=401)),
+    ("in a 400", raw_answer(json.dumps({"error": {"message": f"Bearer {KEY}", "param": KEY,
+                                                  "code": KEY}}).encode(),
+                            status=400)),
+    ("in an error with 200", raw_answer(json.dumps({"error": {"message": KEY, "code": 500}}).encode())),
+    ("in a page", raw_answer(f"<html><title>{KEY}</title></html>".encode(), "Content-Type: text/html",
+                             status=502)),
+    ("in a page with 200", raw_answer(f"<html><title>{KEY}</title></html>".encode(),
+                                      "Content-Type: text/html")),
+    ("in plain text", raw_answer(f"no {KEY}".encode(), status=500)),
+    ("in a stream's error", raw_answer(sse([c("x"), error_like(500, KEY)]),
+                                       "Content-Type: text/event-stream")),
+    ("in an event named error", raw_answer(b"event: error\ndata: " + KEY.encode() + b"\n\n",
+                                           "Content-Type: text/event-stream")),
+    ("in a redirect", raw_answer(b"", f"Location: https://{KEY}.example/{KEY}", status=302)),
+    ("in its headers", raw_answer(b"{}", f"x-request-id: {KEY}", f"Retry-After: {KEY}", status=429)),
+    ("in a finish reason", raw_answer(json.dumps(completion({"content": "x"}, KEY)).encode())),
+]
+
+
+@pytest.mark.parametrize("passed_on", [False, True], ids=["own key", "client's key"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+@table(ECHOES, "answer")
+def test_a_key_that_the_upstream_echoes_is_not_seen(answer, streaming, passed_on, caplog):
+    caplog.set_level(10, "aiapiproxy")
+
+    async def scenario():
+        more = {"OPENAI_API_KEY": ""} if passed_on else {}
+        async with facing([answer], **more, RUST_BACKTRACE="1") as (_, server):
+            got = await ask(server.port, body=R(stream=streaming), authorization=f"Bearer {KEY}")
+            pages = [await ask(server.port, "GET", path, accept="text/html")
+                     for path in ("/", "/status", "/metrics")]
+            return got, pages
+
+    got, pages = run(scenario())
+    assert KEY not in str((got, pages)) and b"Internal error" not in got[2]
+    assert KEY not in "".join(str(vars(record)) for record in caplog.records)
+
+
+def test_a_key_that_is_echoed_is_shown_by_its_last_four():
+    async def scenario():
+        async with facing([ECHOES[0][1]]) as (_, server):
+            return shown(await ask(server.port, body=R()))
+
+    assert run(scenario()).endswith("Incorrect API key: sk-\u20261234.")
+
+
+FORGED = 'claude-\u2028"x"\r\n{"level":"error","event":"forged"}\x1b[31m\\\ud83d'
+
+
+def test_nothing_forges_a_line_of_the_log_a_metric_or_a_header(caplog):
+    caplog.set_level(10, "aiapiproxy")
+
+    async def scenario():
+        async with facing([KEPT] * 9) as (_, server):
+            for asked in (R(model=FORGED), R(model=FORGED, stream=True), R(model=FORGED.upper())):
+                answer = await ask(server.port, body=asked, x_request_id="a\tb{}\x80\"",
+                                   user_agent="\xa0\x85",
+                                   x_claude_code_session_id="\x85\"" * 200)
+                assert "forged" not in str(answer[1]) and answer[0] != 500
+            await ask(server.port, "GET", "/%0d%0aforged%1b[31m" + "x" * 500)
+            return (await ask(server.port, "GET", "/metrics"))[2]
+
+    metrics = run(scenario()).decode()
+    label = r'\w+="([^"\\\n]|\\.)*"'
+    for line in metrics.split("\n")[:-1]:
+        assert line[0] == "#" or re.fullmatch(rf"aiapiproxy_\w+(\{{{label}(,{label})*\}})? [0-9.e+-]+", line)
+    json_lines, text = aiapiproxy.JsonFormatter(), aiapiproxy.TextFormatter(False)
+    assert len(caplog.records) >= 4
+    for record in caplog.records:
+        line = json_lines.format(record)
+        assert line.isascii() and line.isprintable() and json.loads(line)["event"] == record.getMessage()
+        assert not re.search("[\x00-\x1f\x7f-\x9f]", text.format(record))
+
+
+def test_what_was_said_is_in_no_line_of_the_log(caplog):
+    caplog.set_level(1, "aiapiproxy")
+
+    async def scenario():
+        said_there = completion({"content": "ANSWER-SECRET", "reasoning_content": "ANSWER-SECRET"})
+        async with facing([raw_answer(json.dumps(said_there).encode()),
+                           raw_answer(sse([c("ANSWER-SECRET"), "{"])),
+                           raw_answer(b"{}", status=500)]) as (_, server):
+            for streaming in (False, True, False):
+                await ask(server.port, body=R([U("PROMPT-SECRET")], system="PROMPT-SECRET", stream=streaming,
+                                              tools=[T("f", description="PROMPT-SECRET")]),
+                                              x_api_key="CLIENT-SECRET")
+
+    run(scenario())
+    lines = "".join(str(vars(record)) for record in caplog.records)
+    assert "request" in lines and not re.search("(ANSWER|PROMPT|CLIENT)-SECRET", lines)
+
+
+# ============================================================================
+# 3. SETTINGS
+# ============================================================================
+
+DOTENV = [  # text, variables, lines that are skipped
+    ("plain", "A=b", {"A": "b"}, []), ("CRLF", "A=b\r\nC=d\r\n", {"A": "b", "C": "d"}, []),
+    ("a BOM", "\ufeffA=b", {"A": "b"}, []), ("comments and empty lines", "# a\n\n  #b\nA=b", {"A": "b"}, []),
+    ("export", "export A=b\nexport\tC=d", {"A": "b", "C": "d"}, []),
+    ("blanks around", "  A = b  ", {"A": "b"}, []), ("blanks inside", "A=b c", {"A": "b c"}, []),
+    ("single quotes", "A='b # c'", {"A": "b # c"}, []), ("double quotes", 'A="b # c"', {"A": "b # c"}, []),
+    ("blanks in quotes", "A=' b '", {"A": " b "}, []), ("the other quotes inside", "A='\"'", {"A": '"'}, []),
+    ("a comment behind", "A=b # c", {"A": "b"}, []),
+    ("no comment without a blank", "A=b#c", {"A": "b#c"}, []),
+    ("a comment behind quotes", "A='b' # c", {"A": "b"}, []),
+    ("an equals sign inside", "A=b=c", {"A": "b=c"}, []),
+    ("empty", "A=", {"A": ""}, []), ("empty quotes", "A=''", {"A": ""}, []),
+    ("only a comment", "A= # c", {"A": ""}, []),
+    ("the last one counts", "A=b\nA=c", {"A": "c"}, []),
+    ("nothing is expanded or run", "A=$HOME`ls`$(ls)\\n", {"A": "$HOME`ls`$(ls)\\n"}, []),
+    ("an open quote", "A='b\nC=d", {"C": "d"}, [1]),
+    ("no equals sign", "A\nC=d\nexport B", {"C": "d"}, [1, 3]),
+    ("a name that is none", "1A=b\nA-B=c\n=d\nC=d", {"C": "d"}, [1, 2, 3]),
+    ("words behind quotes", "A='b'c\nC=d", {"C": "d"}, [1]),
+]
+
+
+@table(DOTENV, "text, values, skipped")
+def test_a_env_file(text, values, skipped):
+    assert aiapiproxy.dotenv_values(text) == (values, skipped)
+
+
+@table([("only its owner", 0o600, 0), ("its group", 0o640, 1), ("everybody", 0o644, 1),
+        ("others alone", 0o604, 1)],
+       "mode, count")
+def test_a_env_file_that_others_can_read_is_warned_of(mode, count, tmp_path):
+    path = tmp_path / ".env"
+    path.write_text("OPENAI_API_KEY=sk-1\n")
+    path.chmod(mode)
+    _, found = aiapiproxy.read_env_file(str(path), True)
+    assert [facts["message"].count("chmod 600") for _, facts in found] == [1] * count
+
+
+BAD_VALUES = {
+    "SERVER_HOST": "a/b", "SERVER_PORT": "0", "OPENAI_API_KEY": "a b", "OPENAI_BASE_URL": "ftp://a",
+    "CLAUDE_HAIKU_MODEL": "a\x01", "CLAUDE_SONNET_MODEL": "a\x01", "CLAUDE_OPUS_MODEL": "a\x01",
+    "REQUEST_TIMEOUT": "0", "STREAM_TIMEOUT": "x", "LOG_LEVEL": "loud", "RUST_LOG": "loud",
+    "LOG_FORMAT": "xml",
+    "API_KEY_HEADER": "a b", "PROXY_API_KEY": "a b", "MAX_REQUEST_SIZE": "-1", "MAX_CONCURRENT_REQUESTS": "0",
+    "WORKERS": "0", "TOKIO_WORKER_THREADS": "1.5", "HTTPS_PROXY": "socks5://a", "HTTP_PROXY": "https://a",
+    "https_proxy": "http://a:b", "http_proxy": "http://", "UPSTREAM_HEADERS": "a", "RUST_BACKTRACE": "2",
+    "SSL_CERT_FILE": "a\x01", "SSL_CERT_DIR": "a\x01", "PID_FILE": "a\x01",
+}
+
+
+@table([(f"{name}={text!r}", name, text) for name, text in [
+           *BAD_VALUES.items(), *(("SERVER_PORT", text) for text in ("65536", "80a", "-1", "8e3", "\u0661")),
+           *(("REQUEST_TIMEOUT", text) for text in ("nan", "inf", "-1", "1e9", "1s")),
+           *(("OPENAI_BASE_URL", text) for text in ("a", "http://", "http://a:x", "http://a:99999",
+                                                    "http://a b",
+                                                    "http://u:p@a", "http://[::1")),
+           *(("UPSTREAM_HEADERS", text) for text in ("a b: c", "Host: a", "a: \xe4", "Content-Length: 1",
+                                                     "a:b\rc: d"))]], "name, text")
+def test_a_value_that_cannot_be_used_is_named(name, text):
+    with pytest.raises(aiapiproxy.ConfigError) as caught:
+        aiapiproxy.load_settings({name: text})
+    (problem,) = caught.value.problems
+    assert problem.startswith(name + " ") and "\n" not in problem
+    assert repr(text) not in problem or name not in ("OPENAI_API_KEY", "PROXY_API_KEY", "HTTPS_PROXY",
+                                                     "HTTP_PROXY")
+
+
+def test_all_bad_values_are_told_at_once_and_an_empty_one_counts_as_not_set():
+    with pytest.raises(aiapiproxy.ConfigError) as caught:
+        aiapiproxy.load_settings({"SERVER_PORT": "x", "WORKERS": "x", "LOG_LEVEL": "", "STREAM_TIMEOUT": " "})
+    assert len(caught.value.problems) == 2
+
+
+def test_the_environment_wins_over_the_file_and_the_file_over_the_default():
+    got = aiapiproxy.load_settings({"SERVER_PORT": "1", "WORKERS": ""}, {"SERVER_PORT": "2", "WORKERS": "3"})
+    assert (got.server_port, got.workers, got.request_timeout) == (1, 3, 30)
+
+
+@table([
+    ("a slash", "https://a.b/v1/", "https://a.b/v1"),
+    ("the whole path", "https://a.b/v1/chat/completions", "https://a.b/v1"),
+    ("both", "http://a/chat/completions/", "http://a"),
+    ("a query", "https://a/x?api-version=1", "https://a/x?api-version=1"),
+    ("a port", "http://[::1]:11434/v1", "http://[::1]:11434/v1"),
+])
+def test_base_urls(given, want):
+    assert aiapiproxy.load_settings({"OPENAI_BASE_URL": given}).openai_base_url.geturl() == want
+
+
+@table([("a level", "debug", 10), ("trace is debug", "TRACE", 10), ("warning", "warning", 30),
+        ("the bare level of a list", "hyper=warn,error,tower=info", 40),
+        ("a list without one", "hyper=warn", 20)])
+def test_log_levels(given, want):
+    assert aiapiproxy.load_settings({"RUST_LOG": given}).log_level == want
+
+
+# ============================================================================
+# 17. MAIN: the program as a process
+# ============================================================================
+#
+# `Program` starts it with a clean environment in an empty folder and reads what it writes, line by line.
+# One that hangs is killed after 20 s, so that nothing waits for ever.
+
+PATCHED = "import sys, aiapiproxy; {}; sys.exit(aiapiproxy.main(sys.argv[1:]))"
+
+
+class Program:
+    """A process of the proxy; `patch` changes constants of it first."""
+
+    def __init__(self, folder, *arguments, patch="", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                 before=None,
+                 **environ):
+        path = os.path.abspath(aiapiproxy.__file__)
+        command = [sys.executable, "-c", PATCHED.format(patch)] if patch else [sys.executable, path]
+        environ = {"PATH": os.environ["PATH"], "PYTHONPATH": os.path.dirname(path),
+                   "PYTHONDONTWRITEBYTECODE": "1",
+                   "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:1/v1", **environ}
+        self.process = subprocess.Popen([*command, *arguments], cwd=str(folder), env=environ, stdout=stdout,
+                                        stderr=stderr, stdin=subprocess.DEVNULL, preexec_fn=before)
+        self.timer = threading.Timer(20, self.process.kill)
+        self.timer.start()
+        self.lines, self.port = [], 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.timer.cancel()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdout, self.process.stderr):
+            if file is not None:
+                file.close()
+
+    def until(self, event, file=None):
+        """The line of an event; each line before it is JSON too."""
+        file = file or self.process.stdout
+        while True:
+            line = file.readline()
+            assert line, f"ended before {event}: {self.lines}"
+            self.lines.append(json.loads(line))
+            if self.lines[-1]["event"] == event:
+                return self.lines[-1]
+
+    def started(self):
+        self.port = int(self.until("started")["address"].rpartition(":")[2])
+        return self
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def end(self):
+        """(exit code, what is left of stdout and stderr)."""
+        out, err = self.process.communicate()
+        return self.process.returncode, (out or b"").decode(), (err or b"").decode()
+
+    def get(self, path="/health", method="GET", body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def streaming(self):
+        """A stream that has begun: (connection, answer, its first bytes)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request("POST", "/v1/messages", json.dumps(R(stream=True)))
+        answer = connection.getresponse()
+        start = b""
+        while b"text_delta" not in start:
+            piece = answer.read1(65536)
+            assert piece, (answer.status, start)
+            start += piece
+        return connection, answer, start
+
+
+@contextlib.contextmanager
+def hanging_upstream():
+    """A server that begins each stream and never ends it; its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    kept = []
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                kept.append(connection)
+                data = b""
+                while b"stream\":true" not in data.replace(b" ", b""):
+                    data += connection.recv(65536)
+                connection.sendall(raw_answer(sse([c("x")]), "Content-Type: text/event-stream", length=False))
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        listener.close()
+        for connection in kept:
+            connection.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_signal_ends_an_idle_proxy_at_once(number, workers, tmp_path):
+    with Program(tmp_path, "--port", "0", PID_FILE="p.pid", WORKERS=workers) as program:
+        started = program.started() and program.lines[-1]
+        assert "ANTHROPIC_BASE_URL" in started["message"] and started["upstream"] == "127.0.0.1"
+        assert (tmp_path / "p.pid").read_text() == f"{program.process.pid}\n"
+        idle = http.client.HTTPConnection("127.0.0.1", program.port)
+        idle.request("GET", "/health")
+        answer = json.loads(idle.getresponse().read())
+        assert answer["pid"] == program.process.pid
+        began = time.monotonic()
+        program.signal(number)
+        code, out, err = program.end()
+        assert (code, err) == (0, "") and time.monotonic() - began < 1
+        assert [json.loads(line)["event"] for line in out.splitlines()] == ["stopping", "stopped"]
+        assert not (tmp_path / "p.pid").exists()
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.1", program.port), 1)
+        idle.close()
+
+
+def test_a_running_stream_may_end_after_SIGTERM(tmp_path):
+    with Program(tmp_path, "--port", "0", "--demo") as program:
+        program.started()
+        connection, answer, start = program.streaming()
+        program.signal(signal.SIGTERM)
+        program.until("stopping")
+        assert printed(start + answer.read()).endswith("MD(end_turn) ME")
+        connection.close()
+        assert program.end()[0] == 0
+
+
+def test_streams_that_do_not_end_are_told_after_SIGTERM(tmp_path):
+    with hanging_upstream() as url:
+        with Program(tmp_path, "--port", "0", patch="aiapiproxy.DRAIN_TIME = 0.2",
+                     OPENAI_BASE_URL=url) as program:
+            program.started()
+            streams = [program.streaming() for _ in range(3)]
+            program.signal(signal.SIGTERM)
+            for connection, answer, start in streams:
+                assert printed(start + answer.read()) == 'MS 0+text 0t"x" ERR(overloaded_error)'
+                connection.close()
+            code, out, _ = program.end()
+            assert code == 0
+            outcomes = [json.loads(line).get("outcome") for line in out.splitlines() if '"request"' in line]
+            assert outcomes == ["shutdown"] * 3
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_second_signal_ends_it_at_once(workers, tmp_path):
+    with hanging_upstream() as url, Program(tmp_path, "--port", "0", OPENAI_BASE_URL=url,
+                                            WORKERS=workers) as program:
+        program.started()
+        connection, answer, start = program.streaming()
+        program.signal(signal.SIGTERM)
+        program.until("stopping")
+        threading.Event().wait(0.1)                            # the second one of a person, not of a machine
+        began = time.monotonic()
+        program.signal(signal.SIGTERM)
+        with contextlib.suppress(http.client.HTTPException, OSError):
+            answer.read()
+        assert program.end()[0] == 0 and time.monotonic() - began < 2
+        connection.close()
+
+
+def test_while_it_stops_it_is_not_ready():
+    async def scenario():
+        async with proxied(stream(c("x"), HANG)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", R(stream=True)) as asking, \
+                    Wire(server.port) as wire:
+                await asking.until(b"text_delta")
+                server.app.is_draining = True
+                await wire.send(GET("/health/ready"))
+                answer = await wire.answer()
+                return answer[0], json.loads(answer[2])["status"]
+
+    assert run(scenario()) == (503, "not_ready")
+
+
+def test_SIGHUP_reads_the_file_again_and_connections_go_on(tmp_path):
+    file = tmp_path / ".env"
+    file.write_text("CLAUDE_OPUS_MODEL=first\n")
+    file.chmod(0o600)
+    with hanging_upstream() as url, Program(tmp_path, "--port", "0", OPENAI_BASE_URL=url) as program:
+        program.started()
+        kept = http.client.HTTPConnection("127.0.0.1", program.port, timeout=10)
+
+        def opus():
+            kept.request("GET", "/v1/models/claude-opus-5-5")
+            return json.loads(kept.getresponse().read())["display_name"]
+
+        running_stream, _, _ = program.streaming()
+        assert opus() == "Claude Opus 5.5 (first)"
+        sock = kept.sock
+        file.write_text("CLAUDE_OPUS_MODEL=second\nLOG_LEVEL=debug\n")
+        program.signal(signal.SIGHUP)
+        program.until("reloaded")
+        assert opus() == "Claude Opus 5.5 (second)"
+        file.write_text("CLAUDE_OPUS_MODEL=third\nREQUEST_TIMEOUT=soon\n")
+        program.signal(signal.SIGHUP)
+        line = program.until("reload_failed", program.process.stderr)
+        assert line["level"] == "error" and "REQUEST_TIMEOUT" in line["message"]
+        assert opus() == "Claude Opus 5.5 (second)" and kept.sock is sock
+        file.unlink()
+        program.signal(signal.SIGHUP)
+        program.until("reloaded")
+        assert opus() == "Claude Opus 5.5 (gpt-4)" and json.loads(program.get()[1])["in_flight"] == 1
+        running_stream.close()
+        kept.close()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_SIGHUP_opens_the_logs_anew(workers, tmp_path):
+    out, err = tmp_path / "out.log", tmp_path / "err.log"
+    with out.open("ab") as stdout, err.open("ab") as stderr:
+        program = Program(tmp_path, "--port", "0", stdout=stdout, stderr=stderr, PID_FILE="p.pid",
+                          WORKERS=workers,
+                          patch="aiapiproxy.ROTATION_CHECK = 999")
+    with program:
+        wait_for(lambda: out.exists() and b"started" in out.read_bytes())
+        program.port = int(json.loads(out.read_text().splitlines()[0])["address"].rpartition(":")[2])
+        program.get("/x")
+        out.rename(tmp_path / "out.log.0")
+        program.signal(signal.SIGHUP)
+        wait_for(lambda: out.exists() and out.read_bytes().count(b"reloaded") == int(workers))
+        program.get("/y")
+        wait_for(lambda: b'"/y"' in out.read_bytes())
+        program.signal(signal.SIGTERM)
+        assert program.end()[0] == 0
+    old = (tmp_path / "out.log.0").read_text()
+    assert '"/x"' in old and '"/y"' not in old and stat.S_IMODE(out.stat().st_mode) & 0o037 == 0
+    for line in (old + out.read_text()).splitlines():
+        assert json.loads(line)["event"]
+
+
+def test_a_log_that_was_moved_away_is_noticed_without_a_signal(tmp_path):
+    out = tmp_path / "out.log"
+    with out.open("ab") as stdout:
+        program = Program(tmp_path, "--port", "0", stdout=stdout, patch="aiapiproxy.ROTATION_CHECK = 0")
+    with program:
+        wait_for(lambda: b"started" in out.read_bytes())
+        program.port = int(json.loads(out.read_text())["address"].rpartition(":")[2])
+        out.rename(tmp_path / "out.log.0")
+        program.get("/y")
+        wait_for(lambda: out.exists() and b'"/y"' in out.read_bytes())
+
+
+def wait_for(fact):
+    """Waits until something outside of this process is so; 10 s at most."""
+    end = time.monotonic() + 10
+    while not fact():
+        assert time.monotonic() < end, "it does not come"
+        threading.Event().wait(0.01)
+
+
+def free_port():
+    """A port that nobody has, below those that the system gives to outgoing connections."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(20000, 30000))) as free:
+            return free.getsockname()[1]
+
+
+def close_outputs():
+    os.close(1)
+    os.close(2)
+
+
+@table([("closed", "closed"), ("a full disk", "/dev/full"), ("a pipe that nobody reads", "pipe"),
+        ("a pipe that is full", "full pipe")], "way")
+def test_a_log_that_cannot_be_written_stops_nothing(way, tmp_path):
+    reader, writer = os.pipe()
+    options = {"stdout": writer, "stderr": writer}
+    if way == "closed":
+        options = {"before": close_outputs}
+    elif way == "/dev/full":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("there is no /dev/full here")
+        options = {"stdout": os.open("/dev/full", os.O_WRONLY)}
+        options["stderr"] = options["stdout"]
+    elif way == "pipe":
+        os.close(reader)
+    else:
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"\n" * 65536)
+        os.set_blocking(writer, True)
+    port = free_port()
+    with Program(tmp_path, "--port", str(port), LOG_LEVEL="debug", **options) as program:
+        program.port = port
+
+        def serves():
+            with contextlib.suppress(OSError):
+                return program.get()[0] == 200
+
+        wait_for(serves)
+        for _ in range(20):
+            assert program.get("/x")[0] == 404
+            body = json.dumps(R())
+            assert program.get("/v1/messages", "POST", body)[0] == 502
+        program.signal(signal.SIGTERM)
+        assert program.end()[0] == 0
+    for descriptor in {reader, writer, *(each for each in options.values() if isinstance(each, int))}:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def test_a_port_in_use_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for workers in ("1", "2"):
+            with Program(tmp_path, "--port", str(port), WORKERS=workers) as program:
+                code, out, err = program.end()
+            assert code == 1 and out == "" and err.count("\n") == 1
+            assert str(port) in err and f"lsof -i :{port}" in err
+
+
+ONE_LINE = [  # arguments, environment, exit code, what stderr says
+    ("bad values are all named", [], {name: value for name, value in BAD_VALUES.items()
+                                      if name not in ("RUST_LOG", "TOKIO_WORKER_THREADS", "https_proxy",
+                                                      "http_proxy")},
+     78, sorted(set(BAD_VALUES) - {"RUST_LOG", "TOKIO_WORKER_THREADS", "https_proxy", "http_proxy"})),
+    ("an alias is named", [], {"TOKIO_WORKER_THREADS": "x"}, 78, ["TOKIO_WORKER_THREADS"]),
+    ("in JSON, when asked", [], {"SERVER_PORT": "x", "LOG_FORMAT": "json"}, 78, ["SERVER_PORT"]),
+    ("beyond loopback", [], {"SERVER_HOST": "0.0.0.0"}, 78, ["SERVER_HOST", "PROXY_API_KEY"]),
+    ("beyond loopback by an option", ["--host", "0.0.0.0"], {}, 78, ["0.0.0.0", "PROXY_API_KEY"]),
+    ("an address that is none", ["--host", "a/b"], {}, 78, ["--host"]),
+    ("an address of another machine", ["--host", "192.0.2.1", "--port", "0"], {"OPENAI_API_KEY": ""}, 1,
+     ["192.0.2.1"]),
+    ("a name that does not exist", ["--host", "nowhere.invalid"], {"OPENAI_API_KEY": ""}, 1,
+     ["nowhere.invalid"]),
+    ("an --env-file that is not there", ["--env-file", "none"], {}, 78, ["--env-file none"]),
+    ("an --env-file that is a folder", ["--env-file", "."], {}, 78, ["--env-file ."]),
+    ("a certificate that is not there", ["--port", "0"],
+     {"SSL_CERT_FILE": "none.pem", "OPENAI_BASE_URL": "https://127.0.0.1/"}, 78, ["SSL_CERT_FILE"]),
+    ("an unknown option", ["--fast"], {}, 2, ["--fast"]),
+    ("a port that is none", ["--port", "x"], {}, 2, ["--port"]),
+    ("a port too large", ["--port", "65536"], {}, 2, ["--port"]),
+    ("--port without one", ["--port"], {}, 2, ["--port"]), ("a word", ["serve"], {}, 2, ["serve"]),
+]
+
+
+@table(ONE_LINE, "arguments, environ, code, words")
+def test_a_start_that_fails_says_why_in_a_line(arguments, environ, code, words, tmp_path):
+    with Program(tmp_path, *arguments, **environ) as program:
+        got, out, err = program.end()
+    assert (got, out) == (code, "") and "Traceback" not in err and all(word in err for word in words), err
+    if code != 2:
+        assert err.count("\n") == (1 if len(words) < 5 else len(words)), err
+    if environ.get("LOG_FORMAT") == "json":
+        assert json.loads(err)["level"] == "error"
+
+
+def test_help_lists_every_variable_and_option(tmp_path):
+    with Program(tmp_path, "--help") as program:
+        code, out, err = program.end()
+    names = [each.name.upper() for each in aiapiproxy.fields(aiapiproxy.Settings)]
+    assert (code, err) == (0, "") and all(re.search(rf"^  {name}  ", out, re.M) for name in names)
+    assert all(option in out for option in ("--env-file", "--host", "--port", "--demo", "--check",
+                                            "--version"))
+    assert re.search("SERVER_PORT .*8082", out) and re.search("MAX_REQUEST_SIZE .*33554432", out)
+
+
+def test_version(tmp_path):
+    with Program(tmp_path, "--version") as program:
+        assert program.end() == (0, f"aiapiproxy {aiapiproxy.__version__}\n", "")
+
+
+def test_the_file_of_settings_and_what_is_said_about_it(tmp_path):
+    file = tmp_path / "my.env"
+    file.write_text("export CLAUDE_OPUS_MODEL='o1' # mine\nwhat\nOPENAI_API_KY=x\nNOISE=1\n")
+    file.chmod(0o644)
+    with Program(tmp_path, "--env-file", "my.env", "--port", "0", OPENAI_API_KEY="") as program:
+        assert program.started().lines[-1]["models"]["opus"] == "o1"
+        program.signal(signal.SIGTERM)
+        code, _, err = program.end()
+    messages = [json.loads(line)["message"] for line in err.splitlines()]
+    assert code == 0 and len(messages) == 3 and "line 2" in messages[0] and "chmod 600" in messages[1]
+    assert "OPENAI_API_KY" in messages[2] and "OPENAI_API_KEY" in messages[2]
+
+
+def test_a_folder_that_is_gone_is_no_reason_not_to_start(tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    with Program(folder, "--port", "0", before=lambda: os.rmdir(str(folder))) as program:
+        assert program.started().get()[0] == 200
+
+
+def test_env_prints_what_points_a_client_here(tmp_path):
+    with Program(tmp_path, "--env", "--port", "8099") as program:
+        code, out, err = program.end()
+    assert (code, err) == (0, "") and KEY not in out
+    assert out.splitlines()[0] == "export ANTHROPIC_BASE_URL=http://127.0.0.1:8099"
+
+
+def models_answer(*names):
+    return raw_answer(json.dumps({"object": "list", "data": [{"id": name} for name in names]}).encode(),
+                      "Connection: close")
+
+
+CHECKS = [  # the upstream's answer to GET /models, exit code, what is said
+    ("all is well", models_answer("gpt-4o", "gpt-4o-mini", "gpt-5.1"), 0,
+     ["CLAUDE_OPUS_MODEL gpt-5.1 is there"]),
+    ("a model is missing", models_answer("gpt-4o", "gpt-4o-mini"), 1, ["fail  CLAUDE_OPUS_MODEL gpt-5.1"]),
+    ("the key is not accepted", raw_answer(b"{}", status=401), 1,
+     ["fail  the upstream answered 401", "OPENAI_API_KEY"]),
+    ("no list", raw_answer(b"{}", status=404), 0, ["warn  the upstream answered 404"]),
+    ("not a list", raw_answer(b"[1]"), 0, ["warn  the upstream's list"]),
+    ("it fails", raw_answer(b"{}", status=500), 1, ["fail  the upstream answered 500"]),
+    ("it closes", b"", 1, ["fail  Cannot connect"]),
+]
+
+
+@table(CHECKS, "answer, code, words")
+def test_check(answer, code, words, tmp_path):
+    async def scenario():
+        async with RawUpstream([answer]) as upstream:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, aiapiproxy.__file__, "--check", "--port", "1", cwd=str(tmp_path), stdout=-1,
+                stderr=-1,
+                env={"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, **MODELS})
+            return (*await process.communicate(), process.returncode, upstream.heads)
+
+    out, err, got, heads = run(scenario())
+    text = out.decode()
+    assert (got, err) == (code, b"") and KEY not in text and all(word in text for word in words), text
+    assert all(re.match("(ok   |warn |fail ) ", line) for line in text.splitlines())
+    assert heads[0].startswith("GET /v1/models HTTP/1.1") and f"Authorization: Bearer {KEY}" in heads[0]
+
+
+# ---- several workers
+
+def children(pid):
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE,
+                             check=True).stdout.decode()
+    return {int(child) for child, parent in (line.split() for line in listing.splitlines())
+            if int(parent) == pid}
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+        return True
+    except ProcessLookupError:
+        return False
+
+
+def total_requests(program):
+    _, body = program.get("/metrics")
+    return sum(int(value) for value in re.findall(r'requests_total\{route="other".* (\d+)\n', body.decode()))
+
+
+def test_workers_share_a_socket_add_up_and_are_replaced(tmp_path):
+    with Program(tmp_path, "--port", "0", WORKERS="2") as program:
+        program.started()
+        wait_for(lambda: len(children(program.process.pid)) == 2)
+        first = children(program.process.pid)
+        for _ in range(40):
+            assert program.get("/x")[0] == 404
+        wait_for(lambda: total_requests(program) == 40)
+        threading.Event().wait(0.3)                            # a worker tells the others now and then
+        killed = min(first)
+        os.kill(killed, signal.SIGKILL)
+        died = program.until("worker_died", program.process.stderr)
+        assert died["level"] == "error" and str(killed) in died["message"]
+        assert program.get()[0] == 200                     # while it is being replaced
+        wait_for(lambda: len(children(program.process.pid)) == 2
+                 and killed not in children(program.process.pid))
+        for _ in range(20):
+            assert program.get("/x")[0] == 404
+        wait_for(lambda: total_requests(program) == 60)
+        workers = children(program.process.pid)
+        program.signal(signal.SIGTERM)
+        assert program.end()[0] == 0 and not any(is_alive(pid) for pid in workers)
+
+
+def test_a_worker_that_is_replaced_has_the_settings_of_now(tmp_path):
+    file = tmp_path / ".env"
+    file.write_text("CLAUDE_OPUS_MODEL=first\n")
+    file.chmod(0o600)
+    with Program(tmp_path, "--port", "0", WORKERS="2", patch="aiapiproxy.WORKER_PAUSE = 0") as program:
+        program.started()
+        wait_for(lambda: len(children(program.process.pid)) == 2 and program.get()[0] == 200)
+        file.write_text("CLAUDE_OPUS_MODEL=second\n")
+
+        def reloaded():
+            program.signal(signal.SIGHUP)
+            program.until("reloaded")
+            return all(b"(second)" in program.get("/v1/models/claude-opus-5-5")[1] for _ in range(20))
+
+        wait_for(reloaded)
+        for killed in children(program.process.pid):
+            os.kill(killed, signal.SIGKILL)
+            program.until("worker_died", program.process.stderr)
+        for _ in range(20):
+            assert b"(second)" in program.get("/v1/models/claude-opus-5-5")[1]
+
+
+def test_several_workers_stop_accepting_at_once(tmp_path):
+    with hanging_upstream() as url, Program(tmp_path, "--port", "0", OPENAI_BASE_URL=url,
+                                            WORKERS="2") as program:
+        program.started()
+        connection, _, _ = program.streaming()
+        program.signal(signal.SIGTERM)
+        program.until("stopping")
+
+        def is_refused():
+            with contextlib.suppress(ConnectionResetError):
+                try:
+                    socket.create_connection(("127.0.0.1", program.port), 1).close()
+                except ConnectionRefusedError:
+                    return True
+            return False
+
+        began = time.monotonic()
+        wait_for(is_refused)
+        assert time.monotonic() - began < 2
+        connection.close()
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    with Program(tmp_path, "--port", "0", WORKERS="2", stdout=subprocess.PIPE) as program:
+        program.started()
+        wait_for(lambda: len(children(program.process.pid)) == 2 and program.get()[0] == 200)
+        workers = children(program.process.pid)
+        program.process.kill()
+        program.process.wait()
+        wait_for(lambda: not any(is_alive(pid) for pid in workers))
+
+
+# ============================================================================
+# Fuzz
+# ============================================================================
+#
+# AIAPIPROXY_FUZZ_SECONDS=600 runs longer, and from another seed each time.
+
+FUZZ_SECONDS = float(os.environ.get("AIAPIPROXY_FUZZ_SECONDS", "5"))
+PIECES = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b",", b";", b"0", b"-1", b"5\r\n", b"0\r\n\r\n",
+          b"\r\n\r\n", b"\xff",
+          b"HTTP/1.1", b"Host: a", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
+          b"Expect: 100-continue\r\n",
+          b"Connection: close\r\n", b"\xef\xbb\xbf", b"{", b"}", b"[", b'"', b"\\", b"1e999", b"\\ud83d",
+          b"null",
+          b"data: ", b"event: error\n", b"[DONE]", b"18446744073709551616", b"a" * 300]
+
+
+def mutated(raw, dice):
+    """Bytes with a few changes that a hostile or broken peer might make."""
+    raw = bytearray(raw)
+    for _ in range(dice.choice([0, 1, 1, 1, 2, 3, 8])):
+        at = dice.randrange(len(raw) + 1)
+        kind = dice.random()
+        if kind < 0.25 and raw:
+            raw[at % len(raw)] = dice.randrange(256)
+        elif kind < 0.6:
+            raw[at:at] = dice.choice(PIECES)
+        elif kind < 0.8:
+            del raw[at:at + dice.choice([1, 2, 10, 100])]
+        else:
+            raw[at:at] = raw[at:at + dice.choice([1, 20, 200])]
+    return bytes(raw)
+
+
+async def fuzzed(port, data, dice):
+    """Sends bytes in pieces and reads to the end: whatever is answered is HTTP, and never 500."""
+    async with Wire(port) as wire:
+        cut = dice.randrange(len(data) + 1)
+        with contextlib.suppress(ConnectionError):
+            await wire.send(data[:cut])
+            await wire.send(data[cut:])
+            if dice.random() < 0.2:
+                return
+            if dice.random() < 0.2:
+                wire.writer.write_eof()
+            while await asyncio.wait_for(wire.more(), 4):
+                pass
+        assert re.match(rb"HTTP/1\.1 [1-5]\d\d |$", wire.data), (data, wire.data)
+        assert b"Internal error" not in wire.data, (data, wire.data)
+
+
+def test_fuzz(monkeypatch, capfd, caplog):
+    for name in ("HEAD_TIME", "BODY_SILENCE", "IDLE_KEEP_ALIVE", "LINGER_TIME", "LINGER_SILENCE",
+                 "LAST_CHUNK_WAIT"):
+        monkeypatch.setattr(aiapiproxy, name, 0.05)
+    seed = 1 if FUZZ_SECONDS <= 5 else random.randrange(2 ** 32)
+    dice = random.Random(seed)
+    plain, streaming = (json.dumps(R(stream=flag)).encode() for flag in (False, True))
+    asked = [request for _, request, *_ in (*GOOD, *BAD_HEADS) if len(request) < 3000]
+    asked += [POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages")
+              for body in (plain, streaming)] * 10
+    told = [raw_answer(FINE, JSON_TYPE), raw_answer(FINE_SSE, "Content-Type: text/event-stream"),
+            raw_answer(b"%x\r\n%b\r\n0\r\n\r\n" % (len(FINE_SSE), FINE_SSE), "Transfer-Encoding: chunked",
+                       length=False),
+            raw_answer(gzip.compress(FINE), "Content-Encoding: gzip"), ECHOES[1][1], ECHOES[6][1],
+            ECHOES[8][1]]
+
+    async def scenario():
+        end = time.monotonic() + FUZZ_SECONDS * 0.8
+        count = 0
+        async with facing([b""], REQUEST_TIMEOUT="0.2", STREAM_TIMEOUT="0.2") as (upstream, server):
+            before, tasks = descriptors(), len(asyncio.all_tasks())
+            while time.monotonic() < end:
+                upstream.scripts = [[mutated(dice.choice(told), dice) for _ in range(2)] for _ in range(20)]
+                await asyncio.gather(*[fuzzed(server.port, mutated(dice.choice(asked), dice), dice)
+                                       for _ in range(20)])
+                assert (await ask(server.port, "GET", "/health", connection="close"))[0] == 200
+                count += 20
+            while server._tasks or upstream.connections:
+                server.app.upstream.close()
+                await asyncio.sleep(0.01)
+            assert server.app.in_flight == 0
+            while descriptors() > before or len(asyncio.all_tasks()) > tasks:
+                await asyncio.sleep(0.01)
+        return count
+
+    count = within(FUZZ_SECONDS + 10, scenario())
+    assert count > 50, f"seed {seed}"
+    assert "Traceback" not in capfd.readouterr().err
+    assert not [record for record in caplog.records if record.msg == "internal_error"]
+
+
+# ---- the demo, the status page, the metrics, records -------------------------
+
+def test_the_demo_streams_a_message_and_calls_a_tool(tmp_path):
+    weather = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}},
+                                                        "required": ["city"]}}
+    with Program(tmp_path, "--demo", "--port", "0") as program:
+        program.started()
+        _, body = program.get("/v1/messages", "POST", json.dumps(R([U("Hello")], stream=True)))
+        assert printed(body).endswith("0- MD(end_turn) ME") and b"demo" in body
+        _, body = program.get("/v1/messages", "POST", json.dumps(R([U("Use get_weather")], tools=[weather])))
+        call = json.loads(body)["content"][-1]
+        assert (call["name"], call["input"]) == ("get_weather", {"city": "demo"})
+        result = [U("Use get_weather"), A([call]), U([tr(call["id"], "sunny")])]
+        _, body = program.get("/v1/messages", "POST", json.dumps(R(result, tools=[weather])))
+        assert "sunny" in json.loads(body)["content"][0]["text"]
+
+
+def test_the_process_runs_without_its_syntax_tree_and_loads_nothing_from_its_folder(tmp_path):
+    (tmp_path / "argparse.py").write_text("print('foreign')")
+    with Program(tmp_path, "--port", "0") as program:
+        program.started()
+        assert json.loads(program.get()[1])["pid"] == program.process.pid
+        with contextlib.suppress(FileNotFoundError):         # only Linux has it
+            size = int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(
+                f"/proc/{program.process.pid}/status").read_text())[1])
+            assert size < 40_000, "kB at idle"
+
+
+async def served(script, *requests, path="/status", **environ):
+    """What a path answers after these requests."""
+    async with proxied(script, **environ) as (_, server):
+        for request in requests:
+            await ask(server.port, body=request)
+        return await ask(server.port, "GET", path)
+
+
+def test_the_status_has_the_requests_and_no_word_of_them():
+    _, _, body = run(served(OK, R([U("a secret")]), {"model": "x"}, R(stream=True)))
+    found = json.loads(body)
+    assert KEY.encode() not in body and b"secret" not in body and b"Hello" not in body
+    assert [(entry["status"], entry["outcome"], entry["output_tokens"]) for entry in found["recent"]] == [
+        (200, "ok", 2), (400, "rejected", None), (200, "ok", 2)]
+    assert (found["requests"], found["errors"], found["health"], found["models"]["sonnet"]) == (3, 1, "ready", "gpt-4o")
+    assert len(found["minutes"]) == 60 and sum(minute["requests"] for minute in found["minutes"]) == 3
+    assert found["environment"][0].startswith("export ANTHROPIC_BASE_URL=http://127.0.0.1:")
+
+
+def test_the_page_is_for_browsers_and_brings_all_that_it_needs():
+    async def scenario():
+        settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY}, server_port=0)
+        server = aiapiproxy.Server(settings, aiapiproxy.STATUS_PAGE)
+        await server.start()
+        try:
+            page = await ask(server.port, "GET", "/", accept="text/html")
+            return page, await ask(server.port, "GET", "/", accept="application/json")
+        finally:
+            await server.drain(1)
+
+    (status, headers, page), (_, _, plain) = run(scenario())
+    assert status == 200 and headers["content-type"] == "text/html; charset=utf-8"
+    assert headers["content-security-policy"].startswith("default-src 'none'")
+    assert re.findall(rb"""(?:src|href)=["']?(?:https?:)?//""", page) == [] and b"innerHTML" not in page
+    assert json.loads(plain)["name"] == "aiapiproxy"
+
+
+METRIC_LINE = re.compile(r'[a-z_]+(\{[a-z_]+="([^"\\]|\\.)*"(,[a-z_]+="([^"\\]|\\.)*")*\})? [0-9.e+-]+')
+
+
+def test_the_metrics_are_prometheus_text_with_bounded_labels():
+    models = [R(model=f'm"{number}\\\n') for number in range(40)]
+    _, headers, body = run(served(OK, *models, path="/metrics"))
+    lines = body.decode().splitlines()
+    assert headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert [line for line in lines if not line.startswith("# ") and not METRIC_LINE.fullmatch(line)] == []
+    assert 'aiapiproxy_requests_total{route="/v1/messages",status="200",outcome="ok"} 40' in lines
+    assert 'aiapiproxy_request_duration_seconds_count 40' in lines
+    assert len([line for line in lines if line.startswith("aiapiproxy_tokens_total")]) <= 3 * 21
+    if shutil.which("promtool"):
+        subprocess.run(["promtool", "check", "metrics"], input=body, check=True)
+
+
+def test_an_exchange_is_recorded_and_replayed(tmp_path):
+    words = [r("r"), c(f"my key is {KEY}"), k(0, "call_1", "f", '{"a":1}'), f("tool_calls"), u(5, 3), D]
+    _, headers, body = run(served_once(stream(*words), R(stream=True, thinking=ADAPTIVE, tools=[T("f")]),
+                                       RECORD_DIR=str(tmp_path / "records")))
+    (path,) = (tmp_path / "records").iterdir()
+    assert headers["request-id"] in path.name and path.stat().st_mode & 0o777 == 0o600
+    assert KEY not in path.read_text()
+    replayed = subprocess.run([sys.executable, aiapiproxy.__file__, "--replay", str(path)], stdout=subprocess.PIPE,
+                              check=True, timeout=20).stdout
+    assert printed(replayed) == printed(body).replace(KEY, f"sk-...{KEY[-4:]}")
+
+
+async def served_once(script, asked, **environ):
+    return (await asked_once(script, asked, **environ))[0]
+
+
+def test_what_is_not_a_record_is_not_replayed(tmp_path, capfd):
+    (tmp_path / "x.json").write_text("[]")
+    for path in (tmp_path / "x.json", tmp_path / "nothing"):
+        assert aiapiproxy.main(["--replay", str(path)]) == 1
+    assert len(capfd.readouterr().err.splitlines()) == 2
+
+
+def test_old_records_make_room_for_new_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "RECORDED_FILES", 2)
+    (tmp_path / "mine.json").write_text("kept")
+
+    async def scenario():
+        async with proxied(OK, RECORD_DIR=str(tmp_path)) as (_, server):
+            for _ in range(4):
+                await ask(server.port, body=R())
+
+    run(scenario())
+    assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "mine.json").exists()
+
+
+def test_the_upstream_request_of_a_large_body_is_dropped_when_it_answers_early():
+    refusal = reply(413, {"error": {"message": "too large for us"}})
+    answer, _ = run(asked_once(refusal, R([U("x" * 3_000_000)])))
+    assert said(answer) == "413 request_too_large: too large for us"
 
 
 # ============================================================================
