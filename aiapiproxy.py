@@ -521,7 +521,8 @@ class Settings:
     upstream_headers: Tuple[Tuple[str, str], ...] = env(
         (), header_list, "extra headers for the upstream: 'Name: value; Name: value'", secret=True)
     record_dir: str = env("", text_value, "folder that gets one file for each exchange, for reports of a fault")
-    rust_backtrace: bool = env(False, one_of(**{"0": False, "1": True, "full": True}), "1: unexpected errors are logged with their traceback")
+    rust_backtrace: bool = env(False, one_of(**{"0": False, "1": True, "full": True}),
+                               "1: unexpected errors are logged with their traceback")
 
     @property
     def passes_keys_on(self) -> bool:
@@ -601,7 +602,8 @@ def dotenv_values(text: str) -> Tuple[Dict[str, str], List[int]]:
             malformed.append(index)
             continue
         name, single, double, plain = match.groups()
-        values[name] = next(item.strip() if item is plain else item for item in (single, double, plain) if item is not None)
+        quoted_value = single if single is not None else double
+        values[name] = quoted_value if quoted_value is not None else plain.strip()
     return values, malformed
 
 
@@ -1306,7 +1308,9 @@ def usable_tools(listed: List[Any], choice: Any, talk: Conversation, profile: Pr
         function = tool_function(definition, "tools", profile)
         if function is not None:
             functions[definition.get("name") or function["name"]] = function
-    wanted = talk.named_tools | {choice["name"] for choice in [choice] if is_object(choice) and is_name(choice.get("name"))}
+    wanted = set(talk.named_tools)
+    if is_object(choice) and is_name(choice.get("name")):
+        wanted.add(choice["name"])
     has_search = bool(deferred) and any(re.search(r"tool_?search", name, re.I) for name in functions.keys() - deferred)
     loaded = [name for name in functions if name not in deferred or not has_search]
     loaded += [name for name in functions if name not in loaded and name in wanted]
@@ -1513,7 +1517,8 @@ def is_complete_schema(root: Json) -> bool:
                 continue
             if key in SUBSCHEMA_MAPS:
                 value = list(value.values()) if isinstance(value, dict) else ()
-            waiting += [item for item in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(item, dict)]
+            items = value if isinstance(value, (list, tuple)) else (value,)
+            waiting += [item for item in items if isinstance(item, dict)]
         if schema.get("type") == "object" and "additionalProperties" not in schema \
                 and not isinstance(schema.get("properties"), dict):
             return False
@@ -2411,7 +2416,9 @@ def thinking_part(part: Any) -> str:
     if not is_object(part) or part.get("type") != "thinking":
         return ""
     inner = part.get("thinking")
-    return "".join(part_text(item, ("text",)) for item in inner) if isinstance(inner, list) else part_text(part, ("thinking", "text"))
+    if isinstance(inner, list):
+        return "".join(part_text(item, ("text",)) for item in inner)
+    return part_text(part, ("thinking", "text"))
 
 
 def part_text(part: Any, keys: Sequence[str]) -> str:
@@ -2953,7 +2960,7 @@ def retry_headers(status: int, headers: Mapping[str, str], found: Refusal, now: 
         kept["x-should-retry"] = headers["x-should-retry"]
     if status not in (429, 500, 502, 504, 529):
         return kept
-    seconds = retry_after(headers.get("retry-after", ""), found, now)
+    seconds = retry_after(headers, found, now)
     if seconds is not None:
         kept["retry-after"] = str(max(1, math.ceil(seconds)))
     if re.fullmatch(r"\d{1,9}(\.\d+)?", headers.get("retry-after-ms", "")) and float(headers["retry-after-ms"]) > 0:
@@ -2961,8 +2968,9 @@ def retry_headers(status: int, headers: Mapping[str, str], found: Refusal, now: 
     return kept
 
 
-def retry_after(text: str, found: Refusal, now: float) -> Optional[float]:
-    """Seconds to wait, from the header, the error's details or its message."""
+def retry_after(headers: Mapping[str, str], found: Refusal, now: float) -> Optional[float]:
+    """Seconds to wait: from the header, the error's details or message, the reset of a limit that is used up."""
+    text = headers.get("retry-after", "")
     if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
         return float(text)
     if text:
@@ -2976,8 +2984,12 @@ def retry_after(text: str, found: Refusal, now: float) -> Optional[float]:
         seconds = duration(entry.get("retryDelay")) if is_object(entry) else None
         if seconds is not None:
             return seconds
-    match = found.says(r"try again in ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)") if found.status == 429 else None
-    return duration(match[1]) if match else None
+    if found.status != 429:
+        return None
+    match = found.says(r"try again in ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)")
+    used_up = [duration(headers.get(f"x-ratelimit-reset-{what}", "")) for what in ("requests", "tokens")
+               if headers.get(f"x-ratelimit-remaining-{what}") == "0"]
+    return duration(match[1]) if match else max(filter(None, used_up), default=None)
 
 
 def duration(text: Any) -> Optional[float]:
@@ -5254,7 +5266,7 @@ def request_head_end(data: bytes, searched: int) -> int:
         raise ProtocolError(431, f"The request head is longer than {MAX_HEAD} bytes")
     if head.count(b"\n") != head.count(b"\r\n"):
         raise ProtocolError(400, "A line of the head ends in a bare LF")
-    if line_end >= 0 and searched == 0 and not head.startswith(b"PRI ") and REQUEST_LINE.fullmatch(head[:line_end]) is None:
+    if line_end >= 0 and searched == 0 and REQUEST_LINE.fullmatch(head[:line_end]) is None:
         raise ProtocolError(400, "The request line is malformed")
     return end + 4 if end >= 0 else -1
 
@@ -6099,7 +6111,8 @@ def check_host(request: Request, settings: Settings) -> None:
         return
     host = re.sub(r":[0-9]*$", "", request.authority).strip("[]").lower()
     allowed = {name.lower() for name in (*settings.server_host, *settings.allowed_hosts)}
-    if not (is_loopback(host) or host in allowed or request.authority.lower() in allowed or is_placeholder(host, request)):
+    if not (is_loopback(host) or host in allowed or request.authority.lower() in allowed
+            or is_placeholder(host, request)):
         raise ProxyError(403, f"The host {request.authority[:200]} is not served: list it in ALLOWED_HOSTS")
 
 
@@ -6927,7 +6940,8 @@ class Server:
         duration = self._loop.time() - tx.began
         outcome = facts.get("outcome", "ok")
         status = tx.status or 499                            # as nginx has it: the client went before an answer
-        path = request.path if request.path in ROUTES else "/v1/models/" if request.path.startswith("/v1/models/") else "other"
+        path = "/v1/models/" if request.path.startswith("/v1/models/") else request.path
+        path = path if path in ROUTES else "other"
         metrics.add("requests_total", f'route="{path}",status="{status}",outcome="{outcome}"')
         if path == "/v1/messages":
             metrics.observe("request_duration_seconds", duration)
@@ -6948,8 +6962,8 @@ class Server:
         if "x-request-id" in request.headers:
             facts["client_request_id"] = redacted(request.headers["x-request-id"], tx.secrets)[:200]
         facts.pop("outcome", None)
-        log(level, "request", request_id=tx.id, method=request.method[:20], path=request.path if path != "other" else redacted(request.path, tx.secrets)[:200], status=status,
-            **facts, ttft_ms=first, duration_ms=round(duration * 1000, 1), bytes_out=tx.bytes_out, client=tx.client,
+        shown_path = request.path if path != "other" else redacted(request.path, tx.secrets)[:200]
+        log(level, "request", request_id=tx.id, method=request.method[:20], path=shown_path, status=status, **facts, ttft_ms=first, duration_ms=round(duration * 1000, 1), bytes_out=tx.bytes_out, client=tx.client,
             outcome=outcome)
 
 

@@ -1899,6 +1899,12 @@ LIMITS = [  # status, body, headers, (type, status), headers to the client
     ("hours", 429, error_like(None, "Please try again in 1h2m."), {}, RATE, {"retry-after": "3720"}),
     ("Google's delay", 429, {"error": {"message": "m", "details": [{"retryDelay": "34s"}]}}, {}, RATE,
      {"retry-after": "34"}),
+    ("the reset of a limit that is used up", 429, error_like(None), {
+        "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1.57s",
+        "x-ratelimit-remaining-requests": "9", "x-ratelimit-reset-requests": "6m0s"}, RATE,
+     {"retry-after": "2", "anthropic-ratelimit-tokens-remaining": "0",
+      "anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:02Z", "anthropic-ratelimit-requests-remaining": "9",
+      "anthropic-ratelimit-requests-reset": "2026-11-23T12:06:00Z"}),
     ("milliseconds of the upstream", 429, error_like(None), {"retry-after-ms": "1500"}, RATE,
      {"retry-after-ms": "1500"}),
     ("what will never fit", 429, error_like("rate_limit_exceeded", TOO_FAST), {}, RATE, NO_RETRY),
