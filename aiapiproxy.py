@@ -2746,6 +2746,8 @@ class Refusal:
         if self.param == name or self.param.startswith((name + ".", name + "[")):
             return True
         word = re.escape(name)
+        camel = re.sub(r"_(\w)", lambda match: match[1].upper(), name)        # xAI: reasoningEffort
+        word = word if camel == name else f"(?:{word}|{camel})"
         if re.search(rf"[\"'`]{word}[\"'`]", self.message):
             return True
         return bool((re.search(UNKNOWN_FIELD, self.words) or re.search(UNKNOWN_FIELD, self.message, re.I))
@@ -2755,7 +2757,8 @@ class Refusal:
         return re.search(pattern, self.message, re.I | re.S)
 
 
-UNKNOWN_FIELD = r"unsupported|unrecognized|unknown|not permitted|not supported|extra_forbidden|does not support"
+UNKNOWN_FIELD = (r"unsupported|unrecognized|unknown|not permitted|not supported|extra_forbidden|does not support|"
+                 r"incompatible|not allowed|not accepted|does not accept|not available")
 
 
 def refusal(status: int, value: Any) -> Refusal:
@@ -2781,6 +2784,8 @@ def error_message(value: Json) -> str:
     for found in (error, value.get("error_message"), value.get("message"), value.get("detail")):
         if is_name(found):
             return found
+    if is_object(value.get("message")):                                      # Mistral: FastAPI's body inside
+        return error_message(value["message"])
     detail, errors = value.get("detail"), value.get("errors")
     if isinstance(detail, list) and detail and is_object(detail[0]):         # FastAPI's validation
         place = ".".join(map(str, detail[0].get("loc") or ()))
@@ -3071,6 +3076,12 @@ OVERFLOW_WORDINGS = (        # N prompt, O output, T both, M maximum, A and F pa
     r"request \((?P<N>#) tokens\) exceeds the available context size \((?P<M>#) tokens\)",
     r"input \((?P<N>#) tokens\) is larger than the max context size \((?P<M>#) tokens\)",
     r"keep the first (?P<N>#) tokens.*context length of only (?P<M>#) tokens",
+    r"n_keep: ?(?P<N>#) ?>= ?n_ctx: ?(?P<M>#)",
+    r"maximum context length of (?P<M>#) tokens.*total of # tokens: (?P<N>#) tokens from the input messages "
+    r"and (?P<O>#) tokens for the completion",
+    r"prompt is too long: (?P<N>#), model maximum context length: (?P<M>#)",
+    r"too many tokens.*cannot exceed (?P<M>#)",
+    r"exceed(?:s|ed)? (?:the )?model(?:'s)? token limit:? (?P<M>#)",
     r"input token count \(?(?P<N>#)\)? exceeds the maximum number of tokens allowed \(?(?P<M>#)\)?",
     r"maximum prompt length is (?P<M>#) but the request contains (?P<N>#) tokens",
     r"prompt contains (?P<N>#) tokens.*model with (?P<M>#) maximum context length",
@@ -3086,7 +3097,8 @@ OVERFLOW_WORDINGS = (        # N prompt, O output, T both, M maximum, A and F pa
     r"prompt too long|reduce the length of the (?:messages|prompt|input)|too many tokens in the prompt|"
     r"context size has been exceeded|model_max_prompt_tokens_exceeded|n_keep >= n_ctx|"
     r"tokens to keep from the initial prompt|range of input length|no user query found|"
-    r"longer than the (?:model's )?context|context[_ ](?:length|window)[_ ]exceeded",
+    r"longer than the (?:model's )?context|context[_ ](?:length|window)[_ ]exceed|context window exceeds|"
+    r"prompt exceeds (?:the )?max|(?<!requested )exceed(?:s|ed)? (?:the )?model(?:'s)? (?:token )?limit|token length exceed",
 )
 
 
@@ -3149,7 +3161,7 @@ def token_field(body: Json) -> str:
 
 def names_tokens(found: Refusal) -> bool:
     """Whether a refusal is about the limit of the answer's tokens, under whatever name."""
-    return bool(found.says(r"max_(completion_|output_|new_)?tokens") or "max_tokens" in found.param
+    return bool(found.says(r"max_(completion_|output_|new_)?tokens|maximum tokens|maxTokens") or "max_tokens" in found.param
                 or "max_completion_tokens" in found.param)
 
 
@@ -3199,7 +3211,8 @@ def rename_limit(wanted: str) -> Callable[[Json, Any], bool]:
 
 def named_option(found: Refusal, body: Json) -> Any:
     """The optional fields of the request that a refusal names."""
-    return [name for name in OPTIONAL_FIELDS if name in body and found.names(name)] or None
+    named = [name for name in OPTIONAL_FIELDS if name in body and found.names(name)]
+    return [name for name in named if name == found.param] or named or None
 
 
 OPTIONAL_FIELDS = ("temperature", "top_p", "stop", "parallel_tool_calls", "reasoning_effort", "reasoning", "thinking",
@@ -3241,8 +3254,23 @@ def refuses_schema(found: Refusal, body: Json) -> Any:
     return body.get("tools") and (
         "invalid_function_parameters" in found.words or re.match(r"tools\[\d+\]\.function\.parameters", found.param)
         or found.says(r"invalid schema for function|tools[\[.]\d+\]?\.function\.parameters|"
-                      r"(grammar|json[ _]schema).*(pars|convert|unsupported|invalid)|"
-                      r"(pars|convert|unsupported|invalid).*(grammar|json[ _]schema)")) and True
+                      r"(grammar|json[ _]schema).*(pars|conver|unsupported|unrecognized|invalid)|"
+                      r"(pars|conver|unsupported|unrecognized|invalid).*(grammar|json[ _]schema)|"
+                      r"function_declarations\[\d+\]\.parameters")) and True
+
+
+def unknown_keywords(found: Refusal, body: Json) -> Any:
+    """Keywords of schemas that a refusal names (Gemini)."""
+    names = re.findall(r"unknown name ['\"](\w+)['\"] at ['\"]tools\S*parameters", found.message, re.I)
+    return [name for name in dict.fromkeys(names) if name not in ("type", "properties", "items", "required")] or None
+
+
+def drop_keywords(body: Json, names: Sequence[str]) -> bool:
+    def without(schema: Any) -> Any:
+        if not is_object(schema):
+            return schema
+        return mapped_subschemas({key: value for key, value in schema.items() if key not in names}, without)
+    return change_schemas(without)(body, True)
 
 
 def change_schemas(simplify: Callable[[Json], Any]) -> Callable[[Json, Any], bool]:
@@ -3337,7 +3365,7 @@ def cut_descriptions(body: Json, limit: int) -> bool:
 
 
 def refuses_images(found: Refusal, body: Json) -> Any:
-    return found.says(r"(image|vision|multi-?modal).*(not support|unsupported|unknown variant|not available|text[- ]only)|"
+    return found.says(r"(does not have|without|no) vision|(image|vision|multi-?modal).*(not support|unsupported|unknown variant|not available|text[- ]only)|"
                       r"(not support|unsupported|unknown variant|unknown (content )?type|no endpoints found)"
                       r".*(image|vision|multi-?modal)|image_url.*invalid|invalid.*image_url") and True
 
@@ -3365,7 +3393,7 @@ LESSONS = (
            and (found.says(UNKNOWN_FIELD) or re.search(UNKNOWN_FIELD, found.words))), rename_limit("max_tokens")),
     Lesson("limit_at_most", number_after(
         r"(?:at most|<=|less than or equal to|maximum(?: allowed)?(?: value)? (?:is|of)|cannot exceed|up to|\[\d+, ?|"
-        r"between \d+ and) ?#"), lower_limit),
+        r"between \d+ and|lower than|limit(?: is| of|:)|>(?= ?[\d,_]+,? which is the maximum)) ?#"), lower_limit),
     Lesson("limit_at_least", number_after(
         r"(?:at least|>=|greater than or equal to|minimum value (?:is|of)|\[) ?#"), raise_limit),
     Lesson("room_left", room_left, lower_limit, is_kept=False, statuses=ANY_STATUS),
@@ -3377,6 +3405,7 @@ LESSONS = (
            or found.says("stream(ing)? (mode )?is not supported|does not support stream")), stop_streaming),
     Lesson("strict_dropped", when(lambda found: found.names("strict") or found.says(r"function\.strict")
            or found.param.endswith("function.strict")), drop_strict),
+    Lesson("keywords_dropped", unknown_keywords, drop_keywords),
     Lesson("schemas_simplified", refuses_schema, change_schemas(simple_schema), statuses=LOCAL_STATUSES),
     Lesson("schemas_without_keywords", refuses_schema, change_schemas(plain_schema), statuses=LOCAL_STATUSES),
     Lesson("tool_choice_auto", when(lambda found: found.names("tool_choice")), free_choice),
@@ -5605,7 +5634,10 @@ class Reply:
         stream.relax()                   # while the client does not read, nobody waits for the upstream
         if data:
             return self._body.feed(data)
-        self._body.eof()
+        try:
+            self._body.eof()
+        except ProtocolError:
+            raise EOFError from None     # the connection ended, which is what people should read
         return None
 
     async def read_all(self, limit: int, is_cut: bool = False) -> bytes:
@@ -5854,9 +5886,7 @@ class Transaction:
                    "x-accel-buffering": "no", "request-id": self.id, "date": http_date(), **self.extra_headers}
         if is_chunked:
             headers["transfer-encoding"] = "chunked"
-        if not self.keeps_alive():
-            headers["connection"] = "close"
-        elif not is_chunked:
+        if not (self.keeps_alive() and is_chunked):          # without chunks only the end of the connection is an end
             headers["connection"] = "close"
         return encoded_head("HTTP/1.1 200 OK", headers.items())
 
@@ -5940,7 +5970,6 @@ class App:
         task = asyncio.ensure_future(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
-
 
     def count(self, request: Optional[Json]) -> None:
         """Keeps a request for the status page, and lets the other workers know, soon."""
@@ -6460,9 +6489,7 @@ class Relay:
         if is_object(completion) and is_error(completion):
             raise error_of_object(completion, self._exchange)
         message = anthropic_message(completion, self._exchange, self._app.new_id)
-        self._translator.stop, self._translator.usage = message, message["usage"]
-        self._translator.finish_reason = self._translator.finish_reason or "stop"
-        self._note()
+        warn_of_truncation(self._app, self._exchange, message["usage"])
         return await whole_answer(self._app, self._tx, self._exchange, message, self._translator)
 
     async def _send(self, events: bytes) -> None:
@@ -6833,7 +6860,7 @@ class Server:
         try:
             while await self._serve_request(stream, protocol, client, task):
                 pass
-        except (OSError, ClientGone, asyncio.CancelledError):
+        except (OSError, ClientGone, ProtocolError, asyncio.CancelledError):
             pass                                             # the peer went, or the server ends
         finally:
             protocol.on_gone = None
@@ -6905,9 +6932,8 @@ class Server:
         """Writes a whole answer.  Returns whether the connection can be kept."""
         if response is None:
             return tx.keeps_alive() and tx.request.is_http11
-        is_kept = tx.keeps_alive() and tx.may_skip_body() and not self.app.is_draining
-        if isinstance(response, Response) and response.status in CLOSING_STATUSES:
-            is_kept = False
+        is_kept = tx.keeps_alive() and tx.may_skip_body() and not self.app.is_draining \
+            and response.status not in CLOSING_STATUSES
         self._write(stream, tx, response, is_kept)
         return is_kept
 
@@ -6954,8 +6980,8 @@ class Server:
         first = None if tx.first_token is None else round((tx.first_token - tx.began) * 1000, 1)
         self.app.count({
             "time": time.time(), "status": status, "outcome": outcome, "ttft_ms": first,
-            "duration_ms": round(duration * 1000, 1), "session": facts.get("session", ""), "error": facts.get("error", ""),
-            **{name: facts.get(name) for name in SHOWN_FACTS}} if path == "/v1/messages" else None)
+            "duration_ms": round(duration * 1000, 1), "session": facts.get("session", ""),
+            "error": facts.get("error", ""), **{name: facts.get(name) for name in SHOWN_FACTS}} if path == "/v1/messages" else None)
         level = logging.DEBUG if path.startswith("/health") or path in ("/metrics", "/status") else logging.INFO
         if not LOG.isEnabledFor(level):
             return
@@ -6963,7 +6989,8 @@ class Server:
             facts["client_request_id"] = redacted(request.headers["x-request-id"], tx.secrets)[:200]
         facts.pop("outcome", None)
         shown_path = request.path if path != "other" else redacted(request.path, tx.secrets)[:200]
-        log(level, "request", request_id=tx.id, method=request.method[:20], path=shown_path, status=status, **facts, ttft_ms=first, duration_ms=round(duration * 1000, 1), bytes_out=tx.bytes_out, client=tx.client,
+        log(level, "request", request_id=tx.id, method=request.method[:20], path=shown_path, status=status, **facts,
+            ttft_ms=first, duration_ms=round(duration * 1000, 1), bytes_out=tx.bytes_out, client=tx.client,
             outcome=outcome)
 
 

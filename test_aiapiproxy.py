@@ -3308,6 +3308,66 @@ LEARNED = [  # refusal, request, members of the request sent then and from then 
 ]
 
 
+OTHER_WORDS = [  # refusals in the words of other servers: status, body, what was sent, what is sent then
+    ("Groq's limit", 400, {"error": {"message": "`max_tokens` must be less than or equal to `8192`, the maximum value "
+                           "for `max_tokens` is less than the `context_window` for this model"}},
+     R(max_tokens=9000), {"max_tokens": 8192}),
+    ("DeepSeek's limit", 400, {"error": {"message": "Invalid max_tokens value, the valid range of max_tokens is [1, "
+                               "8192]"}}, R(max_tokens=9000), {"max_tokens": 8192}),
+    ("Bedrock's limit", 400, {"message": "The maximum tokens you requested exceeds the model limit of 4096. Try again "
+                              "with a maximum tokens value that is lower than 4096."}, R(max_tokens=9000),
+     {"max_tokens": 4096}),
+    ("Anthropic's limit", 400, {"error": {"message": "max_tokens: 9000 > 8192, which is the maximum allowed number of "
+                                "output tokens for m"}}, R(max_tokens=9000), {"max_tokens": 8192}),
+    ("Mistral's validation inside a message", 422, {"object": "error", "message": {"detail": [
+        {"type": "extra_forbidden", "loc": ["body", "top_p"], "msg": "Extra inputs are not permitted"}]}},
+     R(top_p=0.5), {"top_p": None}),
+    ("xAI's camel case", 400, {"error": "Model m does not support parameter topP."}, R(top_p=0.5), {"top_p": None}),
+    ("vLLM's validation as text", 400, {"object": "error", "type": "BadRequestError", "message": "[{'type': "
+     "'extra_forbidden', 'loc': ('body', 'top_p'), 'msg': 'Extra inputs are not permitted'}]"},
+     R(top_p=0.5), {"top_p": None}),
+    ("Kimi's tool_choice", 400, {"error": {"message": "tool_choice 'required' is incompatible with thinking enabled"}},
+     R(tools=[T("f")], tool_choice={"type": "any"}), {"tool_choice": "auto"}),
+    ("Gemini's keyword", 400, [{"error": {"message": "Invalid JSON payload received. Unknown name \"const\" at "
+                                "'tools[0].function_declarations[0].parameters.properties[0].value': Cannot find "
+                                "field."}}],
+     R(tools=[T("f", {"type": "object", "properties": {"a": {"type": "string", "const": "x"}}})]),
+     {"tools": [F("f", {"type": "object", "properties": {"a": {"type": "string"}}})]}),
+    ("SGLang's window", 400, {"message": "Requested token count exceeds the model's maximum context length of 32768 "
+                              "tokens. You requested a total of 40000 tokens: 8000 tokens from the input messages and "
+                              "32000 tokens for the completion."}, R(max_tokens=32000, stream=True),
+     {"max_tokens": 24760}),
+]
+
+
+@table(OTHER_WORDS, "status, words, asked, want")
+def test_other_servers_words_teach_the_same(status, words, asked, want):
+    async def scenario():
+        async with proxied(reply(status, words), OK, **LOCAL_MODELS) as (upstream, server):
+            assert (await ask(server.port, body=asked))[0] == 200
+            return upstream.requests
+
+    _, second = run(scenario())
+    check_body(second.body, want)
+
+
+WINDOWS = [  # a prompt that does not fit, in other servers' words; its tokens, the window
+    ("The number of tokens to keep from the initial prompt is greater than the context length (n_keep: 5000>= n_ctx: "
+     "4096)", 5000, 4096),
+    ("The prompt is too long: 140000, model maximum context length: 131071", 140000, 131071),
+    ("too many tokens: total number of tokens in the prompt cannot exceed 4081", 4082, 4081),
+    ("Invalid request: Your request exceeded model token limit: 131072", 131073, 131072),
+    ("Prompt exceeds max length", 8, 6),
+    ("invalid params, context window exceeds limit (2013)", 8, 6),
+]
+
+
+@pytest.mark.parametrize("words, tokens, window", WINDOWS)
+def test_other_servers_words_for_a_window_that_is_too_small(words, tokens, window):
+    answer, _ = run(asked_once(reply(400, {"error": {"message": words}}), R()))
+    assert said(answer) == f"400 invalid_request_error: prompt is too long: {tokens} tokens > {window} maximum"
+
+
 @table(LEARNED, "refused, asked, want")
 def test_a_refusal_is_learned(refused, asked, want):
     async def scenario():
