@@ -2792,7 +2792,7 @@ def error_message(value: Json) -> str:
         return ": ".join(filter(None, (place, str(detail[0].get("msg") or ""))))
     if isinstance(errors, list) and errors:
         return str(errors[0].get("message") or "") if is_object(errors[0]) else str(errors[0])
-    return json_text(error) if is_object(error) and error else ""
+    return json.dumps(error) if is_object(error) and error else ""
 
 
 def is_error(value: Json) -> bool:
@@ -3478,6 +3478,7 @@ class StreamTranslator:
         self._tier: Any = None
         self._known_ids = set(exchange.known_ids)
         self._written = WrittenText()
+        self._kept = 0                           # characters that are collected and not sent
         self._template = Template()
 
     # ---- what goes in -------------------------------------------------------
@@ -3650,6 +3651,7 @@ class StreamTranslator:
             segment = self._last(ThinkingSegment)
             if isinstance(segment, ThinkingSegment):
                 segment.note(self._reasoning_kind, text, details, self._exchange.thinking)
+                self._keep(len(text) if segment.keeps_text(self._exchange.thinking) else 0)
             self._grow(segment, text)
 
     def _text(self, text: str) -> None:
@@ -3703,6 +3705,8 @@ class StreamTranslator:
     def _arguments(self, call: Call, arguments: str) -> None:
         self._written.add(arguments)
         text = call.accept(arguments)
+        if call.is_raw:
+            self._keep(len(arguments))
         if text and call in self._queue:
             self._grow(call, text)
         if call.state is CallState.CLOSED:
@@ -3727,6 +3731,7 @@ class StreamTranslator:
     def _grow(self, segment: Segment, text: str) -> None:
         if segment.held or segment.index < 0 or segment is not self._queue[0]:
             segment.held.append(text)
+            self._keep(len(text))
             if segment is self._queue[0]:
                 self._send_held(segment)
         else:
@@ -3748,7 +3753,14 @@ class StreamTranslator:
                 self._start(head)
             text = "".join(head.held)
             head.held = []
+            self._keep(-len(text))
             self._send(head, text)
+
+    def _keep(self, size: int) -> None:
+        """Bounds what is in memory of an answer.  Raises UpstreamError."""
+        self._kept += size
+        if self._kept > KEPT_ANSWER:
+            raise UpstreamError(502, f"The upstream's answer is larger than {KEPT_ANSWER >> 20} MiB")
 
     def _start(self, segment: Segment) -> None:
         segment.index = self._blocks
@@ -3897,9 +3909,11 @@ class MessageCollector(StreamTranslator):
         self._texts.append([])
 
     def _write_delta(self, segment: Segment, text: str) -> None:
+        self._keep(len(text))
         self._texts[segment.index].append(text)
 
     def _write_deltas(self, segment: Segment, texts: str) -> None:
+        self._keep(len(texts))
         self._texts[segment.index].append(json.loads('"' + texts.replace(BORDER, "") + '"'))
 
     def _write_stop(self, segment: Segment) -> None:
@@ -3912,6 +3926,9 @@ class MessageCollector(StreamTranslator):
     def _fail(self, error: ProxyError) -> None:
         self.error = error
         raise error
+
+
+KEPT_ANSWER = 67108864                   # characters of an answer in memory at once, as of one in plain JSON
 
 
 # ---- segments ---------------------------------------------------------------
@@ -3962,6 +3979,10 @@ class ThinkingSegment(Segment):
 
     def block(self, exchange: Exchange) -> Json:
         return {"type": "thinking", "thinking": "", "signature": ""}
+
+    def keeps_text(self, thinking: Thinking) -> bool:
+        """Whether the text has to wait for the signature."""
+        return self._kind == "d" or (thinking is Thinking.OMITTED and self._kind in ("c", "r"))
 
     def note(self, kind: str, text: str, details: Any, thinking: Thinking) -> None:
         self._kind = kind
@@ -4142,6 +4163,8 @@ class CallTable:
         call = self._known(index, call_id, name)
         is_new = call is None and (index is not None or name != "" or fragment_arguments(entry) != "")
         if is_new:
+            if len(self.all) >= MAX_CALLS:
+                raise UpstreamError(502, f"The upstream's answer has more than {MAX_CALLS} tool calls")
             call = Call()
             self.all.append(call)
         if call is None:
@@ -4177,6 +4200,9 @@ class CallTable:
             self._by_id[call_id] = call
         if name and name != call.name and (call.state is CallState.NONE or not call.name):
             call.name += name
+
+
+MAX_CALLS = 1024                         # of one answer
 
 
 def fragment_arguments(entry: Json) -> str:
@@ -4941,6 +4967,7 @@ def start_logging(settings: Settings) -> List[LogFile]:
         logger.propagate = False
         logger.setLevel(settings.log_level if name == "aiapiproxy" else logging.ERROR)
     logging.raiseExceptions = False
+    sys.unraisablehook = lambda fault: log(logging.DEBUG, "unraisable", error=repr(fault.exc_value))
     return files
 
 
@@ -6036,11 +6063,18 @@ async def respond(app: App, tx: Transaction) -> Optional[Response]:
             raise
         return error_response(app, tx, ProxyError(529, "The proxy is shutting down"))
     except Exception as error:
-        log(logging.ERROR, "internal_error", request_id=tx.id, path=tx.request.path,
-            error=redacted(f"{type(error).__name__}: {error}", (*app.secrets, *tx.secrets))[:500])
-        if app.settings.rust_backtrace:
-            LOG.error("traceback", exc_info=True)
+        log_internal_error(app, tx, error)
+        if tx.has_begun():
+            raise ClientGone from None           # a second head would be read as part of the stream
         return error_response(app, tx, ProxyError(500, "Internal error"))
+
+
+def log_internal_error(app: App, tx: Transaction, error: Exception) -> None:
+    """A fault of the proxy itself: its traceback only where RUST_BACKTRACE asks for it."""
+    log(logging.ERROR, "internal_error", request_id=tx.id, path=tx.request.path,
+        error=redacted(f"{type(error).__name__}: {error}", (*app.secrets, *tx.secrets))[:500])
+    if app.settings.rust_backtrace:
+        LOG.error("traceback", exc_info=error)
 
 
 def error_response(app: App, tx: Transaction, error: ProxyError) -> Response:
@@ -6420,6 +6454,13 @@ class Relay:
             if not self._tx.has_begun():
                 raise
             await self._send(self._translator.fail(error))
+        except ClientGone:
+            raise
+        except Exception as error:
+            if not self._tx.has_begun():
+                raise
+            log_internal_error(self._app, self._tx, error)
+            await self._send(self._translator.fail(ProxyError(500, "Internal error")))
         except asyncio.CancelledError:
             if not self._tx.is_shut_down or not self._tx.has_begun():
                 raise

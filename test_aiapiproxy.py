@@ -6290,6 +6290,39 @@ def test_old_records_make_room_for_new_ones(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "mine.json").exists()
 
 
+@pytest.mark.parametrize("chunks, asked", [
+    ([c("x" * 600)] * 2, R(max_tokens=16000)),
+    ([k(0, "call_1", "f", '{"a":"' + "x" * 600), k(1, "call_2", "g", '{"b":"' + "x" * 1200)],
+     R(stream=True)),
+    ([r("x" * 600)] * 2, R(stream=True, thinking={"type": "adaptive", "display": "omitted"})),
+    ([k(0, "call_1", "f", "[" + "1," * 600)], R(stream=True)),
+], ids=["a collected answer", "a call behind another", "hidden reasoning", "arguments to be repaired"])
+def test_what_is_kept_of_an_answer_has_a_bound(chunks, asked, monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "KEPT_ANSWER", 1000)
+    answer, _ = run(asked_once(stream(*chunks, f("stop"), D), asked))
+    assert "ERR(api_error)" in said(answer) if asked.get("stream") else said(answer).startswith("502 api_error: ")
+
+
+def test_a_fault_of_the_proxy_in_a_stream_is_an_error_event(monkeypatch):
+    monkeypatch.setattr(aiapiproxy.CallTable, "find", lambda table, entry: 1 / 0)
+
+    async def scenario():
+        gate = asyncio.Event()
+        async with proxied(stream(c("x"), gate, k(0, "call_1", "f", "{}"), D)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", R(stream=True)) as asking:
+                await asking.until(b"text_delta")
+                gate.set()
+                return await asking.answer()
+
+    assert said(run(scenario())) == 'MS 0+text 0t"x" ERR(api_error)'
+
+
+@pytest.mark.parametrize("asked", [R(), R(stream=True)], ids=["plain", "stream"])
+def test_an_error_of_strange_numbers_is_an_error(asked):
+    answer, _ = run(asked_once(reply(400, b'{"error":{"message":1e999,"code":NaN}}'), asked))
+    assert said(answer).startswith("400 invalid_request_error: ")
+
+
 def test_the_upstream_request_of_a_large_body_is_dropped_when_it_answers_early():
     refusal = reply(413, {"error": {"message": "too large for us"}})
     answer, _ = run(asked_once(refusal, R([U("x" * 3_000_000)])))
