@@ -132,7 +132,7 @@ from functools import cached_property, lru_cache
 from http import HTTPStatus
 from json.decoder import scanstring
 from typing import (Any, Awaitable, Callable, Coroutine, Deque, Dict, Iterable, Iterator, List, Mapping, Match,
-                    NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
+                    NamedTuple, Optional, Pattern, Sequence, Set, Tuple, Type, Union)
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 __version__ = "1.0.0"
@@ -742,11 +742,11 @@ def estimated_tokens(text: str) -> int:
     """
     size = len(text)
     step = SLICE if size <= SAMPLED_TOKENS else max(SLICE, size // (SAMPLED_TOKENS // SLICE))
-    total, counted, cost = 0.0, 0, PIECE_COSTS.__getitem__
+    total, counted, cost, pieces = 0.0, 0, PIECE_COSTS.__getitem__, piece_pattern().findall
     for start in range(0, size, step):
         piece = text[start:start + SLICE]
         counted += len(piece)
-        total += sum(map(cost, PIECE.findall(piece)))
+        total += sum(map(cost, pieces(piece)))
     return math.ceil(total if counted == size else total * size / counted)
 
 
@@ -777,11 +777,11 @@ def piece_cost(piece: str) -> float:
     if top < "\u0250" or "\u1e00" <= top < "\u1f00":
         cost = latin_cost(letters, top)
         if lead and lead != " ":
-            cost += JOINER_COST if lead in "_.-/(\t" else _LEAD_COST
+            cost += JOINER_COST if lead in "_.-/(\t" else LEAD_COST
     else:
         is_cjk = "\u3005" <= top < "\ud7b0"
         cost = cjk_cost(lead, letters) if is_cjk else alphabet_cost(lead, letters, top)
-        cost += _FOREIGN_LEAD_COST if lead and lead != " " else 0.0
+        cost += FOREIGN_LEAD_COST if lead and lead != " " else 0.0
     return max(0.5, cost)  # the sum may go lower on odd pieces
 
 
@@ -791,12 +791,12 @@ def latin_cost(letters: str, top: str) -> float:
         return 1.0
     small = letters.lower()
     if letters.isupper():
-        cost = 1.0 + CAPITALS_COST + _CAPITAL_COST * (size - 2)
+        cost = 1.0 + CAPITALS_COST + CAPITAL_COST * (size - 2)
         return cost + ACCENT_COSTS[1] * sum(letter > "\x7f" for letter in letters)
     cost = 1.0 + LETTER_COST * (size - 2)
     cost += sum(map(PAIR_COSTS.__getitem__, zip(small, small[1:])))
     if small[1:] != letters[1:]:
-        cost += _CAMEL_COST
+        cost += CAMEL_COST
     if top != "z":
         for letter in small:
             if letter > "\x7f":
@@ -811,8 +811,8 @@ def alphabet_cost(lead: str, letters: str, top: str) -> float:
         if len(letters) < 3:
             return 1.0
         cost += CYRILLIC_CAPITAL_COST if letters[0].isupper() else 0.0
-        cost += _NOT_RUSSIAN_COST * sum(letter in NOT_RUSSIAN for letter in letters)
-        cost += _RUSSIAN_COST * sum(letter in _RUSSIAN for letter in letters)
+        cost += NOT_RUSSIAN_COST * sum(letter in NOT_RUSSIAN for letter in letters)
+        cost += RUSSIAN_COST * sum(letter in RUSSIAN for letter in letters)
     return cost
 
 
@@ -825,10 +825,10 @@ def cjk_cost(lead: str, letters: str) -> float:
             cost += HAN_SIGN_COSTS.get(sign, 0.0)
         elif sign < "\u3100":
             kana += sign >= "\u3040"
-    cost += _KANA_COST * kana + (_KANJI_COST if kana else _HAN_COST) * han
+    cost += KANA_COST * kana + (KANJI_COST if kana else HAN_COST) * han
     cost += HANGUL_COST * (len(letters) - kana - han)
     if letters[0] >= "\uac00":
-        cost += _HANGUL_SPACED_COST if lead == " " else _HANGUL_RUN_COST
+        cost += HANGUL_SPACED_COST if lead == " " else HANGUL_RUN_COST
     return cost
 
 
@@ -841,7 +841,7 @@ def signs_cost(piece: str) -> float:
     run, each, kind = SYMBOLS_COST
     wide = sum(sign > "\x7f" for sign in signs)
     cost = run + each * wide + kind * kinds + SYMBOL_ASCII_COST * (size - wide)
-    return max(1.0, cost + _EMOJI_COST * sum(sign > "\uffff" for sign in signs))
+    return max(1.0, cost + EMOJI_COST * sum(sign > "\uffff" for sign in signs))
 
 
 # Letters and marks outside ASCII by block, since `re` has no \p{L}. They stand among the
@@ -851,22 +851,29 @@ LETTERS = (
     r"\u3031-\u318f\u31a0-\u31ff\u3400-\ud7ff\uf900-\ufdff\ufe70-\ufefc\uff21-\uff3a"
     r"\uff41-\uff5a\uff66-\uffdc\U00020000-\U0003ffff"
 )
-# Every repeat is bounded: linear time and short pieces, whatever the text.
-PIECE = re.compile(
-    rf"[^\r\na-zA-Z0-9{LETTERS}]?(?:[A-Z{LETTERS}]{{0,24}}[a-z{LETTERS}]{{1,24}}"
-    rf"|[A-Z{LETTERS}]{{1,24}})(?:'(?:[stmdSTMD]|re|ve|ll))?"
-    rf"|[0-9]{{1,3}}| ?[^\sa-zA-Z0-9{LETTERS}]{{1,16}}[\r\n/]{{0,8}}"
-    r"|\s{0,64}[\r\n]{1,32}|\s{1,64}(?!\S)|\s{1,64}"
-)
+
+
+@lru_cache(maxsize=1)
+def piece_pattern() -> Pattern[str]:
+    """What one piece of a text is.  Compiled when first needed: that takes 9 ms, which the start can do without."""
+    # Every repeat is bounded: linear time and short pieces, whatever the text.
+    return re.compile(
+        rf"[^\r\na-zA-Z0-9{LETTERS}]?(?:[A-Z{LETTERS}]{{0,24}}[a-z{LETTERS}]{{1,24}}"
+        rf"|[A-Z{LETTERS}]{{1,24}})(?:'(?:[stmdSTMD]|re|ve|ll))?"
+        rf"|[0-9]{{1,3}}| ?[^\sa-zA-Z0-9{LETTERS}]{{1,16}}[\r\n/]{{0,8}}"
+        r"|\s{0,64}[\r\n]{1,32}|\s{1,64}(?!\S)|\s{1,64}"
+    )
+
+
 SLICE = 1 << 13  # characters cut at a time, to bound the memory; a cut adds at most one token
 
 # A sign that the pattern glues to the front of a word: joiners often merge, others seldom.
-JOINER_COST, _LEAD_COST, _FOREIGN_LEAD_COST = 0.17, 0.89, 0.33
+JOINER_COST, LEAD_COST, FOREIGN_LEAD_COST = 0.17, 0.89, 0.33
 # A word in Latin letters is one token, plus: for each letter after the second; for capitals
 # beyond the first; for each accented letter (Latin-1, Latin Extended, Vietnamese); ...
-LETTER_COST, _CAMEL_COST = 0.31, 0.75
+LETTER_COST, CAMEL_COST = 0.31, 0.75
 ACCENT_COSTS = (0.05, 0.49, -0.28)
-CAPITALS_COST, _CAPITAL_COST = 0.13, 0.13  # all capitals: word, each after the second
+CAPITALS_COST, CAPITAL_COST = 0.13, 0.13  # all capitals: word, each after the second
 # ... and for each pair of neighbours (a row for the first letter, a to z; a column for the
 # second) in steps of 0.15 from 4: pairs usual in English and code merge, the others break.
 PAIR_ROWS = (
@@ -909,12 +916,12 @@ ALPHABETS = (
 )
 # Cyrillic: Russian words are longer tokens than others. A capital at the start; each letter that
 # Russian has not; each letter that is commoner there than in its neighbours.
-CYRILLIC_CAPITAL_COST, _NOT_RUSSIAN_COST, _RUSSIAN_COST = 1.06, 1.09, -0.55
-NOT_RUSSIAN, _RUSSIAN = frozenset("іїєґІЇЄјљњћђџЈЉЊЋЂЏў"), frozenset("йцчшщъыьэюяфхж")
+CYRILLIC_CAPITAL_COST, NOT_RUSSIAN_COST, RUSSIAN_COST = 1.06, 1.09, -0.55
+NOT_RUSSIAN, RUSSIAN = frozenset("іїєґІЇЄјљњћђџЈЉЊЋЂЏў"), frozenset("йцчшщъыьэюяфхж")
 
 # Chinese, Japanese, Korean: cost of a run and of each sign. A Han sign costs more beside kana.
-CJK_COST, _KANA_COST, _HAN_COST, _KANJI_COST = 0.36, 0.58, 0.95, 1.16
-HANGUL_COST, _HANGUL_RUN_COST, _HANGUL_SPACED_COST = 0.52, -0.12, 0.29
+CJK_COST, KANA_COST, HAN_COST, KANJI_COST = 0.36, 0.58, 0.95, 1.16
+HANGUL_COST, HANGUL_RUN_COST, HANGUL_SPACED_COST = 0.52, -0.12, 0.29
 # The vocabulary has many words of simplified Chinese, few of traditional. The commonest signs
 # that differ tell which it is (each stands for its neighbours, hence the size); so do signs
 # that are usual in words of two signs, which are one token.
@@ -932,7 +939,7 @@ for _cost, _signs in HAN_SIGNS:
 # token. In a run with others an ASCII sign has its own cost; one beyond the first plane adds.
 ASCII_SIGNS_COST = (-0.14, 0.05, 0.48)
 SYMBOLS_COST = (-0.37, 0.28, 0.88)
-SYMBOL_ASCII_COST, _EMOJI_COST = -0.11, 0.80
+SYMBOL_ASCII_COST, EMOJI_COST = -0.11, 0.80
 
 
 # ============================================================================
@@ -7714,6 +7721,7 @@ async def run(worker: Worker) -> None:
     else:
         loop.add_reader(worker.lifeline, asked_to_stop)      # readable only when the supervisor has died
     worker.ready()
+    loop.call_later(WARM_UP, piece_pattern)                  # before the first request needs it, if that takes its time
     try:
         await stop.wait()
         if is_alone:
@@ -7753,6 +7761,9 @@ def reload(worker: Worker, server: Server, demo_url: Optional[SplitResult]) -> N
     server.app.use(fresh)
     LOG.setLevel(fresh.log_level)
     log(logging.INFO, "reloaded", message="settings read again")
+
+
+WARM_UP = 0.5                            # seconds after the start
 
 
 def started_as(fresh: Settings, old: Settings) -> Settings:
