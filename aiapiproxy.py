@@ -268,8 +268,8 @@ def json_bytes(value: Any) -> bytes:
     return json_text(value).encode("ascii")
 
 
-def large_json_bytes(value: Any) -> bytes:
-    """JSON as UTF-8: for tens of megabytes of any script a fifth of the time that ASCII takes.  Raises as json_text."""
+def utf8_json_bytes(value: Any) -> bytes:
+    """JSON as UTF-8: for megabytes beyond ASCII a fifth of the time of json_bytes, and half the size.  Raises like it."""
     try:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -290,15 +290,21 @@ def json_value(text: str) -> Any:
 
 
 def request_json(body: Union[bytes, bytearray]) -> Any:
-    """The JSON value of a client's body.  Raises ProxyError(400) that says what is wrong, and where.
+    """The JSON value of a client's body.  Raises ProxyError(400) that says what is wrong, and where."""
+    return request_value(request_text(body))
 
-    Parsing holds all streams, so it is bounded: by the number of values, and by keeping the garbage
-    collector from looking at all of them again and again.  32 MB of whatever takes under 0.4 s.
-    """
+
+def request_text(body: Union[bytes, bytearray]) -> str:
     try:
-        text = body.decode("utf-8-sig")
+        return body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ProxyError(400, f"{NOT_JSON}: not UTF-8 at byte {error.start}") from None
+
+
+def request_value(text: str) -> Any:
+    """Parsing holds all streams, so it is bounded: by the number of values, and by keeping the garbage
+    collector from looking at all of them again and again.  32 MB of whatever takes under 0.4 s.
+    """
     is_large = len(text) > 1048576
     if is_large and text.count(",") > MAX_VALUES:
         raise ProxyError(400, f"{NOT_JSON}: more than {MAX_VALUES} values")
@@ -991,6 +997,7 @@ class Exchange:
     upstream_host: str = ""
     upstream_path: str = ""
     sent_bytes: int = 0                     # size of the upstream's request
+    is_wide: bool = False                   # large and mostly beyond ASCII: sent as UTF-8
     dropped: List[str] = field(default_factory=list)             # worth a line in the log
     estimate: int = 0                       # see input_estimate
 
@@ -5828,6 +5835,7 @@ class Transaction:
         self.secrets: Tuple[str, ...] = ()
         self._stream = stream
         self.body_size = 0
+        self.is_wide = False                     # much of the body is beyond ASCII
         self._waits_for_100 = "expect" in request.headers and request.is_http11
 
     def note(self, **facts: Any) -> None:
@@ -5841,7 +5849,11 @@ class Transaction:
 
     async def json(self, limit: int) -> Json:
         """The body as a JSON object.  Raises ProxyError."""
-        value = request_json(await self._read_body(limit))
+        data = await self._read_body(limit)
+        text = request_text(data)
+        self.is_wide = len(data) > len(text) * 1.2
+        del data                                 # of a large body no more stands in memory than must
+        value = request_value(text)
         if not is_object(value):
             raise ProxyError(400, f"{NOT_JSON}: it must be an object")
         return value
@@ -6259,7 +6271,7 @@ async def messages(app: App, tx: Transaction) -> Optional[Response]:
     await tx.let_others_in()
     exchange = translated(asked, app.settings, session)
     await tx.let_others_in()
-    exchange.sent_bytes = tx.body_size           # until it is encoded, about
+    exchange.is_wide = tx.is_wide and tx.body_size > LARGE_BODY
     prepare(app, tx, exchange, key, session)
     recording = Recording(tx, exchange, asked, app.settings) if app.settings.record_dir else None
     del asked                            # a large request stands in memory once, as the upstream's
@@ -6359,7 +6371,7 @@ async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str) 
 
 def body_bytes(exchange: Exchange) -> bytes:
     try:
-        data = large_json_bytes(exchange.body) if exchange.sent_bytes > LARGE_BODY else json_bytes(exchange.body)
+        data = utf8_json_bytes(exchange.body) if exchange.is_wide else json_bytes(exchange.body)
         exchange.sent_bytes = len(data)
         return data
     except ValueError as error:
