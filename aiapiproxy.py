@@ -1526,9 +1526,8 @@ def is_complete_schema(root: Json) -> bool:
         seen += 1
         if seen > MAX_SUBSCHEMAS:
             raise ProxyError(400, f"tools: an input_schema with more than {MAX_SUBSCHEMAS} parts is not supported")
-        for key, value in schema.items():
-            if key not in SUBSCHEMA_KEYS:
-                continue
+        for key in schema.keys() & SUBSCHEMA_KEYS:
+            value = schema[key]
             if key in SUBSCHEMA_MAPS:
                 value = list(value.values()) if isinstance(value, dict) else ()
             items = value if isinstance(value, (list, tuple)) else (value,)
@@ -5570,8 +5569,8 @@ class Upstream:
         has_answered = False
         try:
             stream.expect(due)
-            if len(body) <= WRITE_BUFFER:
-                stream.write(request + body)
+            if len(body) <= WRITE_PIECE:
+                stream.write(request + body)             # what the socket does not take waits in a bounded buffer
                 meanwhile()
                 start, is_sent = await stream.read(), True
             else:
