@@ -6238,6 +6238,25 @@ def test_the_page_is_for_browsers_and_brings_all_that_it_needs():
     assert json.loads(plain)["name"] == "aiapiproxy"
 
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+def test_a_browser_shows_the_requests_and_runs_nothing_of_them(tmp_path):
+    hostile = "<img src=x onerror=document.title='broken'>"
+    with Program(tmp_path, "--demo", "--port", "0") as program:
+        program.started()
+        program.get("/v1/messages", "POST", json.dumps({**R([U("Hello")]), "model": hostile}))
+        page = subprocess.run([
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom",
+            f"http://127.0.0.1:{program.port}/"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=15,
+            check=True).stdout.decode()
+    assert "Ready" in page and "aiapiproxy-demo" in page and "<title>broken" not in page
+    assert "&lt;img src=x" in page and "<img" not in page
+
+
 METRIC_LINE = re.compile(r'[a-z_]+(\{[a-z_]+="([^"\\]|\\.)*"(,[a-z_]+="([^"\\]|\\.)*")*\})? [0-9.e+-]+')
 
 
