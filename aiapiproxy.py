@@ -4871,9 +4871,11 @@ class TextFormatter(logging.Formatter):
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         if record.getMessage() == "request":
             text = request_line(facts)
+        elif facts.get("message"):
+            text = str(facts["message"])
         else:
-            words = [f"{name}={value}" for name, value in facts.items() if name != "message" and value not in (None, "")]
-            text = "  ".join(filter(None, [str(facts.get("message") or record.getMessage()), *words]))
+            words = [f"{name}={value}" for name, value in facts.items() if value not in (None, "")]
+            text = "  ".join([record.getMessage(), *words])
         colour = LEVEL_COLOURS.get(level, "") if self._is_coloured else ""
         if facts.get("status", 0) >= 400 and self._is_coloured and not colour:
             colour = "\x1b[31m"
@@ -4884,8 +4886,10 @@ class TextFormatter(logging.Formatter):
 
 def request_line(facts: Json) -> str:
     """A request in one aligned line: model, tokens, cache, first token, total, speed, outcome."""
+    failure = f": {facts['error']}" if facts.get("error") else ""
     if not facts.get("model"):
-        return f"{facts['status']} {facts['method']} {facts['path']}  {facts['duration_ms']:.0f} ms  {facts['outcome']}"
+        return (f"{facts['status']} {facts['method']} {facts['path']}  {facts['duration_ms']:.0f} ms  "
+                f"{facts['outcome']}{failure}")
     seconds = facts["duration_ms"] / 1000
     read, written = facts.get("input_tokens") or 0, facts.get("output_tokens") or 0
     cached = facts.get("cache_read_input_tokens") or 0
@@ -4894,7 +4898,7 @@ def request_line(facts: Json) -> str:
     models = f"{facts['model']} → {facts.get('upstream_model') or '?'}"
     return (f"{facts['status']} {models:44} {read + cached:>7} in {cached:>7} cached {written:>6} out  "
             f"first {'-' if first is None else f'{first / 1000:.2f}':>5} s  total {seconds:>6.2f} s  "
-            f"{written / writing if writing > 0 else 0:>5.0f} tok/s  {facts.get('stop_reason') or facts['outcome']}")
+            f"{written / writing if writing > 0 else 0:>5.0f} tok/s  {facts.get('stop_reason') or facts['outcome']}{failure}")
 
 
 LEVEL_NAMES = {10: "debug", 20: "info", 30: "warn", 40: "error", 50: "error"}
