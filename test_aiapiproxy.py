@@ -6238,6 +6238,34 @@ def test_the_page_is_for_browsers_and_brings_all_that_it_needs():
     assert json.loads(plain)["name"] == "aiapiproxy"
 
 
+CHUNK_TEXTS = ["the ", "quick", "\n", "\t", '"', "\\", "é", "中", "😀", "\ud83d", "", " ", "{", "}", "/", "\x7f", "\u2028", "a\\nb"]
+
+
+@pytest.mark.parametrize("size", [70, 3000, 65536])
+@pytest.mark.parametrize("kind", ["text", "reasoning", "arguments"])
+def test_runs_of_chunks_give_the_same_bytes_as_each_chunk_by_itself(kind, size, monkeypatch):
+    dice = random.Random(f"{kind} {size}")
+    texts = [dice.choice(CHUNK_TEXTS if dice.random() < 0.2 else CHUNK_TEXTS[:2]) for _ in range(600)]
+    if kind == "arguments":
+        whole = json.dumps({"a": "".join(texts)}, ensure_ascii=False)
+        cuts = sorted(dice.randrange(len(whole)) for _ in range(400))
+        chunks = [k(0, "call_1", "f", "")] + [k(0, "-", "-", whole[start:end]) for start, end in zip([0, *cuts], [
+            *cuts, len(whole)])]
+    else:
+        chunks = [c(text) if kind == "text" else r(text) for text in texts]
+    raw = sse([*chunks, f("stop"), D])
+
+    def events():
+        translator = aiapiproxy.StreamTranslator(aiapiproxy.openai_request(
+            R(stream=True, thinking=ADAPTIVE, tools=[T("f")]), SETTINGS["local"]), lambda size: "x" * size)
+        return b"".join(translator.feed(raw[place:place + size]) for place in range(0, len(raw), size)), translator
+
+    fast, translator = events()
+    assert translator.done and translator.error is None
+    monkeypatch.setattr(aiapiproxy.Template, "learn", lambda *_: None)
+    assert fast == events()[0]
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 
 
