@@ -7587,7 +7587,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 
 def spare_system_calls() -> None:
-    """Makes the C library keep large blocks: a fifth less CPU for slow streams, a third less for small requests.
+    """Makes the C library keep large blocks: a fifth less CPU for slow streams, a tenth less for small requests.
 
     asyncio asks for 256 KiB before each read.  glibc maps and unmaps so much for each, until it has seen
     a larger block be freed.
