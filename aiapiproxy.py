@@ -1059,16 +1059,16 @@ def check_fields(asked: Json, is_counting: bool) -> None:
     for name in REQUIRED_FIELDS[:2 if is_counting else 3]:
         if name not in asked:
             raise ProxyError(400, f"{name}: Field required")
-    for name, is_right, sentence in FIELD_CHECKS:
-        if name not in asked or (is_counting and name in ("max_tokens", "stream")):
+    for name, value in asked.items():
+        check = FIELD_CHECKS.get(name)
+        if check is None or (value is None and name not in REQUIRED_FIELDS) or check[0](value):
             continue
-        value = asked[name]
-        if (value is not None or name in REQUIRED_FIELDS) and not is_right(value):
-            raise ProxyError(400, f"{name}: {sentence}")
-        if value == [] and name == "messages":
-            raise ProxyError(400, "messages: at least one message is required")
-        if name == "max_tokens" and value < 0:
-            raise ProxyError(400, "max_tokens: Input should be greater than or equal to 0")
+        if not (is_counting and name in ("max_tokens", "stream")):
+            raise ProxyError(400, f"{name}: {check[1]}")
+    if not asked["messages"]:
+        raise ProxyError(400, "messages: at least one message is required")
+    if not is_counting and asked["max_tokens"] < 0:
+        raise ProxyError(400, "max_tokens: Input should be greater than or equal to 0")
     if asked.get("thread") is not None:
         raise ProxyError(400, "thread: not supported by this endpoint; send the whole conversation",
                          details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
@@ -1087,25 +1087,25 @@ def is_object(value: Any) -> bool:
 
 
 REQUIRED_FIELDS = ("model", "messages", "max_tokens")
-FIELD_CHECKS: Tuple[Tuple[str, Callable[[Any], bool], str], ...] = (
-    ("model", lambda value: isinstance(value, str) and value not in ("", "[1m]"), "Input should be a valid string"),
-    ("messages", lambda value: isinstance(value, list), "Input should be a valid list"),
-    ("max_tokens", is_integer, "Input should be a valid integer"),
-    ("stream", lambda value: isinstance(value, bool), "Input should be a valid boolean"),
-    ("system", lambda value: isinstance(value, str) or (isinstance(value, list) and all(
-        is_object(block) and block.get("type") == "text" and isinstance(block.get("text"), str)
+FIELD_CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda value: isinstance(value, str) and value not in ("", "[1m]"), "Input should be a valid string"),
+    "messages": (lambda value: isinstance(value, list), "Input should be a valid list"),
+    "max_tokens": (is_integer, "Input should be a valid integer"),
+    "stream": (lambda value: isinstance(value, bool), "Input should be a valid boolean"),
+    "system": (lambda value: isinstance(value, str) or (isinstance(value, list) and not any(
+        not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str)
         for block in value)), "Input should be a valid string or list of text blocks"),
-    ("temperature", is_number, "Input should be a valid number"),
-    ("top_p", is_number, "Input should be a valid number"),
-    ("stop_sequences", lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
-     "Input should be a valid list of strings"),
-    ("thinking", is_object, "Input should be an object"),
-    ("metadata", is_object, "Input should be an object"),
-    ("output_config", is_object, "Input should be an object"),
-    ("tools", lambda value: isinstance(value, list), "Input should be a valid list"),
-    ("mcp_servers", lambda value: value == [], "MCP servers are not supported by this endpoint"),
-    ("compaction", lambda value: False, "not supported by this endpoint"),
-)
+    "temperature": (is_number, "Input should be a valid number"),
+    "top_p": (is_number, "Input should be a valid number"),
+    "stop_sequences": (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+                       "Input should be a valid list of strings"),
+    "thinking": (is_object, "Input should be an object"),
+    "metadata": (is_object, "Input should be an object"),
+    "output_config": (is_object, "Input should be an object"),
+    "tools": (lambda value: isinstance(value, list), "Input should be a valid list"),
+    "mcp_servers": (lambda value: value == [], "MCP servers are not supported by this endpoint"),
+    "compaction": (lambda value: False, "not supported by this endpoint"),
+}
 
 
 # ---- model, limits, sampling ------------------------------------------------
@@ -1131,8 +1131,11 @@ def is_chat_variant(base: str) -> bool:
 
 def token_limit(asked: int, profile: Profile) -> Json:
     """The limit under the name that the model takes, capped to what the model can give."""
-    limit = asked if profile.token_cap is None else min(asked, profile.token_cap)
-    return {"max_completion_tokens" if profile.is_reasoning else "max_tokens": limit}
+    return {"max_completion_tokens" if profile.is_reasoning else "max_tokens": capped_limit(asked, profile)}
+
+
+def capped_limit(asked: int, profile: Profile) -> int:
+    return asked if profile.token_cap is None or asked < profile.token_cap else profile.token_cap
 
 
 # Clients ask for what Claude can give; a larger value than the model's is an error upstream.
@@ -1155,7 +1158,7 @@ def sampling(asked: Json, profile: Profile) -> Json:
     if profile.is_reasoning:
         return {}
     found = {name: asked[name] for name in ("temperature", "top_p") if asked.get(name) is not None}
-    stop = [text for text in asked.get("stop_sequences") or () if text][:4]     # OpenAI takes four
+    stop = asked.get("stop_sequences") and list(filter(None, asked["stop_sequences"]))[:4]      # OpenAI takes four
     if stop:
         found["stop"] = stop
     return found
@@ -1185,8 +1188,7 @@ def stream_fields(asked: Json, profile: Profile, is_counting: bool) -> Json:
     """`stream`, also for an un-streamed request that may take minutes: only a stream shows life."""
     if is_counting:
         return {}
-    limit = next(iter(token_limit(asked["max_tokens"], profile).values()))
-    if not asked.get("stream") and limit <= UNSTREAMED_TOKENS:
+    if not asked.get("stream") and capped_limit(asked["max_tokens"], profile) <= UNSTREAMED_TOKENS:
         return {}
     options = {} if profile.host == "mistral" else {"stream_options": {"include_usage": True}}
     return {"stream": True, **options}
@@ -1224,6 +1226,8 @@ def reasoning(asked: Json, later_effort: Optional[str], has_tools: bool, profile
 def wanted_effort(asked: Json, later_effort: Optional[str]) -> Optional[str]:
     """The effort that the client means, or None."""
     thinking = asked.get("thinking") or {}
+    if not thinking and "output_config" not in asked:
+        return later_effort
     if thinking.get("type") in ("disabled", "between_tools"):
         return "none"
     effort = later_effort or (asked.get("output_config") or {}).get("effort")
@@ -1698,8 +1702,10 @@ def read_conversation(messages: List[Any]) -> Conversation:
     has_begun = False
     if len(messages) > MAX_MESSAGES:
         raise ProxyError(400, f"messages: at most {MAX_MESSAGES} are allowed")
-    checked = [checked_message(message, f"messages.{index}") for index, message in enumerate(messages)]
-    last_user = max((index for index, turn in enumerate(checked) if turn.role == "user"), default=-1)
+    checked = [checked_message(message, index) for index, message in enumerate(messages)]
+    last_user = len(messages) - 1
+    while last_user >= 0 and checked[last_user].role != "user":
+        last_user -= 1
     for index, turn in enumerate(checked):
         if turn.role != "system":
             has_begun = True
@@ -1722,9 +1728,10 @@ def read_conversation(messages: List[Any]) -> Conversation:
 MAX_MESSAGES = 100000                    # as the Anthropic API
 
 
-def checked_message(message: Any, where: str) -> Turn:
+def checked_message(message: Any, index: int) -> Turn:
     """A message as role and blocks; a string is one text block, empty texts vanish."""
-    if not is_object(message):
+    where = f"messages.{index}"
+    if not isinstance(message, dict):
         raise ProxyError(400, f"{where}: Input should be an object")
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
@@ -1734,47 +1741,51 @@ def checked_message(message: Any, where: str) -> Turn:
     if content is None:
         raise ProxyError(400, f"{where}.content: Field required")
     if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
+        content = [text_part(content)]
     if not isinstance(content, list):
         raise ProxyError(400, f"{where}.content: Input should be a valid string or list")
-    if len(content) > MAX_MESSAGES:
-        raise ProxyError(400, f"{where}.content: at most {MAX_MESSAGES} blocks are allowed")
-    for index, block in enumerate(content):
-        check_block(block, f"{where}.content.{index}")
+    check_blocks(content, where)
     blocks = [block for block in content if block["type"] != "text" or block["text"]]
     if role == "user" and not blocks:
         raise ProxyError(400, f"{where}: user messages must have non-empty content")
     return Turn(role, blocks)
 
 
-def check_block(block: Any, where: str) -> None:
-    """Raises ProxyError(400) for a block without what its type needs."""
-    if not is_object(block):
-        raise ProxyError(400, f"{where}: Input should be an object")
-    kind = block.get("type")
-    if not isinstance(kind, str):
-        raise ProxyError(400, f"{where}.type: Field required")
-    if kind == "text":
-        if not isinstance(block.get("text"), str):
-            raise ProxyError(400, f"{where}.text: Field required")
-    elif kind in ("image", "document"):
-        check_source(kind, block.get("source"), where + ".source")
-    elif kind == "tool_use":
-        for name in ("id", "name"):
-            if not is_name(block.get(name)):
-                raise ProxyError(400, f"{where}.{name}: Field required")
-    elif kind == "tool_result":
-        if not is_name(block.get("tool_use_id")):
-            raise ProxyError(400, f"{where}.tool_use_id: Field required")
-        content = block.get("content")
-        if isinstance(content, list):
-            for index, item in enumerate(content):
-                check_block(item, f"{where}.content.{index}")
-        elif content is not None and not isinstance(content, str):
-            raise ProxyError(400, f"{where}.content: Input should be a valid string or list")
+def check_blocks(blocks: List[Any], where: str) -> None:
+    """Raises ProxyError(400) for the first block without what its type needs."""
+    if len(blocks) > MAX_MESSAGES:
+        raise ProxyError(400, f"{where}.content: at most {MAX_MESSAGES} blocks are allowed")
+    for index, block in enumerate(blocks):
+        if not isinstance(block, dict):
+            raise ProxyError(400, f"{where}.content.{index}: Input should be an object")
+        kind = block.get("type")
+        if kind == "text":
+            if not isinstance(block.get("text"), str):
+                raise ProxyError(400, f"{where}.content.{index}.text: Field required")
+        elif not isinstance(kind, str):
+            raise ProxyError(400, f"{where}.content.{index}.type: Field required")
+        elif kind in BLOCK_CHECKS:
+            BLOCK_CHECKS[kind](block, f"{where}.content.{index}")
 
 
-def check_source(kind: str, source: Any, where: str) -> None:
+def check_tool_use(block: Json, where: str) -> None:
+    for name in ("id", "name"):
+        if not is_name(block.get(name)):
+            raise ProxyError(400, f"{where}.{name}: Field required")
+
+
+def check_tool_result(block: Json, where: str) -> None:
+    if not is_name(block.get("tool_use_id")):
+        raise ProxyError(400, f"{where}.tool_use_id: Field required")
+    content = block.get("content")
+    if isinstance(content, list):
+        check_blocks(content, where)
+    elif content is not None and not isinstance(content, str):
+        raise ProxyError(400, f"{where}.content: Input should be a valid string or list")
+
+
+def check_source(block: Json, where: str) -> None:
+    kind, source, where = block["type"], block.get("source"), where + ".source"
     source_kind = source.get("type") if is_object(source) else None
     if source_kind == "file":
         raise ProxyError(400, f"{where}: file sources are not supported by this endpoint; send base64 or url")
@@ -1782,10 +1793,11 @@ def check_source(kind: str, source: Any, where: str) -> None:
     if member is None or not isinstance(source.get(member), (str, list) if member == "content" else str):
         raise ProxyError(400, f"{where}: Field required")
     if isinstance(source[member], list):
-        for index, item in enumerate(source[member]):
-            check_block(item, f"{where}.content.{index}")
+        check_blocks(source[member], where)
 
 
+BLOCK_CHECKS: Dict[str, Callable[[Json, str], None]] = {
+    "image": check_source, "document": check_source, "tool_use": check_tool_use, "tool_result": check_tool_result}
 SOURCES = {          # kind of block -> type of source -> the member that holds it
     "image": {"base64": "data", "url": "url"},
     "document": {"base64": "data", "url": "url", "text": "data", "content": "content"},
@@ -1851,9 +1863,13 @@ def merged_turns(entries: List[Turn]) -> List[Turn]:
 
 def is_silent(turn: Turn) -> bool:
     """Whether nothing of a message reaches the upstream, so that its neighbours become one turn."""
-    return turn.role != "system" and all(
-        block["type"] in SILENT_BLOCKS[turn.role]
-        or (block["type"] == "compaction" and not isinstance(block.get("content"), str)) for block in turn.blocks)
+    if turn.role == "system":
+        return False
+    for block in turn.blocks:
+        kind = block["type"]
+        if kind not in SILENT_BLOCKS[turn.role] and (kind != "compaction" or isinstance(block.get("content"), str)):
+            return False
+    return True
 
 
 SILENT_BLOCKS = {
@@ -1960,6 +1976,8 @@ def call_arguments(value: Any) -> str:
 
 def user_messages(blocks: List[Block], calls: List[Tuple[str, str]], profile: Profile) -> List[Json]:
     """Tool messages for the calls before this turn, then one user message with all the rest."""
+    if not calls and not any(isinstance(block, Reminder) or block["type"] != "text" for block in blocks):
+        return [{"role": "user", "content": "\n\n".join([block["text"] for block in blocks])}]
     writer = UserTurn(profile, list(calls))
     for block in blocks:
         writer.add(block)
