@@ -268,6 +268,17 @@ def json_bytes(value: Any) -> bytes:
     return json_text(value).encode("ascii")
 
 
+def body_json(body: Json) -> bytes:
+    """json_bytes of an upstream's request, whose tools are written once.  Raises like it."""
+    tools = body.get("tools")
+    if not isinstance(tools, KeptList):
+        return json_bytes(body)
+    if not tools.text:
+        tools.text = json_text(tools)
+    others = {name: value for name, value in body.items() if name != "tools"}
+    return f'{json_text(others)[:-1]},"tools":{tools.text}}}'.encode("ascii")
+
+
 def utf8_json_bytes(value: Any) -> bytes:
     """JSON as UTF-8: for megabytes beyond ASCII a fifth of the time of json_bytes, and half the size.  Raises like it."""
     try:
@@ -312,7 +323,7 @@ def request_value(text: str) -> Any:
     if was_collecting:
         gc.disable()
     try:
-        return _client_decoder.decode(text)
+        return _client_decoder.decode(text) if is_large else known_tools_value(text)
     except json.JSONDecodeError as error:
         raise ProxyError(400, f"{NOT_JSON}: {error.msg} (line {error.lineno}, column {error.colno})") from None
     except ValueError as error:
@@ -324,6 +335,52 @@ def request_value(text: str) -> Any:
             gc.enable()
 
 
+class KeptList(List[Any]):
+    """A list that comes again with each request of a session, and what was made of it the last time.
+
+    It is shared by requests: nobody may change what is in it.
+    """
+
+    text = ""                            # its JSON text
+    tokens = 0                           # its estimated size
+
+    def __init__(self, items: List[Any]) -> None:
+        super().__init__(items)
+        self.made: Dict[str, Any] = {}   # by the kind of upstream it was made for
+
+
+def known_tools_value(text: str) -> Any:
+    """The value of a client's body whose `tools` are parsed only if their text is not one of the last few.
+
+    A coding agent sends the same 50 KB of tools with each request: half of its body, and of the time to read
+    it.  The array is replaced by a string that no client can know, so that what then is the value of the
+    outermost `tools` has been that array, and nothing else has.  Raises ValueError, RecursionError.
+    """
+    place = text.find('"tools":[') + 8
+    if place < 8:
+        return _client_decoder.decode(text)
+    known = next((tools for tools in KNOWN_TOOLS if text.startswith(tools.text, place)), None)
+    try:
+        if known is None:
+            items, end = _client_decoder.raw_decode(text, place)
+            known = KeptList(items)
+            known.text = text[place:end]
+        value = _client_decoder.decode(f'{text[:place]}"{TOOLS_MARK}"{text[place + len(known.text):]}')
+    except ValueError:
+        return _client_decoder.decode(text)              # for an error that names the right place
+    if not isinstance(value, dict) or value.get("tools") != TOOLS_MARK:
+        return _client_decoder.decode(text)              # some other `tools`, inside something
+    value["tools"] = known
+    if len(known.text) >= KNOWN_TOOLS_SIZE[0] and len(known.text) <= KNOWN_TOOLS_SIZE[1] \
+            and (not KNOWN_TOOLS or KNOWN_TOOLS[0] is not known):
+        KNOWN_TOOLS[:] = [known, *(tools for tools in KNOWN_TOOLS if tools is not known)][:MAX_KNOWN_TOOLS]
+    return value
+
+
+KNOWN_TOOLS: List[KeptList] = []         # newest first
+MAX_KNOWN_TOOLS = 8                      # an agent, its helpers and a few others
+KNOWN_TOOLS_SIZE = (1000, 262144)        # characters of those worth to keep
+TOOLS_MARK = os.urandom(16).hex()
 NOT_JSON = "Request body is not valid JSON"
 MAX_VALUES = 500000                      # by their commas, those in texts included: what a million tokens can have
 
@@ -704,10 +761,15 @@ def estimated_request_tokens(body: Json) -> int:
         for call in message.get("tool_calls", ()):
             function = call["function"]
             total += estimated_tokens(function["name"]) + known_tokens(function["arguments"])
-    for tool in body.get("tools", ()):
+    tools = body.get("tools", ())
+    tokens = tools.tokens if isinstance(tools, KeptList) else 0
+    for tool in tools if not tokens else ():
         function = tool["function"]
-        total += TOOL_TOKENS + estimated_tokens(function["name"]) + known_tokens(function.get("description", "")) \
+        tokens += TOOL_TOKENS + estimated_tokens(function["name"]) + known_tokens(function.get("description", "")) \
             + known_tokens(readable_json(function["parameters"]))
+    if isinstance(tools, KeptList):
+        tools.tokens = tokens
+    total += tokens
     schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
     return total if schema is None else total + known_tokens(readable_json(schema))
 
@@ -1307,6 +1369,9 @@ class Tools(NamedTuple):
 
 def usable_tools(listed: List[Any], choice: Any, talk: Conversation, profile: Profile) -> Tools:
     """The tools that the model gets, deferred ones last.  Raises ProxyError(400)."""
+    is_plain = not (talk.added_tools or talk.removed_tools)
+    if is_plain and isinstance(listed, KeptList) and profile.host in listed.made:
+        return listed.made[profile.host]
     functions: Dict[str, Json] = {}
     deferred: Set[str] = set()
     server_names: List[str] = []
@@ -1334,8 +1399,11 @@ def usable_tools(listed: List[Any], choice: Any, talk: Conversation, profile: Pr
     loaded += [name for name in functions if name not in loaded and name in wanted]
     loaded = [name for name in loaded if name not in talk.removed_tools]
     renamed = renamed_tools(functions)
-    return Tools([{"type": "function", "function": functions[name]} for name in loaded],
+    made = Tools([{"type": "function", "function": functions[name]} for name in loaded],
                  {functions[name]["name"]: name for name in loaded}, renamed, server_names)
+    if is_plain and not deferred and isinstance(listed, KeptList):
+        made = listed.made[profile.host] = made._replace(functions=KeptList(made.functions))
+    return made
 
 
 def renamed_tools(functions: Dict[str, Json]) -> Dict[str, str]:
@@ -1976,7 +2044,7 @@ def call_arguments(value: Any) -> str:
 
 def user_messages(blocks: List[Block], calls: List[Tuple[str, str]], profile: Profile) -> List[Json]:
     """Tool messages for the calls before this turn, then one user message with all the rest."""
-    if not calls and not any(isinstance(block, Reminder) or block["type"] != "text" for block in blocks):
+    if blocks and not calls and not any(isinstance(block, Reminder) or block["type"] != "text" for block in blocks):
         return [{"role": "user", "content": "\n\n".join([block["text"] for block in blocks])}]
     writer = UserTurn(profile, list(calls))
     for block in blocks:
@@ -3166,6 +3234,7 @@ def lesson_from(status: int, body: bytes, exchange: Exchange) -> Optional[Tuple[
         found = refusal(status, _decoder.decode(body.decode("utf-8", "replace")))
     except (ValueError, RecursionError):
         found = Refusal(status, body[:ERROR_TEXT].decode("utf-8", "replace"))
+    part_tools_from_others(exchange.body)
     for lesson in LESSONS:
         argument = lesson.finds(found, exchange.body) if status in lesson.statuses else None
         if argument is not None and argument is not False and lesson.change(exchange.body, argument):
@@ -3176,9 +3245,16 @@ def lesson_from(status: int, body: bytes, exchange: Exchange) -> Optional[Tuple[
 
 def apply_lessons(learned: Mapping[str, Any], exchange: Exchange) -> None:
     """Makes the changes that earlier refusals of this model have taught."""
+    part_tools_from_others(exchange.body)
     for lesson in LESSONS:
         if lesson.name in learned:
             lesson.change(exchange.body, learned[lesson.name])
+
+
+def part_tools_from_others(body: Json) -> None:
+    """Lessons change functions: those of a KeptList are other requests' too."""
+    if isinstance(body.get("tools"), KeptList):
+        body["tools"] = [{**tool, "function": dict(tool["function"])} for tool in body["tools"]]
 
 
 ANY_STATUS = tuple(range(400, 600))
@@ -6410,7 +6486,7 @@ async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str) 
 
 def body_bytes(exchange: Exchange) -> bytes:
     try:
-        data = utf8_json_bytes(exchange.body) if exchange.is_wide else json_bytes(exchange.body)
+        data = utf8_json_bytes(exchange.body) if exchange.is_wide else body_json(exchange.body)
         exchange.sent_bytes = len(data)
         return data
     except ValueError as error:
