@@ -1037,6 +1037,7 @@ class Profile(NamedTuple):
     model: str           # as the upstream knows it
     base: str            # lower case, without vendor prefix: what the tables match
     is_reasoning: bool   # refuses max_tokens, sampling and stop
+    limit_field: str                     # the name of max_tokens here
     token_cap: Optional[int]             # the most tokens that an answer can have, if known
     efforts: Tuple[str, ...]             # what reasoning_effort takes; empty: nothing
 
@@ -1080,41 +1081,46 @@ def openai_request(asked: Json, settings: Settings, session_id: str = "",
     check_fields(asked, is_counting)
     profile = model_profile(mapped_model(asked["model"], settings), settings.host)
     talk = read_conversation(asked["messages"])
-    tools = usable_tools(asked.get("tools") or [], asked.get("tool_choice"), talk, profile)
+    tools = NO_TOOLS
+    if asked.get("tools") or talk.added_tools:
+        tools = usable_tools(asked.get("tools") or [], asked.get("tool_choice"), talk, profile)
     answer_format, format_line = response_format(asked, profile)
-    system = [*system_texts(asked.get("system")), *talk.system]
+    system = system_texts(asked.get("system")) + talk.system
     if tools.server_names:
         system.append(f"Not available in this session: {', '.join(tools.server_names)}. "
                       "Do not claim to have used them.")
-    system.append(format_line)
-    system_text = "\n\n".join(filter(None, system))
-    messages: List[Json] = [{"role": "system", "content": system_text}] if system_text else []
-    messages += openai_messages(talk, profile, asked, tools.renamed)
-    if not any(message["role"] != "system" for message in messages):
+    if format_line:
+        system.append(format_line)
+    messages = openai_messages(talk, profile, asked, tools.renamed)
+    if not messages:
         raise ProxyError(400, "messages: at least one user message is required")
-    choice, is_single_call = tool_choice(asked.get("tool_choice"), asked.get("tools"), tools, profile)
-    body = {
-        "model": profile.model, "messages": messages,
-        **({} if is_counting else token_limit(asked["max_tokens"], profile)),
-        **sampling(asked, profile),
-        **reasoning(asked, talk.effort, bool(tools.functions), profile),
-        **answer_format,
-        **({"tools": tools.functions, **choice} if tools.functions else {}),
-        **identity(asked, session_id, profile),
-        **stream_fields(asked, profile, is_counting),
-    }
     last = messages[-1]
-    return Exchange(
-        asked_model=asked["model"], profile=profile, body=body,
-        is_streamed=asked.get("stream") is True, thinking=visible_thinking(asked.get("thinking")),
-        tool_names=tools.names, known_ids=talk.ids,
-        stop_sequences=tuple(filter(None, asked.get("stop_sequences") or ())),
-        prefill=last["content"] if last["role"] == "assistant" and "tool_calls" not in last else "",
-        is_single_call=is_single_call, is_empty=not is_counting and asked["max_tokens"] == 0,
-        uses_own_key=not settings.passes_keys_on, upstream_host=settings.hostname,
-        upstream_path=settings.openai_base_url.path + "/chat/completions",
-        dropped=[name for name in ("inference_geo", "container") if asked.get(name) is not None]
-        + tools.server_names)
+    if system:
+        messages.insert(0, {"role": "system", "content": "\n\n".join(system)})
+    choice, is_single_call = tool_choice(asked.get("tool_choice"), asked.get("tools"), tools, profile)
+    body: Json = {"model": profile.model, "messages": messages}
+    if not is_counting:
+        body[profile.limit_field] = capped_limit(asked["max_tokens"], profile)
+    if not profile.is_reasoning:
+        body.update(sampling(asked))
+    body.update(reasoning(asked, talk.effort, bool(tools.functions), profile))
+    body.update(answer_format)
+    if tools.functions:
+        body["tools"] = tools.functions
+        body.update(choice)
+    if profile.host == "openai":
+        body.update(identity(asked, session_id))
+    if not is_counting:
+        body.update(stream_fields(asked, profile))
+    exchange = Exchange(
+        asked["model"], profile, body, asked.get("stream") is True, visible_thinking(asked.get("thinking")),
+        tools.names, talk.ids, tuple(filter(None, asked.get("stop_sequences") or ())),
+        last["content"] if last["role"] == "assistant" and "tool_calls" not in last else "", is_single_call,
+        is_empty=not is_counting and asked["max_tokens"] == 0, uses_own_key=not settings.passes_keys_on,
+        upstream_host=settings.hostname, upstream_path=settings.openai_base_url.path + "/chat/completions")
+    exchange.dropped += [name for name in ("inference_geo", "container") if asked.get(name) is not None]
+    exchange.dropped += tools.server_names
+    return exchange
 
 
 def check_fields(asked: Json, is_counting: bool) -> None:
@@ -1178,7 +1184,8 @@ def model_profile(model: str, host: str) -> Profile:
     base = re.sub(r"^ft:", "", model.lower()).rpartition("/")[2]
     is_reasoning = bool(re.match(r"o\d|codex", base)) or gpt_version(base) >= (5, 0)
     cap = next((cap for pattern, cap in TOKEN_CAPS if re.match(pattern, base)), None)
-    return Profile(host, model, base, is_reasoning, cap, allowed_efforts(base, host))
+    limit_field = "max_completion_tokens" if is_reasoning else "max_tokens"
+    return Profile(host, model, base, is_reasoning, limit_field, cap, allowed_efforts(base, host))
 
 
 def gpt_version(base: str) -> Tuple[int, int]:
@@ -1192,12 +1199,8 @@ def is_chat_variant(base: str) -> bool:
     return base.startswith("gpt-5") and "-chat" in base
 
 
-def token_limit(asked: int, profile: Profile) -> Json:
-    """The limit under the name that the model takes, capped to what the model can give."""
-    return {"max_completion_tokens" if profile.is_reasoning else "max_tokens": capped_limit(asked, profile)}
-
-
 def capped_limit(asked: int, profile: Profile) -> int:
+    """max_tokens, capped to what the model can give."""
     return asked if profile.token_cap is None or asked < profile.token_cap else profile.token_cap
 
 
@@ -1216,10 +1219,8 @@ TOKEN_CAPS = (
 )
 
 
-def sampling(asked: Json, profile: Profile) -> Json:
-    """temperature, top_p and stop, where the model takes them."""
-    if profile.is_reasoning:
-        return {}
+def sampling(asked: Json) -> Json:
+    """temperature, top_p and stop, for models that take them."""
     found = {name: asked[name] for name in ("temperature", "top_p") if asked.get(name) is not None}
     stop = asked.get("stop_sequences") and list(filter(None, asked["stop_sequences"]))[:4]      # OpenAI takes four
     if stop:
@@ -1227,10 +1228,8 @@ def sampling(asked: Json, profile: Profile) -> Json:
     return found
 
 
-def identity(asked: Json, session_id: str, profile: Profile) -> Json:
+def identity(asked: Json, session_id: str) -> Json:
     """safety_identifier, prompt_cache_key and service_tier, which only OpenAI itself knows."""
-    if profile.host != "openai":
-        return {}
     user = (asked.get("metadata") or {}).get("user_id")
     user = user if isinstance(user, str) else ""
     found = {}
@@ -1247,10 +1246,8 @@ def sha256_hex(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
-def stream_fields(asked: Json, profile: Profile, is_counting: bool) -> Json:
+def stream_fields(asked: Json, profile: Profile) -> Json:
     """`stream`, also for an un-streamed request that may take minutes: only a stream shows life."""
-    if is_counting:
-        return {}
     if not asked.get("stream") and capped_limit(asked["max_tokens"], profile) <= UNSTREAMED_TOKENS:
         return {}
     options = {} if profile.host == "mistral" else {"stream_options": {"include_usage": True}}
@@ -1366,6 +1363,9 @@ class Tools(NamedTuple):
     names: Dict[str, str]           # the upstream's name -> the client's
     renamed: Dict[str, str]         # the client's name -> the upstream's, where the made one was taken
     server_names: List[str]         # tools that only Anthropic's servers could run
+
+
+NO_TOOLS = Tools([], {}, {}, [])
 
 
 def usable_tools(listed: List[Any], choice: Any, talk: Conversation, profile: Profile) -> Tools:
@@ -1950,7 +1950,9 @@ SILENT_BLOCKS = {
 
 def system_texts(system: Any) -> List[str]:
     """The texts of the `system` field, without the client's attribution line."""
-    texts = [system] if isinstance(system, str) else [block["text"] for block in system or ()]
+    if not system:
+        return []
+    texts = [system] if isinstance(system, str) else [block["text"] for block in system]
     # It changes with every request and would spoil the upstream's prompt cache.
     return [text for text in texts if text and not text.startswith("x-anthropic-billing-header:")]
 
@@ -2286,7 +2288,7 @@ def document_placeholder(block: Json) -> str:
     return "\n".join(part["text"] for part in document_parts(block, UNKNOWN_PROFILE) if part["type"] == "text")
 
 
-UNKNOWN_PROFILE = Profile("other", "", "", False, None, ())
+UNKNOWN_PROFILE = Profile("other", "", "", False, "max_tokens", None, ())
 ASSISTANT_PARAGRAPHS: Dict[str, Callable[[Json], str]] = {
     "server_tool_use": called_text,
     "mcp_tool_use": called_text,
@@ -2441,21 +2443,24 @@ def anthropic_message(completion: Any, exchange: Exchange, new_id: NewId) -> Jso
     raise_if_failed(finish)
     kind, thought = reasoning_text(message)
     text, refusal = content_texts(message)
-    text_filter = TextFilter(exchange, sees_reasoning=bool(thought))
-    spans = text_filter.feed(text) + text_filter.finish()
-    if not thought and any(is_thought for is_thought, _ in spans):
-        kind, thought = "n", "".join(span for is_thought, span in spans if is_thought)
-    text = "".join(span for is_thought, span in spans if not is_thought)
-    if refusal and text_filter.hit is None:
+    hit = None
+    if exchange.stop_sequences or exchange.prefill or "<think>" in text:
+        text_filter = TextFilter(exchange, sees_reasoning=bool(thought))
+        spans = text_filter.feed(text) + text_filter.finish()
+        hit = text_filter.hit
+        if not thought and any(is_thought for is_thought, _ in spans):
+            kind, thought = "n", "".join(span for is_thought, span in spans if is_thought)
+        text = "".join(span for is_thought, span in spans if not is_thought)
+    if refusal and hit is None:
         text += refusal
-    calls = [] if text_filter.hit is not None else tool_uses(message, finish, exchange, new_id)
+    calls = tool_uses(message, finish, exchange, new_id) if hit is None else []
     content: List[Json] = []
     if thought and exchange.thinking is not Thinking.HIDDEN:
         content.append(thinking_block(kind, thought, message, exchange))
-    if text.strip():
+    if text and not text.isspace():
         content.append(text_part(text))
     content += calls
-    stop = stop_fields(finish, bool(calls), refusal, text_filter.hit, named_stop(choice, exchange))
+    stop = stop_fields(finish, bool(calls), refusal, hit, named_stop(choice, exchange))
 
     def generated() -> int:
         return estimated_tokens(text + thought) + sum(estimated_tokens(json_text(call["input"])) for call in calls)
@@ -2480,7 +2485,9 @@ def first_choice(completion: Any) -> Json:
     if not is_object(completion):
         raise UpstreamError(502, "The upstream's answer is not a JSON object")
     choices = completion.get("choices")
-    choices = [choice for choice in choices if is_object(choice)] if isinstance(choices, list) else []
+    choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    if len(choices) == 1 and isinstance(choices[0].get("message"), dict):
+        return choices[0]
     if choices:
         indexes = [choice["index"] if is_number(choice.get("index")) else place
                    for place, choice in enumerate(choices)]
@@ -2551,6 +2558,8 @@ def thinking_block(kind: str, thought: str, message: Json, exchange: Exchange) -
 
 def tool_uses(message: Json, finish: Any, exchange: Exchange, new_id: NewId) -> List[Json]:
     """The tool_use blocks of a whole answer, in its order."""
+    if not message.get("tool_calls") and not message.get("function_call"):
+        return []
     entries = message.get("tool_calls")
     entries = [entry for entry in entries if is_object(entry)] if isinstance(entries, list) else []
     if not entries and is_object(message.get("function_call")):
@@ -2652,6 +2661,8 @@ def stop_object(reason: Optional[str], sequence: Optional[str] = None, explanati
 
 def named_stop(choice: Json, exchange: Exchange) -> Optional[str]:
     """The stop sequence that vLLM and SGLang name beside the finish reason."""
+    if not exchange.stop_sequences:
+        return None
     for key in ("stop_reason", "matched_stop"):
         if isinstance(choice.get(key), str) and choice[key] in exchange.stop_sequences:
             return choice[key]
@@ -2665,30 +2676,37 @@ def anthropic_usage(usage: Any, tier: Any, exchange: Exchange, generated: Callab
 
     `generated` estimates the tokens of the answer; it is called only when they are not known.
     """
-    usage = usage if is_object(usage) else {}
-    prompt, output, total = (count(usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
-    read = first_count(usage, CACHE_READ) or 0
-    written = first_count(usage, CACHE_WRITTEN) or 0
-    thought = first_count(usage, REASONING)
-    known = [number for number in (prompt, output) if number is not None]
-    rest = total - known[0] if total is not None and len(known) == 1 and total >= known[0] else None
-    if output is None:
-        output = generated() if rest is None else rest
-    if prompt is None:
-        prompt = exchange.input_estimate() if rest is None else rest
+    usage = usage if isinstance(usage, dict) else {}
+    prompt, output, total = count(usage, "prompt_tokens"), count(usage, "completion_tokens"), count(usage, "total_tokens")
+    read = written = 0
+    thought = None
+    if len(usage) > 3 or total is None:                  # else these three are all that it says
+        read = first_count(usage, CACHE_READ) or 0
+        written = first_count(usage, CACHE_WRITTEN) or 0
+        thought = first_count(usage, REASONING)
+    if prompt is None or output is None:
+        known = [number for number in (prompt, output) if number is not None]
+        rest = total - known[0] if total is not None and len(known) == 1 and total >= known[0] else None
+        if output is None:
+            output = generated() if rest is None else rest
+        if prompt is None:
+            prompt = exchange.input_estimate() if rest is None else rest
     if thought and total == prompt + output + thought:
         output += thought                                # xAI leaves reasoning out of completion_tokens
     fields: Json = {"input_tokens": max(prompt - read - written, 0), "cache_creation_input_tokens": written,
                     "cache_read_input_tokens": read, "output_tokens": output}
     if thought is not None:
         fields["output_tokens_details"] = {"thinking_tokens": thought}
-    return {**fields, "service_tier": SERVICE_TIERS.get(tier) if isinstance(tier, str) else None}
+    fields["service_tier"] = SERVICE_TIERS.get(tier) if isinstance(tier, str) else None
+    return fields
 
 
 def count(usage: Json, name: str) -> Optional[int]:
     """A number of tokens; None unless it is a number that can count."""
     value = usage.get(name)
-    return int(value) if is_number(value) and 0 <= value < 2 ** 53 else None
+    if type(value) is not int and not is_number(value):
+        return None
+    return int(value) if 0 <= value < 2 ** 53 else None
 
 
 def first_count(usage: Json, paths: Sequence[Tuple[str, str]]) -> Optional[int]:
@@ -6698,7 +6716,7 @@ class Relay:
         if self._recording is not None:
             self._recording.add("upstream", rest)
         try:
-            completion = _decoder.decode(body.decode("utf-8-sig", "replace").strip())
+            completion = _decoder.decode(body.decode("utf-8", "replace").lstrip("\ufeff"))
         except (ValueError, RecursionError):
             message = described_answer(self._reply.status, {}, body) if body.lstrip()[:1] == b"<" else ""
             raise UpstreamError(502, "The upstream's answer is not JSON"
