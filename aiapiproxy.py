@@ -4794,16 +4794,14 @@ class LengthBody:
 
     def __init__(self, length: int) -> None:
         self.left = length
+        self.done = not length
         self.rest = b""
-
-    @property
-    def done(self) -> bool:
-        return not self.left
 
     def feed(self, data: bytes) -> bytes:
         if len(data) > self.left:
             data, self.rest = data[:self.left], data[self.left:]
         self.left -= len(data)
+        self.done = not self.left
         return data
 
     def eof(self) -> None:
@@ -5230,7 +5228,7 @@ class History:
 
     def add(self, request: Json) -> None:
         self.recent.append(request)
-        minute = int(time.time()) // 60 * 60
+        minute = int(request["time"]) // 60 * 60
         if not self.minutes or self.minutes[-1]["minute"] != minute:
             self.minutes.append({"minute": minute, **dict.fromkeys(MINUTE_SUMS, 0)})
         sums = self.minutes[-1]
@@ -5414,6 +5412,11 @@ class ByteStream:
         data = await self._reader.read(READ_SIZE)
         if not data and getattr(self._protocol, "fault", None) is not None:
             raise ConnectionResetError("the connection was reset")
+        return data
+
+    def take_pushed(self) -> bytes:
+        """What was given back, without waiting."""
+        data, self._pushed = self._pushed, b""
         return data
 
     def push(self, data: bytes) -> None:
@@ -5749,15 +5752,15 @@ class Upstream:
                 start, is_sent = await self._large_write(stream, request, body, meanwhile)
             has_answered = bool(start)
             while True:
-                head, start = await stream.head(response_head_end, start)
+                end = response_head_end(start, 0)
+                head, start = (start[:end], start[end:]) if end >= 0 else await stream.head(response_head_end, start)
                 status, headers, is_http11 = parse_response_head(head.rstrip(b"\r\n"))
                 if status >= 200:
                     break                                # 1xx are skipped  [RFC 9110 15.2]
                 if status == 101:
                     raise ProtocolError(502, "an upgrade that nobody asked for")
-            stream.push(start)
             stream.relax()
-            return Reply(self, connection, status, headers, is_http11 and is_sent, timeout, due)
+            return Reply(self, connection, status, headers, start, is_http11 and is_sent, timeout, due)
         except BaseException as error:
             stream.abort()
             raise exchange_error(error, self, has_answered, timeout) from None
@@ -5799,7 +5802,7 @@ class Reply:
     The body must be whole at `due`, loop time; with `is_live` each read may take `timeout` anew.
     """
 
-    def __init__(self, upstream: Upstream, connection: Connection, status: int, headers: Headers,
+    def __init__(self, upstream: Upstream, connection: Connection, status: int, headers: Headers, start: bytes,
                  is_http11: bool, timeout: Timeout, due: float) -> None:
         self.timeout = timeout
         self.is_live = False
@@ -5810,10 +5813,13 @@ class Reply:
         self._connection: Optional[Connection] = connection
         self._stream = connection.stream
         self._body = response_body(status, headers)
-        options = connection_options(headers)
-        self._is_reusable = is_http11 and "close" not in options and not isinstance(self._body, UntilCloseBody)
+        self._start = start                  # of the body, as it came with the head
+        self._is_reusable = is_http11 and "close" not in connection_options(headers) \
+            and not isinstance(self._body, UntilCloseBody)
         coding = headers.get("content-encoding", "").lower()
         self._inflater = Inflater(coding) if coding in ("gzip", "x-gzip", "deflate") else None
+        self.claims_events = "event-stream" in headers.get("content-type", "").lower()
+        self.record: Optional[Callable[[bytes], None]] = None        # takes what is read of the body
 
     @property
     def is_complete(self) -> bool:
@@ -5832,6 +5838,8 @@ class Reply:
                     if self._inflater and data:
                         data = self._inflater.feed(data)
                 if data:
+                    if self.record is not None:
+                        self.record(data)
                     return data
             return b""
         except BaseException as error:
@@ -5840,6 +5848,9 @@ class Reply:
 
     async def _read_body(self) -> Optional[bytes]:
         """One read's worth of the body; None where the connection's end is the body's."""
+        if self._start:
+            start, self._start = self._start, b""
+            return self._body.feed(start)
         stream = self._stream
         stream.expect(stream.now() + self.timeout.seconds if self.is_live else self._due)
         data = await stream.read()
@@ -5886,7 +5897,7 @@ class Reply:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        if self._is_reusable and self.is_complete and not self._body.rest:
+        if self._is_reusable and self.is_complete and not self._body.rest and not self._start:
             self._upstream.release(connection)
         else:
             connection.stream.abort()
@@ -6033,7 +6044,7 @@ class Transaction:
         if self._waits_for_100 and not self._stream.has_pushed and not self.body.done:
             self._stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._waits_for_100 = False
-        data: Union[bytes, bytearray] = b"" if self.body.done else await self._body_piece()
+        data: Union[bytes, bytearray] = b"" if self.body.done else self.body.feed(self._stream.take_pushed())
         while not self.body.done:
             if len(data) > limit:
                 raise too_large(limit)
@@ -6174,6 +6185,8 @@ class App:
         self.settings, self.upstream = settings, upstream
         self.lessons.clear()
         self.known_hosts.clear()
+        self.silence = Timeout(settings.stream_timeout, "STREAM_TIMEOUT")
+        self.whole = Timeout(settings.request_timeout, "REQUEST_TIMEOUT")
         self.secrets = tuple(settings.secrets())
 
     def learned(self, model: str) -> Dict[str, Any]:
@@ -6468,10 +6481,23 @@ async def answered(app: App, tx: Transaction, exchange: Exchange, key: str,
         reply = await ask_upstream(app, tx, exchange, key)
     except NothingGenerated:
         return await whole_answer(app, tx, exchange, empty_message(exchange, app.new_id))
-    tx.extra_headers.update(ratelimit_headers(reply.headers, time.time()))
+    limits = ratelimit_headers(reply.headers, time.time())
+    if limits:
+        tx.extra_headers = {**tx.extra_headers, **limits}
     if recording is not None:
         recording.answered(reply)
-    relay = Relay(app, tx, exchange, reply, recording)
+    if exchange.is_streamed:
+        return await relayed(Relay(app, tx, exchange, reply, recording))
+    try:
+        start = await first_bytes(reply)
+        if not is_event_stream(reply.claims_events, start):
+            return await whole_answer(app, tx, exchange, await whole_message(app, exchange, reply, start))
+        return await relayed(Relay(app, tx, exchange, reply, recording, start))
+    finally:
+        reply.close()
+
+
+async def relayed(relay: Relay) -> Optional[Response]:
     try:
         return await relay.run()
     finally:
@@ -6515,17 +6541,15 @@ async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str) 
     tx.watch_client()
     loop = app.loop
     for tries_left in range(MAX_LESSONS, -1, -1):
-        settings = app.settings
         is_streamed = exchange.body.get("stream") is True
-        silence = Timeout(settings.stream_timeout, "STREAM_TIMEOUT")
-        whole = Timeout(settings.request_timeout, "REQUEST_TIMEOUT")
+        silence, whole = app.silence, app.whole
         began = loop.time()
         reply = await app.upstream.send(
             "POST", "/chat/completions", body_bytes(exchange), key, is_streamed,
             silence if is_streamed and exchange.is_streamed else whole,
             exchange.input_estimate if exchange.is_streamed else int)
         app.metrics.observe("upstream_seconds", loop.time() - began)
-        tx.note(upstream_status=reply.status)
+        tx.facts["upstream_status"] = reply.status
         if "x-request-id" in reply.headers:
             tx.note(upstream_request_id=redacted(reply.headers["x-request-id"], exchange.secrets)[:100])
         if 200 <= reply.status < 300:
@@ -6591,6 +6615,7 @@ class Recording:
             "upstream_headers": {}, "upstream": [], "events": []}
 
     def answered(self, reply: Reply) -> None:
+        reply.record = lambda data: self.add("upstream", data)
         kept = ("content-type", "content-encoding", "transfer-encoding", "retry-after", "x-request-id")
         self.fields["upstream_status"] = reply.status
         self.fields["upstream_headers"] = {name: reply.headers[name] for name in kept if name in reply.headers}
@@ -6630,8 +6655,9 @@ class Relay:
     """Carries one answer from the upstream to the client, and keeps the client awake meanwhile."""
 
     def __init__(self, app: App, tx: Transaction, exchange: Exchange, reply: Reply,
-                 recording: Optional[Recording]) -> None:
+                 recording: Optional[Recording], start: bytes = b"") -> None:
         self._recording = recording
+        self._start = start
         self._app = app
         self._tx = tx
         self._exchange = exchange
@@ -6666,9 +6692,11 @@ class Relay:
         return None
 
     async def _run(self) -> Optional[Response]:
-        start = await self._first_bytes()
-        if not is_event_stream(self._reply.headers.get("content-type", ""), start):
-            return await self._whole(start)
+        start = self._start or await first_bytes(self._reply)
+        if not self._start and not is_event_stream(self._reply.claims_events, start):
+            message = await whole_message(self._app, self._exchange, self._reply, start)
+            return await whole_answer(self._app, self._tx, self._exchange, message, self._translator)
+        self._last_read = self._loop.time()
         translator, read, feed = self._translator, self._read, self._translator.feed
         events = feed(start)
         while not translator.done:
@@ -6689,49 +6717,10 @@ class Relay:
     async def _read(self) -> bytes:
         if self._translator.finish_reason is None:           # else comments could keep a finished answer open
             self._last_read = self._loop.time()
-        data = await self._reply.read()
-        if self._recording is not None:
-            self._recording.add("upstream", data)
-        return data
-
-    async def _first_bytes(self) -> bytes:
-        """What tells events from JSON: the first byte that is not a blank, or a whole line of JSON.
-
-        Raises UpstreamError for an empty body.
-        """
-        start = b""
-        while not start.strip() or (start.lstrip()[:1] in (b"{", b"[") and b"\n" not in start.strip()):
-            data = await self._read()
-            start += data
-            if not start.strip() and (not data or len(start) > ERROR_BODY):
-                raise UpstreamError(502, "The upstream's answer is empty")
-            if not data or len(start) > ERROR_BODY:
-                break
-        return start
-
-    async def _whole(self, start: bytes) -> Optional[Response]:
-        """An answer in plain JSON, whether it was to be a stream or not."""
-        rest = await self._reply.read_all(ANSWER_BODY)
-        body = start + rest
-        if self._recording is not None:
-            self._recording.add("upstream", rest)
-        try:
-            completion = _decoder.decode(body.decode("utf-8", "replace").lstrip("\ufeff"))
-        except (ValueError, RecursionError):
-            message = described_answer(self._reply.status, {}, body) if body.lstrip()[:1] == b"<" else ""
-            raise UpstreamError(502, "The upstream's answer is not JSON"
-                                + (": " + redacted(message, self._exchange.secrets) if message else "")) from None
-        if isinstance(completion, list) and completion and is_object(completion[0]) and is_error(completion[0]):
-            completion = completion[0]
-        if is_object(completion) and is_error(completion):
-            raise error_of_object(completion, self._exchange)
-        message = anthropic_message(completion, self._exchange, self._app.new_id)
-        warn_of_truncation(self._app, self._exchange, message["usage"])
-        return await whole_answer(self._app, self._tx, self._exchange, message, self._translator)
+        return await self._reply.read()
 
     async def _send(self, events: bytes) -> None:
-        translator = self._translator
-        tx = self._tx
+        translator, tx = self._translator, self._tx
         if tx.first_token is None and translator.has_content:
             tx.first_token = self._loop.time()
         if self._recording is not None:
@@ -6779,13 +6768,47 @@ PING_INTERVAL = 10.0                     # seconds without an event: watchdogs o
 LAST_CHUNK_WAIT = 10.0                   # seconds from the finish reason to the end that must follow
 
 
-def is_event_stream(content_type: str, start: bytes) -> bool:
-    """Whether an answer is server-sent events: by its first bytes, which lie less often than the type.
+async def first_bytes(reply: Reply) -> bytes:
+    """What tells events from JSON: the first byte that is not a blank, or a whole line of JSON.
 
-    Raises UpstreamError for what is neither events nor JSON.
+    Raises UpstreamError for an empty body.
     """
+    start = await reply.read()
+    if start[:1] == b"{" and not reply.claims_events:
+        return start                                         # the usual answer
+    while not start.strip() or (start.lstrip()[:1] in (b"{", b"[") and b"\n" not in start.strip()):
+        data = await reply.read() if start else b""
+        start += data
+        if not start.strip() and (not data or len(start) > ERROR_BODY):
+            raise UpstreamError(502, "The upstream's answer is empty")
+        if not data or len(start) > ERROR_BODY:
+            break
+    return start
+
+
+async def whole_message(app: App, exchange: Exchange, reply: Reply, start: bytes) -> Json:
+    """The message of an answer in plain JSON, whether it was to be a stream or not.  Raises UpstreamError."""
+    body = start if reply.is_complete else start + await reply.read_all(ANSWER_BODY)
+    try:
+        completion = _decoder.decode(body.decode("utf-8", "replace").lstrip("\ufeff"))
+    except (ValueError, RecursionError):
+        message = described_answer(reply.status, {}, body) if body.lstrip()[:1] == b"<" else ""
+        raise UpstreamError(502, "The upstream's answer is not JSON"
+                            + (": " + redacted(message, exchange.secrets) if message else "")) from None
+    if isinstance(completion, list) and completion and is_object(completion[0]) and is_error(completion[0]):
+        completion = completion[0]
+    if is_object(completion) and is_error(completion):
+        raise error_of_object(completion, exchange)
+    message = anthropic_message(completion, exchange, app.new_id)
+    warn_of_truncation(app, exchange, message["usage"])
+    return message
+
+
+def is_event_stream(claims: bool, start: bytes) -> bool:
+    """Whether an answer is server-sent events: by its first bytes, which lie less often than what its type claims."""
+    if start[:1] == b"{" and not claims:
+        return False
     start = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    claims = "event-stream" in content_type.lower()
     if start[:1] in (b"{", b"["):                        # a line of bare JSON, or a body that only claims to be events
         return claims and is_whole(start.partition(b"\n")[0].decode("utf-8", "replace"))
     return claims or re.match(rb"(data|event|id|retry)?:", start) is not None
@@ -6806,10 +6829,10 @@ async def whole_answer(app: App, tx: Transaction, exchange: Exchange, message: J
 
 def warn_of_truncation(app: App, exchange: Exchange, usage: Json) -> None:
     """Ollama and its like cut long prompts without a word: the token count gives them away."""
-    prompt = sum(usage.get(name) or 0 for name in (
-        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
-    if exchange.profile.host != "other" or prompt * MANY_BYTES > exchange.sent_bytes \
-            or exchange.profile.model in app.truncation_warned:
+    if exchange.profile.host != "other":
+        return
+    prompt = usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["cache_creation_input_tokens"]
+    if prompt * MANY_BYTES > exchange.sent_bytes or exchange.profile.model in app.truncation_warned:
         return
     estimate = exchange.input_estimate()
     if estimate >= TRUNCATION_PROMPT and 0 < prompt * 2 < estimate:
@@ -7121,7 +7144,8 @@ class Server:
             response = await respond(self.app, tx)
             is_kept = self._finish_answer(stream, tx, response)
             protocol.on_gone = None
-            await stream.drain()
+            if stream.unsent or stream.transport.is_closing():
+                await stream.drain()
         except (asyncio.CancelledError, ClientGone, OSError):
             tx.note(outcome="shutdown" if tx.is_shut_down else "client_gone")
             raise
@@ -7132,7 +7156,8 @@ class Server:
             del self._active[tx]
             self._account(tx)
         if is_kept:
-            await tx.skip_body()
+            if not tx.body.done:
+                await tx.skip_body()
         elif not tx.body.done and not self.app.is_draining:
             await linger(stream)
         return is_kept and not self.app.is_draining and not protocol.is_flooded
@@ -7210,8 +7235,9 @@ class Server:
         duration = self._loop.time() - tx.began
         outcome = facts.get("outcome", "ok")
         status = tx.status or 499                            # as nginx has it: the client went before an answer
-        path = "/v1/models/" if request.path.startswith("/v1/models/") else request.path
-        path = path if path in ROUTES else "other"
+        path = request.path
+        if path not in ROUTES:
+            path = "/v1/models/" if path.startswith("/v1/models/") else "other"
         metrics.add("requests_total", request_labels(path, status, outcome))
         if path == "/v1/messages":
             metrics.observe("request_duration_seconds", duration)
@@ -7222,10 +7248,13 @@ class Server:
                 for labels, name in zip(token_labels(model_label), TOKEN_KINDS.values()):
                     metrics.add("tokens_total", labels, facts.get(name) or 0)
         first = None if tx.first_token is None else round((tx.first_token - tx.began) * 1000, 1)
-        self.app.count({
-            "time": time.time(), "status": status, "outcome": outcome, "ttft_ms": first,
-            "duration_ms": round(duration * 1000, 1), "session": facts.get("session", ""),
-            "error": facts.get("error", ""), **{name: facts.get(name) for name in SHOWN_FACTS}} if path == "/v1/messages" else None)
+        duration_ms = round(duration * 1000, 1)
+        self.app.count(None if path != "/v1/messages" else {
+            "time": time.time(), "status": status, "outcome": outcome, "ttft_ms": first, "duration_ms": duration_ms,
+            "session": facts.get("session", ""), "error": facts.get("error", ""), "model": facts.get("model"),
+            "upstream_model": facts.get("upstream_model"), "input_tokens": facts.get("input_tokens"),
+            "cache_read_input_tokens": facts.get("cache_read_input_tokens"),
+            "output_tokens": facts.get("output_tokens"), "stop_reason": facts.get("stop_reason")})
         level = logging.DEBUG if path.startswith("/health") or path in ("/metrics", "/status") else logging.INFO
         if not LOG.isEnabledFor(level):
             return
@@ -7234,7 +7263,7 @@ class Server:
         facts.pop("outcome", None)
         shown_path = request.path if path != "other" else redacted(request.path, tx.secrets)[:200]
         log(level, "request", request_id=tx.id, method=request.method[:20], path=shown_path, status=status, **facts,
-            ttft_ms=first, duration_ms=round(duration * 1000, 1), bytes_out=tx.bytes_out, client=tx.client,
+            ttft_ms=first, duration_ms=duration_ms, bytes_out=tx.bytes_out, client=tx.client,
             outcome=outcome)
 
 
@@ -7283,7 +7312,6 @@ IDLE_KEEP_ALIVE = 75.0                   # seconds between two requests, as ngin
 HEAD_TIME = 30.0                         # seconds from a head's first byte to its last
 LINGER_TIME = 30.0                       # seconds in all that an answered client may go on sending
 LINGER_SILENCE = 5.0                     # seconds without a byte from it
-SHOWN_FACTS = ("model", "upstream_model", "input_tokens", "cache_read_input_tokens", "output_tokens", "stop_reason")
 CLOSING_STATUSES = (408, 413, 414, 431)  # after these the connection's state is not known for sure
 TOKEN_KINDS = {"input": "input_tokens", "output": "output_tokens", "cache_read": "cache_read_input_tokens"}
 
@@ -8260,7 +8288,8 @@ def replay(path: str) -> int:
     exchange.is_streamed = True
     translator = StreamTranslator(exchange, RandomIds(), recorded["request_id"])
     try:
-        if is_event_stream(recorded["upstream_headers"].get("content-type", ""), b"".join(pieces[:1])):
+        claims_events = "event-stream" in recorded["upstream_headers"].get("content-type", "").lower()
+        if is_event_stream(claims_events, b"".join(pieces[:1])):
             for piece in filter(None, pieces):
                 sys.stdout.write(translator.feed(piece).decode())
             sys.stdout.write(translator.finish().decode())
