@@ -5175,7 +5175,7 @@ class Metrics:
 
     def observe(self, name: str, seconds: float) -> None:
         """A histogram keeps how many fell into each bucket alone, and their sum."""
-        self.sums[name + "_bucket"][str(bisect_left(BUCKETS, seconds))] += 1
+        self.sums[name + "_bucket"][BUCKET_PLACES[bisect_left(BUCKETS, seconds)]] += 1
         self.sums[name + "_sum"][""] += seconds
 
     def model_label(self, model: str) -> str:
@@ -5189,6 +5189,7 @@ class Metrics:
 
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)    # seconds
+BUCKET_PLACES = tuple(map(str, range(len(BUCKETS) + 1)))
 MAX_MODELS = 20                          # names of models are the client's to choose: labels must not grow
 
 
@@ -5336,6 +5337,7 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
     """Tells at once when the peer closes, also while nobody reads: asyncio's streams do not."""
 
     on_gone: Optional[Callable[[], None]] = None     # called when it does, while somebody wants to know
+    on_stray: Optional[Callable[[], None]] = None    # called for whatever happens, while nothing should
     fault: Optional[Exception] = None                # what broke the connection
     is_flooded = False                               # the peer sent far ahead: what is over MAX_AHEAD is lost
     _ahead = 0
@@ -5346,6 +5348,9 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
         self._ahead = 0
 
     def data_received(self, data: bytes) -> None:
+        if self.on_stray is not None:
+            self.on_stray()
+            return
         if self.on_gone is not None:
             self._ahead += len(data)
             if self._ahead > MAX_AHEAD:
@@ -5355,16 +5360,18 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
 
     def eof_received(self) -> Optional[bool]:
         keeps_open = super().eof_received()
-        if self.on_gone is not None:
-            self.on_gone()
+        for tell in (self.on_gone, self.on_stray):
+            if tell is not None:
+                tell()
         return keeps_open
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
         # As an end and not as an exception, which would hide what had been read before it.
         self.fault = exc
         super().connection_lost(None)
-        if self.on_gone is not None:
-            self.on_gone()
+        for tell in (self.on_gone, self.on_stray):
+            if tell is not None:
+                tell()
 
 
 MAX_AHEAD = 65536                        # bytes that a client may send before its answer has ended
@@ -5547,30 +5554,7 @@ class Connection:
     protocol: WatchedProtocol
     is_reused: bool = False
     tunnel: Optional[Connection] = None              # the connection under its TLS: collected, it would be closed
-    guard: Optional[asyncio.Protocol] = None         # its transport's protocol while it is idle
     idle_since: float = 0.0              # time.time(): that clock goes on while a laptop sleeps
-
-
-class IdleGuard(asyncio.Protocol):
-    """Holds an idle connection's transport: whatever happens on it now makes it useless."""
-
-    def __init__(self, pool: List[Connection], connection: Connection) -> None:
-        self._pool = pool
-        self._connection = connection
-
-    def data_received(self, data: bytes) -> None:
-        self._leave()
-
-    def eof_received(self) -> None:
-        self._leave()
-
-    def connection_lost(self, exc: Optional[Exception]) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        if self._connection in self._pool:
-            self._pool.remove(self._connection)
-        self._connection.stream.abort()
 
 
 class Upstream:
@@ -5640,7 +5624,7 @@ class Upstream:
     def _pooled(self) -> Optional[Connection]:
         while self._idle:
             connection = self._idle.pop()
-            connection.stream.transport.set_protocol(connection.protocol)
+            connection.protocol.on_stray = None
             if 0 <= time.time() - connection.idle_since < IDLE_TIME and not connection.stream.is_gone():
                 connection.is_reused = True
                 self._metrics.add("upstream_connections_reused_total")
@@ -5655,11 +5639,16 @@ class Upstream:
             return
         connection.stream.relax()
         connection.idle_since = time.time()
-        connection.guard = connection.guard or IdleGuard(self._idle, connection)
-        connection.stream.transport.set_protocol(connection.guard)
+        connection.protocol.on_stray = lambda: self._drop(connection)
         self._idle.append(connection)
         if self._reaper is None:
             self._reaper = self._loop.call_later(IDLE_TIME / 4, self._reap)
+
+    def _drop(self, connection: Connection) -> None:
+        """Whatever happens on an idle connection makes it useless."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+        connection.stream.abort()
 
     def _reap(self) -> None:
         """Closes what has been idle too long: the oldest stand first."""
@@ -6551,7 +6540,7 @@ async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str) 
         app.metrics.observe("upstream_seconds", loop.time() - began)
         tx.facts["upstream_status"] = reply.status
         if "x-request-id" in reply.headers:
-            tx.note(upstream_request_id=redacted(reply.headers["x-request-id"], exchange.secrets)[:100])
+            tx.facts["upstream_request_id"] = reply.headers["x-request-id"]
         if 200 <= reply.status < 300:
             if is_streamed:
                 reply.timeout, reply.is_live = silence, True
@@ -7258,6 +7247,8 @@ class Server:
         level = logging.DEBUG if path.startswith("/health") or path in ("/metrics", "/status") else logging.INFO
         if not LOG.isEnabledFor(level):
             return
+        if "upstream_request_id" in facts:
+            facts["upstream_request_id"] = redacted(facts["upstream_request_id"], tx.secrets)[:100]
         if "x-request-id" in request.headers:
             facts["client_request_id"] = redacted(request.headers["x-request-id"], tx.secrets)[:200]
         facts.pop("outcome", None)
