@@ -231,7 +231,7 @@ def json_text(value: Any) -> str:
     """Compact ASCII JSON.  Raises ValueError for NaN, infinity and what is nested too deep."""
     try:
         text = _encode(value)
-        if "\\ud" in text:                               # pairs, or halves of them
+        if text.rfind("\\ud") >= 0:                      # pairs, or halves; from behind: 3 times as fast as from the front
             whole = without_halves(value)
             text = text if whole is value else _encode(whole)
         return text
@@ -357,9 +357,9 @@ def known_tools_value(text: str) -> Any:
     it.  The array is replaced by a string that no client can know, so that what then is the value of the
     outermost `tools` has been that array, and nothing else has.  Raises ValueError, RecursionError.
     """
-    place = text.find('"tools":[') + 8
+    place = text.rfind('"tools":[') + 8
     if place < 8:
-        return _client_decoder.decode(text)
+        return decoded(_client_decoder, text)
     known = next((tools for tools in KNOWN_TOOLS if text.startswith(tools.text, place)), None)
     try:
         if known is None:
@@ -397,7 +397,22 @@ def no_constant(name: str) -> None:
     raise ValueError(f"{name} is not allowed")
 
 
-_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
+def decoded(decoder: json.JSONDecoder, text: str) -> Any:
+    """decoder.decode(text), with less around it where nothing stands around the value, as usual."""
+    try:
+        value, end = decoder.raw_decode(text)
+    except json.JSONDecodeError:
+        return decoder.decode(text)
+    return value if end == len(text) or not text[end:].strip(" \t\r\n") else decoder.decode(text)
+
+
+def _encode(value: Any) -> str:
+    return "".join(_engine(value, 0)) if _engine is not None else _encoder.encode(value)
+
+
+_encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
+_engine = json.encoder.c_make_encoder and json.encoder.c_make_encoder(       # which encode() makes anew each time
+    None, _encoder.default, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, False)
 _client_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=no_constant)
 _strict_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=no_constant, strict=False)
 _decoder = json.JSONDecoder(strict=False)        # for what an upstream sends, whatever it holds
@@ -1129,6 +1144,8 @@ def check_fields(asked: Json, is_counting: bool) -> None:
         if name not in asked:
             raise ProxyError(400, f"{name}: Field required")
     for name, value in asked.items():
+        if type(value) is PLAIN_TYPES.get(name):
+            continue
         check = FIELD_CHECKS.get(name)
         if check is None or (value is None and name not in REQUIRED_FIELDS) or check[0](value):
             continue
@@ -1156,6 +1173,8 @@ def is_object(value: Any) -> bool:
 
 
 REQUIRED_FIELDS = ("model", "messages", "max_tokens")
+PLAIN_TYPES = {"messages": list, "max_tokens": int, "stream": bool, "temperature": float, "metadata": dict,
+               "thinking": dict, "tools": list}         # nothing but the type is checked of these
 FIELD_CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "model": (lambda value: isinstance(value, str) and value not in ("", "[1m]"), "Input should be a valid string"),
     "messages": (lambda value: isinstance(value, list), "Input should be a valid list"),
@@ -3612,7 +3631,7 @@ class StreamTranslator:
     def feed(self, data: bytes) -> bytes:
         try:
             text = self._sse.lines(data)
-            for _ in range(BURST_TRIES):
+            for _ in range(BURST_TRIES if len(text) > SHORT_READ else 0):
                 rest = self._burst(text) if text else None
                 if rest is None and len(text) > LONG_READ:   # the next events may be the pattern for those after them
                     events, rest = text[:LONG_READ], text[LONG_READ:]
@@ -4381,6 +4400,8 @@ class SSEDecoder:
         if b"\r" in data or self._skips_lf:
             data = self._unified(data)
         end = data.rfind(b"\n") + 1
+        if end == len(data) and not self._tail:
+            return data.decode("utf-8", "replace")
         if not end:
             self._keep(data)
             return ""
@@ -4550,6 +4571,7 @@ class Template:
 
 
 BURST_TRIES = 5                          # looks at one read: each takes as long as copying it
+SHORT_READ = 600                         # characters, two events: a run of one is dearer than one by itself
 LONG_READ = 3000                         # characters, a dozen events: with less each by itself is as fast
 BORDER = "\x01"                          # stands in no JSON text
 NOT_PLAIN = re.compile(r'["\\\x00\x02-\x1f\x7f]')
@@ -5342,6 +5364,11 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
     is_flooded = False                               # the peer sent far ahead: what is over MAX_AHEAD is lost
     _ahead = 0
 
+    def __init__(self, reader: asyncio.StreamReader, on_connection: Optional[Callable[..., Any]] = None,
+                 loop: Optional[asyncio.AbstractEventLoop] = None) -> None:
+        super().__init__(reader, on_connection, loop)
+        self._reader = reader            # which outlives this in every case: the base class only has a weak reference
+
     def watch(self, on_gone: Callable[[], None]) -> None:
         """While watched, what the peer sends is bounded, since a paused transport would not see its end."""
         self.on_gone = on_gone
@@ -5356,7 +5383,7 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
             if self._ahead > MAX_AHEAD:
                 self.is_flooded = True
                 return
-        super().data_received(data)
+        self._reader.feed_data(data)
 
     def eof_received(self) -> Optional[bool]:
         keeps_open = super().eof_received()
@@ -5816,41 +5843,39 @@ class Reply:
 
     async def read(self) -> bytes:
         """The next bytes of the body; b"" at its end.  Raises UpstreamError, for a time-out with 504."""
+        body, stream = self._body, self._stream
         try:
-            while not self.is_complete:
-                if self._inflater and self._inflater.has_more:
+            while True:
+                if self._inflater is not None and self._inflater.has_more:
                     data = self._inflater.feed(b"")
+                elif body.done:
+                    return b""
                 else:
-                    data = await self._read_body()
-                    if data is None:
-                        return b""
-                    if self._inflater and data:
+                    data, self._start = self._start, b""
+                    if not data:
+                        stream.expect(stream.now() + self.timeout.seconds if self.is_live else self._due)
+                        data = await stream.read()
+                        stream.relax()               # while the client does not read, nobody waits for the upstream
+                        if not data:
+                            return self._ended()
+                    data = body.feed(data)
+                    if self._inflater is not None and data:
                         data = self._inflater.feed(data)
                 if data:
                     if self.record is not None:
                         self.record(data)
                     return data
-            return b""
         except BaseException as error:
             self.abort()
             raise exchange_error(error, self._upstream, True, self.timeout) from None
 
-    async def _read_body(self) -> Optional[bytes]:
-        """One read's worth of the body; None where the connection's end is the body's."""
-        if self._start:
-            start, self._start = self._start, b""
-            return self._body.feed(start)
-        stream = self._stream
-        stream.expect(stream.now() + self.timeout.seconds if self.is_live else self._due)
-        data = await stream.read()
-        stream.relax()                   # while the client does not read, nobody waits for the upstream
-        if data:
-            return self._body.feed(data)
+    def _ended(self) -> bytes:
+        """b"" where the connection's end is the body's.  Raises EOFError."""
         try:
             self._body.eof()
         except ProtocolError:
-            raise EOFError from None     # the connection ended, which is what people should read
-        return None
+            raise EOFError from None         # the connection ended, which is what people should read
+        return b""
 
     async def read_all(self, limit: int, is_cut: bool = False) -> bytes:
         """The whole body; over `limit` bytes it is cut there, or an UpstreamError(502)."""
@@ -6078,6 +6103,14 @@ class Transaction:
     async def send(self, events: bytes, is_last: bool = False) -> None:
         """Sends events, with the head before the first; waits for a client that reads slowly."""
         self.send_now(events, is_last)
+        await self.drain()
+
+    def must_drain(self) -> bool:
+        """Whether the client has not taken all, or has gone."""
+        transport = self._stream.transport
+        return transport.get_write_buffer_size() > 0 or transport.is_closing()
+
+    async def drain(self) -> None:
         try:
             await self._stream.drain()
         except OSError:
@@ -6094,7 +6127,7 @@ class Transaction:
             data += LAST_CHUNK
         self.bytes_out += len(data)
         self.last_write = self._stream.now()
-        self._stream.write(data)
+        self._stream.transport.write(data)
 
     def _stream_head(self, is_chunked: bool) -> bytes:
         headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
@@ -6686,13 +6719,15 @@ class Relay:
             message = await whole_message(self._app, self._exchange, self._reply, start)
             return await whole_answer(self._app, self._tx, self._exchange, message, self._translator)
         self._last_read = self._loop.time()
-        translator, read, feed = self._translator, self._read, self._translator.feed
+        translator, reply, feed = self._translator, self._reply, self._translator.feed
         events = feed(start)
         while not translator.done:
             if events:
                 await self._send(events)
+            if translator.finish_reason is None:             # else comments could keep a finished answer open
+                self._last_read = self._loop.time()
             try:
-                data = await read()
+                data = await reply.read()
             except UpstreamError as error:
                 events = translator.fail(error)
                 continue
@@ -6703,18 +6738,15 @@ class Relay:
         await self._send(events)
         return None
 
-    async def _read(self) -> bytes:
-        if self._translator.finish_reason is None:           # else comments could keep a finished answer open
-            self._last_read = self._loop.time()
-        return await self._reply.read()
-
     async def _send(self, events: bytes) -> None:
         translator, tx = self._translator, self._tx
         if tx.first_token is None and translator.has_content:
             tx.first_token = self._loop.time()
         if self._recording is not None:
             self._recording.add("events", events)
-        await tx.send(events, is_last=translator.done)
+        tx.send_now(events, is_last=translator.done)
+        if tx.must_drain():
+            await tx.drain()
 
     def _tick(self) -> None:
         """Once there was nothing to do for long: the start, a sign of life, or the end of an endless end."""
@@ -6779,7 +6811,7 @@ async def whole_message(app: App, exchange: Exchange, reply: Reply, start: bytes
     """The message of an answer in plain JSON, whether it was to be a stream or not.  Raises UpstreamError."""
     body = start if reply.is_complete else start + await reply.read_all(ANSWER_BODY)
     try:
-        completion = _decoder.decode(body.decode("utf-8", "replace").lstrip("\ufeff"))
+        completion = decoded(_decoder, body.decode("utf-8", "replace").lstrip("\ufeff"))
     except (ValueError, RecursionError):
         message = described_answer(reply.status, {}, body) if body.lstrip()[:1] == b"<" else ""
         raise UpstreamError(502, "The upstream's answer is not JSON"
@@ -7133,7 +7165,7 @@ class Server:
             response = await respond(self.app, tx)
             is_kept = self._finish_answer(stream, tx, response)
             protocol.on_gone = None
-            if stream.unsent or stream.transport.is_closing():
+            if tx.must_drain():
                 await stream.drain()
         except (asyncio.CancelledError, ClientGone, OSError):
             tx.note(outcome="shutdown" if tx.is_shut_down else "client_gone")
