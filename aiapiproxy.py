@@ -83,7 +83,8 @@ def start_over_lean() -> None:
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.set_inheritable(descriptor, True)
         isolation = ["-P", "-S"] if sys.version_info >= (3, 11) else ["-S"]
-        os.execv(sys.executable, [sys.executable, *isolation, "-c", LEAN_START, __file__, str(descriptor), *sys.argv[1:]])
+        command = [sys.executable, *isolation, "-c", LEAN_START, __file__, str(descriptor), *sys.argv[1:]]
+        os.execve(sys.executable, command, {**MALLOC_SETTINGS, **os.environ})
     except OSError:
         return
 
@@ -97,6 +98,9 @@ del sys.argv[0]
 with os.fdopen(int(sys.argv.pop(1)), "rb") as file: code = marshal.loads(file.read())
 exec(code, {"__name__": "__main__", "__file__": sys.argv[0], "__builtins__": __builtins__, "IS_LEAN": True})
 """
+# asyncio asks for 256 KiB before each read, which glibc would map and unmap each time: a fifth of the CPU of slow
+# streams.  Fixed, its thresholds also don't grow with the first large body, whose memory goes back at once.
+MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "2097152"}       # bytes
 SPECIAL_FLAGS = ("debug", "inspect", "interactive", "optimize", "ignore_environment", "verbose", "isolated", "dev_mode")
 
 if __name__ == "__main__" and "IS_LEAN" not in globals():
@@ -127,7 +131,6 @@ import zlib
 from bisect import bisect_left
 from collections import defaultdict, deque
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timezone
 from functools import cached_property, lru_cache
 from http import HTTPStatus
 from json.decoder import scanstring
@@ -3168,7 +3171,7 @@ def reset_time(text: str, now: float) -> str:
         moment = seconds / 1000
     else:
         moment = seconds if seconds > 10 ** 9 else now + seconds
-    return datetime.fromtimestamp(math.ceil(moment), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(math.ceil(moment)))
 
 
 # ---- context overflow -------------------------------------------------------
@@ -7800,7 +7803,6 @@ def main(arguments: Optional[List[str]] = None) -> int:
     files = start_logging(settings)
     for event, facts in warnings:
         log(logging.WARNING, event, **facts)
-    spare_system_calls()
     if settings.workers > 1:
         return Supervisor(Worker(settings, sockets, options, files)).run()
     try:
@@ -7808,15 +7810,6 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         pass
     return 0
-
-
-def spare_system_calls() -> None:
-    """Makes the C library keep large blocks: a fifth less CPU for slow streams, a tenth less for small requests.
-
-    asyncio asks for 256 KiB before each read.  glibc maps and unmaps so much for each, until it has seen
-    a larger block be freed.
-    """
-    bytes(1 << 20)
 
 
 class Options(NamedTuple):
