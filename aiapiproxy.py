@@ -5363,6 +5363,8 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
 
     on_gone: Optional[Callable[[], None]] = None     # called when it does, while somebody wants to know
     on_stray: Optional[Callable[[], None]] = None    # called for whatever happens, while nothing should
+    on_data: Optional[Callable[[bytes], None]] = None    # takes what comes, in place of the reader
+    pump: Optional[asyncio.Future] = None            # waits until on_data has had enough
     fault: Optional[Exception] = None                # what broke the connection
     is_flooded = False                               # the peer sent far ahead: what is over MAX_AHEAD is lost
     _ahead = 0
@@ -5378,6 +5380,9 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
         self._ahead = 0
 
     def data_received(self, data: bytes) -> None:
+        if self.on_data is not None:
+            self.on_data(data)
+            return
         if self.on_stray is not None:
             self.on_stray()
             return
@@ -5390,18 +5395,29 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
 
     def eof_received(self) -> Optional[bool]:
         keeps_open = super().eof_received()
-        for tell in (self.on_gone, self.on_stray):
-            if tell is not None:
-                tell()
+        self._tell_of_end()
         return keeps_open
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
         # As an end and not as an exception, which would hide what had been read before it.
         self.fault = exc
         super().connection_lost(None)
+        self._tell_of_end()
+
+    def _tell_of_end(self) -> None:
+        self.end_pump()
         for tell in (self.on_gone, self.on_stray):
             if tell is not None:
                 tell()
+
+    def end_pump(self, error: Optional[Exception] = None) -> None:
+        """From now on the reader takes what comes."""
+        self.on_data = None
+        if self.pump is not None and not self.pump.done():
+            if error is None:
+                self.pump.set_result(None)
+            else:
+                self.pump.set_exception(error)
 
 
 MAX_AHEAD = 65536                        # bytes that a client may send before its answer has ended
@@ -5438,6 +5454,7 @@ class ByteStream:
         if self._due is not None:
             if self._loop.time() >= self._due - 0.001:
                 self._reader.set_exception(TimedOut())
+                self._protocol.end_pump()
             else:
                 self._watchdog = self._loop.call_at(self._due, self._look)
 
@@ -5450,6 +5467,33 @@ class ByteStream:
         if not data and getattr(self._protocol, "fault", None) is not None:
             raise ConnectionResetError("the connection was reset")
         return data
+
+    async def pump(self, take: Callable[[bytes], bool]) -> None:
+        """Hands what comes to `take`, in the very call that brings it, until that returns True.
+
+        To wake a task for each small read costs as much as all that is done with it.  What else ends this, the
+        next read() tells: the connection's end, a deadline, or bytes that came before it began.
+        """
+        protocol = self._protocol
+
+        def hand_on(data: bytes) -> None:
+            try:
+                for place in range(0, len(data), READ_SIZE):
+                    if take(data[place:place + READ_SIZE]):
+                        protocol.end_pump()
+                        self._reader.feed_data(data[place + READ_SIZE:])
+                        break
+            except Exception as error:
+                protocol.end_pump(error)
+
+        if self.has_unread or self.is_gone() or self._reader.exception() is not None:
+            return
+        protocol.pump = self._loop.create_future()
+        protocol.on_data = hand_on
+        try:
+            await protocol.pump
+        finally:
+            protocol.on_data = protocol.pump = None
 
     def take_pushed(self) -> bytes:
         """What was given back, without waiting."""
@@ -5868,6 +5912,24 @@ class Reply:
                     if self.record is not None:
                         self.record(data)
                     return data
+        except BaseException as error:
+            self.abort()
+            raise exchange_error(error, self._upstream, True, self.timeout) from None
+
+    async def pump(self, take: Callable[[bytes], bool]) -> None:
+        """Hands the body's bytes to `take` as they come until it returns True, or a read() has to see to it."""
+        body, stream, seconds = self._body, self._stream, self.timeout.seconds
+        if not self.is_live or self._start or self._inflater is not None or self.record is not None or body.done:
+            return
+
+        def hand_on(data: bytes) -> bool:
+            stream.expect(stream.now() + seconds)
+            return take(body.feed(data)) or body.done
+
+        try:
+            stream.expect(stream.now() + seconds)
+            await stream.pump(hand_on)
+            stream.relax()
         except BaseException as error:
             self.abort()
             raise exchange_error(error, self._upstream, True, self.timeout) from None
@@ -6683,6 +6745,7 @@ class Relay:
                  recording: Optional[Recording], start: bytes = b"") -> None:
         self._recording = recording
         self._start = start
+        self._last_events = b""              # of the end, still to be sent
         self._app = app
         self._tx = tx
         self._exchange = exchange
@@ -6727,9 +6790,16 @@ class Relay:
         while not translator.done:
             if events:
                 await self._send(events)
-            if translator.finish_reason is None:             # else comments could keep a finished answer open
-                self._last_read = self._loop.time()
+            self._note_read()
             try:
+                if self._exchange.is_streamed:
+                    await reply.pump(self._pass_on)
+                    events, self._last_events = self._last_events, b""
+                    if translator.done:
+                        continue
+                    if self._tx.must_drain():
+                        await self._tx.drain()
+                        continue
                 data = await reply.read()
             except UpstreamError as error:
                 events = translator.fail(error)
@@ -6741,15 +6811,34 @@ class Relay:
         await self._send(events)
         return None
 
+    def _pass_on(self, data: bytes) -> bool:
+        """Translates and sends what one read gave; True where more has to be done than that."""
+        translator = self._translator
+        events = translator.feed(data)
+        if translator.done:
+            self._last_events = events
+            return True
+        self._note_read()
+        if events:
+            self._send_now(events)
+        return self._tx.must_drain()
+
+    def _note_read(self) -> None:
+        if self._translator.finish_reason is None:           # else comments could keep a finished answer open
+            self._last_read = self._loop.time()
+
     async def _send(self, events: bytes) -> None:
+        self._send_now(events)
+        if self._tx.must_drain():
+            await self._tx.drain()
+
+    def _send_now(self, events: bytes) -> None:
         translator, tx = self._translator, self._tx
         if tx.first_token is None and translator.has_content:
             tx.first_token = self._loop.time()
         if self._recording is not None:
             self._recording.add("events", events)
         tx.send_now(events, is_last=translator.done)
-        if tx.must_drain():
-            await tx.drain()
 
     def _tick(self) -> None:
         """Once there was nothing to do for long: the start, a sign of life, or the end of an endless end."""
