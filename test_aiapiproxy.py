@@ -157,6 +157,9 @@ def sent(asked, host="openai", session_id=""):
     assert asked == before, "the client's own objects are never changed"
     body = json.loads(aiapiproxy.json_bytes(exchange.body).decode("ascii"))
     check_conversation(body["messages"])
+    read = aiapiproxy.request_value(json.dumps(asked))  # as the server does it
+    again = aiapiproxy.openai_request(read, SETTINGS[host], session_id)
+    assert json.loads(aiapiproxy.body_json(again.body)) == body
     return body
 
 
@@ -412,6 +415,88 @@ def check_stream(raw, want, asked, host="openai"):
         if out != seen:  # printing is dear: only what is new is looked at
             assert (out if isinstance(out, str) else printed(out)) == want, f"in {len(pieces)}: {pieces[0]!r}"
         seen = out
+
+
+# ============================================================================
+# 2. JSON
+# ============================================================================
+
+MANY_TOOLS = [{"name": f"tool_{place}", "description": 'says "so"\n' * 20, "input_schema": {
+    "type": "object", "properties": {"a": {"type": "string", "default": "x"}}}} for place in range(4)]
+MANY = compact(MANY_TOOLS)
+
+
+@table([
+    ("as clients send them", '{"model":"m","messages":[],"tools":%s,"stream":true}'),
+    ("as the only member", '{"tools":%s}'),
+    ("inside a message, before the true ones", '{"messages":[{"input":{"tools":%s}}],"tools":[1]}'),
+    ("inside a message, behind the true ones", '{"tools":[1],"messages":[{"input":{"tools":%s}}]}'),
+    ("inside a message, the same as the true ones", '{"tools":%s,"messages":[{"input":{"tools":%s}}]}'),
+    ("only inside a message", '{"messages":[{"input":{"tools":%s}}]}'),
+    ("named twice: the last wins", '{"tools":%s,"tools":[1]}'),
+    ("named twice, the last the known ones", '{"tools":[1],"tools":%s}'),
+    ("named twice, once with a blank", '{"tools":%s,"tools": [1]}'),
+    ("with blanks", ' { "tools" : %s } '),
+    ("in an array", '[{"tools":%s}]'),
+    ("with more behind them than before", '{"tools":%s,"x":"\\"tools\\":[","y":[[],{}]}'),
+    ("under a name that ends like theirs", '{"x\\"tools":%s}'),
+], "text")
+def test_tools_that_came_before_are_read_as_the_first_time(text):
+    text = text.replace("%s", MANY)
+    for _ in range(3):
+        assert aiapiproxy.request_value(text) == json.loads(text)
+
+
+def test_tools_that_differ_in_the_type_of_a_number_are_other_tools():
+    for value in ("1", "true", "1.0", '"1"', "1", "true"):
+        text = '{"tools":' + MANY.replace('"x"', value) + "}"
+        found = aiapiproxy.request_value(text)["tools"][3]["input_schema"]["properties"]["a"]["default"]
+        assert compact(found) == value
+
+
+@table([
+    ("behind the tools", '{"tools":%s,"x":}'), ("before the tools", '{"x":,"tools":%s}'),
+    ("in them", '{"tools":[%s,}'), ("no end", '{"tools":%s'), ("an end too many", '{"tools":%s}}'),
+], "text")
+def test_broken_json_around_known_tools_is_told_with_its_place(text):
+    text = text.replace("%s", MANY)
+    aiapiproxy.request_value('{"tools":' + MANY + "}")
+    with pytest.raises(json.JSONDecodeError) as wanted:
+        json.loads(text)
+    with pytest.raises(aiapiproxy.ProxyError) as found:
+        aiapiproxy.request_value(text)
+    assert f"(line {wanted.value.lineno}, column {wanted.value.colno})" in found.value.message
+
+
+def test_of_many_different_tools_only_a_few_are_kept():
+    for place in range(40):
+        aiapiproxy.request_value('{"tools":' + MANY.replace("tool_0", f"tool_x{place}") + "}")
+    assert len(aiapiproxy.KNOWN_TOOLS) == aiapiproxy.MAX_KNOWN_TOOLS
+    kept = [tools.text for tools in aiapiproxy.KNOWN_TOOLS]
+    aiapiproxy.request_value('{"tools":' + MANY.replace("says", "x" * aiapiproxy.KNOWN_TOOLS_SIZE[1]) + "}")
+    aiapiproxy.request_value('{"tools":[]}')
+    assert kept == [tools.text for tools in aiapiproxy.KNOWN_TOOLS]
+
+
+def test_what_one_model_was_taught_about_tools_does_not_reach_another():
+    asked = compact(R(tools=[T("f", {**STRICT, "description": "long " * 300}, strict=True)]))
+    exchanges = [aiapiproxy.openai_request(aiapiproxy.request_value(asked), SETTINGS["openai"]) for _ in range(3)]
+    before = aiapiproxy.body_json(exchanges[0].body)
+    refusal = b'{"error":{"message":"Unknown parameter: tools[0].function.strict","param":"tools[0].function.strict"}}'
+    assert aiapiproxy.lesson_from(400, refusal, exchanges[1])[0].name == "strict_dropped"
+    assert "strict" not in exchanges[1].body["tools"][0]["function"]
+    assert aiapiproxy.body_json(exchanges[2].body) == before
+    aiapiproxy.apply_lessons({"strict_dropped": True}, exchanges[2])
+    assert b'"strict"' not in aiapiproxy.body_json(exchanges[2].body)
+    again = aiapiproxy.openai_request(aiapiproxy.request_value(asked), SETTINGS["openai"])
+    assert aiapiproxy.body_json(again.body) == before
+
+
+def test_known_tools_cost_their_estimated_tokens_each_time():
+    plain = aiapiproxy.openai_request(R(tools=MANY_TOOLS), SETTINGS["local"]).input_estimate()
+    for _ in range(2):
+        known = aiapiproxy.openai_request(aiapiproxy.request_value(compact(R(tools=MANY_TOOLS))), SETTINGS["local"])
+        assert isinstance(known.body["tools"], aiapiproxy.KeptList) and known.input_estimate() == plain
 
 
 # ============================================================================
@@ -3846,6 +3931,32 @@ def test_a_keep_alive_connection_carries_messages_and_streams():
 ])
 def test_parse_request_head(given, want):
     assert tuple(aiapiproxy.parse_request_head(given)) == want
+
+
+@table([
+    ("a length", b"Content-Length: %s"), ("one without a blank", b"content-length:%s"),
+    ("one before others", b"Content-Length: %s\r\nX: y"), ("two", b"Content-Length: %s\r\nContent-Length: 5"),
+    ("one with two blanks", b"Content-Length:  %s"), ("one in another's value", b"X: Content-Length: %s"),
+    ("one beside chunks", b"Content-Length: %s\r\nTransfer-Encoding: chunked"),
+    ("one that is none", b"Content-Length: -%s"), ("a length and more", b"Content-Length: %s5, 5"),
+], "fields")
+def test_a_known_head_is_read_as_the_first_time(fields):
+    for length in (b"0", b"5", b"123456789012345678", b"1234567890123456789", b"5"):
+        head = b"POST /v1/messages HTTP/1.1\r\nHost: a\r\n" + fields.replace(b"%s", length)
+        try:
+            want = aiapiproxy.parsed_request_head(head)
+        except aiapiproxy.ProtocolError:
+            assert aiapiproxy.known_request(head) is None
+            continue
+        assert aiapiproxy.parse_request_head(head) == want == aiapiproxy.known_request(head)
+
+
+def test_of_many_different_heads_only_a_few_are_kept():
+    for place in range(200):
+        aiapiproxy.parse_request_head(b"GET /%d HTTP/1.1\r\nHost: a" % place)
+    aiapiproxy.parse_request_head(b"GET /long HTTP/1.1\r\nHost: a\r\nX: " + b"y" * aiapiproxy.KNOWN_HEAD_SIZE)
+    assert len(aiapiproxy.KNOWN_HEADS) <= aiapiproxy.MAX_KNOWN_HEADS
+    assert not any(b"/long" in key[0] for key in aiapiproxy.KNOWN_HEADS)
 
 
 @table([
