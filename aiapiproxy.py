@@ -6799,7 +6799,6 @@ class Relay:
                         continue
                     if self._tx.must_drain():
                         await self._tx.drain()
-                        continue
                 data = await reply.read()
             except UpstreamError as error:
                 events = translator.fail(error)
