@@ -3634,6 +3634,10 @@ class StreamTranslator:
     def feed(self, data: bytes) -> bytes:
         try:
             text = self._sse.lines(data)
+            alone = self._template.text_alone(text) if self._sse.is_between_events else None
+            if alone is not None:
+                self._template.sink(self, alone)
+                return self._flushed()
             for _ in range(BURST_TRIES if len(text) > SHORT_READ else 0):
                 rest = self._burst(text) if text else None
                 if rest is None and len(text) > LONG_READ:   # the next events may be the pattern for those after them
@@ -4495,6 +4499,7 @@ class Template:
     def __init__(self) -> None:
         self.head = ""                           # a chunk up to its text, opening quote included
         self.tail = ""                           # and from the closing quote on
+        self.first = self.last = ""              # the same of the event around it
         self.sink: Callable[[StreamTranslator, str], None] = StreamTranslator._text
         self.call: Optional[Call] = None         # whose arguments the text is
         self._tries = 8                          # streams whose chunks all differ stop trying
@@ -4513,13 +4518,23 @@ class Template:
         self._tries = 8
         return text
 
+    def text_alone(self, text: str) -> Optional[str]:
+        """The text of the one event that a slow server's read holds, if it is like the pattern: half the time."""
+        if not self.head or not text.startswith(self.first) or not text.endswith(self.last):
+            return None
+        try:
+            found, end = scanstring(text, len(self.first))
+        except ValueError:
+            return None
+        return found if end == len(text) - len(self.last) else None
+
     def texts_in(self, text: str, ends_at_escape: bool) -> Tuple[str, str]:
         """(the texts of the events at the start that are like the pattern, as JSON writes them, BORDER between;
         what is behind them); ("", "") where there are none or their texts are not plain.
 
         `ends_at_escape`: only up to the first backslash, as in JSON inside JSON that one can end a string.
         """
-        first, last = "data: " + self.head, '"' + self.tail + "\n\n"
+        first, last = self.first, '"' + self.last
         if not text.startswith(first) or BORDER in text:
             return "", ""
         joined = BORDER.join(text.split(last + first))       # half the time of replace(), which searches twice
@@ -4551,6 +4566,7 @@ class Template:
             holder[key] = original
             if is_proven:
                 self.head, self.tail, self.sink = payload[:match.end()], payload[end:], sink
+                self.first, self.last = "data: " + self.head, self.tail + "\n\n"
                 return
 
     def _text_holder(self, delta: Any, translator: StreamTranslator) -> Tuple[Any, str, Any]:
