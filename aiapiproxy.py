@@ -5484,21 +5484,23 @@ class ByteStream:
             raise ConnectionResetError("the connection was reset")
         return data
 
-    async def pump(self, take: Callable[[bytes], bool]) -> None:
-        """Hands what comes to `take`, in the very call that brings it, until that returns True.
+    async def pump(self, take: Callable[[bytes, float], bool], seconds: float) -> None:
+        """Hands what comes, and the time, to `take`, in the very call that brings it, until that returns True.
 
         To wake a task for each small read costs as much as all that is done with it.  What else ends this, the
-        next read() tells: the connection's end, a deadline, or bytes that came before it began.
+        next read() tells: the connection's end, a silence of so many seconds, or bytes that came before it began.
         """
-        protocol = self._protocol
+        protocol, clock = self._protocol, self._loop.time
 
         def hand_on(data: bytes) -> None:
+            now = clock()
+            self._due = now + seconds
             try:
-                for place in range(0, len(data), READ_SIZE):
-                    if take(data[place:place + READ_SIZE]):
-                        protocol.end_pump()
-                        self._reader.feed_data(data[place + READ_SIZE:])
-                        break
+                if take(data[:READ_SIZE], now):
+                    protocol.end_pump()
+                    self._reader.feed_data(data[READ_SIZE:])
+                elif len(data) > READ_SIZE:
+                    hand_on(data[READ_SIZE:])                # four times at most: asyncio reads 256 KiB
             except Exception as error:
                 protocol.end_pump(error)
 
@@ -5506,10 +5508,12 @@ class ByteStream:
             return
         protocol.pump = self._loop.create_future()
         protocol.on_data = hand_on
+        self.expect(clock() + seconds)
         try:
             await protocol.pump
         finally:
             protocol.on_data = protocol.pump = None
+            self.relax()
 
     def take_pushed(self) -> bytes:
         """What was given back, without waiting."""
@@ -5932,20 +5936,13 @@ class Reply:
             self.abort()
             raise exchange_error(error, self._upstream, True, self.timeout) from None
 
-    async def pump(self, take: Callable[[bytes], bool]) -> None:
+    async def pump(self, take: Callable[[bytes, float], bool]) -> None:
         """Hands the body's bytes to `take` as they come until it returns True, or a read() has to see to it."""
-        body, stream, seconds = self._body, self._stream, self.timeout.seconds
+        body = self._body
         if not self.is_live or self._start or self._inflater is not None or self.record is not None or body.done:
             return
-
-        def hand_on(data: bytes) -> bool:
-            stream.expect(stream.now() + seconds)
-            return take(body.feed(data)) or body.done
-
         try:
-            stream.expect(stream.now() + seconds)
-            await stream.pump(hand_on)
-            stream.relax()
+            await self._stream.pump(lambda data, now: take(body.feed(data), now) or body.done, self.timeout.seconds)
         except BaseException as error:
             self.abort()
             raise exchange_error(error, self._upstream, True, self.timeout) from None
@@ -6186,10 +6183,9 @@ class Transaction:
         self.send_now(events, is_last)
         await self.drain()
 
-    def must_drain(self) -> bool:
-        """Whether the client has not taken all, or has gone."""
-        transport = self._stream.transport
-        return transport.get_write_buffer_size() > 0 or transport.is_closing()
+    def is_behind(self) -> bool:
+        """Whether the client has not taken all yet."""
+        return self._stream.transport.get_write_buffer_size() > 0
 
     async def drain(self) -> None:
         try:
@@ -6806,14 +6802,15 @@ class Relay:
         while not translator.done:
             if events:
                 await self._send(events)
-            self._note_read()
+            if translator.finish_reason is None:             # else comments could keep a finished answer open
+                self._last_read = self._loop.time()
             try:
                 if self._exchange.is_streamed:
                     await reply.pump(self._pass_on)
                     events, self._last_events = self._last_events, b""
                     if translator.done:
                         continue
-                    if self._tx.must_drain():
+                    if self._tx.is_behind():
                         await self._tx.drain()
                 data = await reply.read()
             except UpstreamError as error:
@@ -6826,34 +6823,32 @@ class Relay:
         await self._send(events)
         return None
 
-    def _pass_on(self, data: bytes) -> bool:
+    def _pass_on(self, data: bytes, now: float) -> bool:
         """Translates and sends what one read gave; True where more has to be done than that."""
-        translator = self._translator
+        translator, tx = self._translator, self._tx
         events = translator.feed(data)
         if translator.done:
             self._last_events = events
             return True
-        self._note_read()
+        if translator.finish_reason is None:
+            self._last_read = now
         if events:
-            self._send_now(events)
-        return self._tx.must_drain()
+            if tx.first_token is None:
+                self._note_first_token()
+            tx.send_now(events)
+        return tx.is_behind()
 
-    def _note_read(self) -> None:
-        if self._translator.finish_reason is None:           # else comments could keep a finished answer open
-            self._last_read = self._loop.time()
+    def _note_first_token(self) -> None:
+        if self._tx.first_token is None and self._translator.has_content:
+            self._tx.first_token = self._loop.time()
 
     async def _send(self, events: bytes) -> None:
-        self._send_now(events)
-        if self._tx.must_drain():
-            await self._tx.drain()
-
-    def _send_now(self, events: bytes) -> None:
-        translator, tx = self._translator, self._tx
-        if tx.first_token is None and translator.has_content:
-            tx.first_token = self._loop.time()
+        self._note_first_token()
         if self._recording is not None:
             self._recording.add("events", events)
-        tx.send_now(events, is_last=translator.done)
+        self._tx.send_now(events, is_last=self._translator.done)
+        if self._tx.is_behind():
+            await self._tx.drain()
 
     def _tick(self) -> None:
         """Once there was nothing to do for long: the start, a sign of life, or the end of an endless end."""
@@ -7272,7 +7267,7 @@ class Server:
             response = await respond(self.app, tx)
             is_kept = self._finish_answer(stream, tx, response)
             protocol.on_gone = None
-            if tx.must_drain():
+            if tx.is_behind() or stream.transport.is_closing():
                 await stream.drain()
         except (asyncio.CancelledError, ClientGone, OSError):
             tx.note(outcome="shutdown" if tx.is_shut_down else "client_gone")
