@@ -1821,74 +1821,83 @@ MAX_MESSAGES = 100000                    # as the Anthropic API
 
 def checked_message(message: Any, index: int) -> Turn:
     """A message as role and blocks; a string is one text block, empty texts vanish."""
-    where = f"messages.{index}"
-    if not isinstance(message, dict):
-        raise ProxyError(400, f"{where}: Input should be an object")
-    role, content = message.get("role"), message.get("content")
-    if role not in ("user", "assistant", "system"):
-        raise ProxyError(400, f"{where}.role: Input should be 'user', 'assistant' or 'system'")
-    if content is None and role == "system" and message.get("output_config") is not None:
-        return Turn(role, [])
-    if content is None:
-        raise ProxyError(400, f"{where}.content: Field required")
+    problem = message_problem(message)
+    if problem:
+        raise ProxyError(400, f"messages.{index}{problem}")
+    role, content = message["role"], message.get("content") or []
     if isinstance(content, str):
         content = [text_part(content)]
-    if not isinstance(content, list):
-        raise ProxyError(400, f"{where}.content: Input should be a valid string or list")
-    check_blocks(content, where)
     blocks = [block for block in content if block["type"] != "text" or block["text"]]
     if role == "user" and not blocks:
-        raise ProxyError(400, f"{where}: user messages must have non-empty content")
+        raise ProxyError(400, f"messages.{index}: user messages must have non-empty content")
     return Turn(role, blocks)
 
 
-def check_blocks(blocks: List[Any], where: str) -> None:
-    """Raises ProxyError(400) for the first block without what its type needs."""
+# What is wrong with a part of a request: the place inside it and a sentence, or "".  So the path to a
+# place is put together only where something is wrong there.
+
+def message_problem(message: Any) -> str:
+    if not isinstance(message, dict):
+        return ": Input should be an object"
+    role, content = message.get("role"), message.get("content")
+    if role not in ("user", "assistant", "system"):
+        return ".role: Input should be 'user', 'assistant' or 'system'"
+    if isinstance(content, list):
+        return content_problem(content)
+    if content is None:
+        return "" if role == "system" and message.get("output_config") is not None else ".content: Field required"
+    return "" if isinstance(content, str) else ".content: Input should be a valid string or list"
+
+
+def content_problem(blocks: List[Any]) -> str:
     if len(blocks) > MAX_MESSAGES:
-        raise ProxyError(400, f"{where}.content: at most {MAX_MESSAGES} blocks are allowed")
+        return f".content: at most {MAX_MESSAGES} blocks are allowed"
     for index, block in enumerate(blocks):
-        if not isinstance(block, dict):
-            raise ProxyError(400, f"{where}.content.{index}: Input should be an object")
-        kind = block.get("type")
-        if kind == "text":
-            if not isinstance(block.get("text"), str):
-                raise ProxyError(400, f"{where}.content.{index}.text: Field required")
-        elif not isinstance(kind, str):
-            raise ProxyError(400, f"{where}.content.{index}.type: Field required")
-        elif kind in BLOCK_CHECKS:
-            BLOCK_CHECKS[kind](block, f"{where}.content.{index}")
+        problem = block_problem(block)
+        if problem:
+            return f".content.{index}{problem}"
+    return ""
 
 
-def check_tool_use(block: Json, where: str) -> None:
-    for name in ("id", "name"):
-        if not is_name(block.get(name)):
-            raise ProxyError(400, f"{where}.{name}: Field required")
+def block_problem(block: Any) -> str:
+    if not isinstance(block, dict):
+        return ": Input should be an object"
+    kind = block.get("type")
+    if kind == "text":
+        return "" if isinstance(block.get("text"), str) else ".text: Field required"
+    if not isinstance(kind, str):
+        return ".type: Field required"
+    return BLOCK_PROBLEMS[kind](block) if kind in BLOCK_PROBLEMS else ""
 
 
-def check_tool_result(block: Json, where: str) -> None:
+def tool_use_problem(block: Json) -> str:
+    return "" if is_name(block.get("id")) and is_name(block.get("name")) else \
+        ".name: Field required" if is_name(block.get("id")) else ".id: Field required"
+
+
+def tool_result_problem(block: Json) -> str:
     if not is_name(block.get("tool_use_id")):
-        raise ProxyError(400, f"{where}.tool_use_id: Field required")
+        return ".tool_use_id: Field required"
     content = block.get("content")
     if isinstance(content, list):
-        check_blocks(content, where)
-    elif content is not None and not isinstance(content, str):
-        raise ProxyError(400, f"{where}.content: Input should be a valid string or list")
+        return content_problem(content)
+    return "" if content is None or isinstance(content, str) else ".content: Input should be a valid string or list"
 
 
-def check_source(block: Json, where: str) -> None:
-    kind, source, where = block["type"], block.get("source"), where + ".source"
-    source_kind = source.get("type") if is_object(source) else None
-    if source_kind == "file":
-        raise ProxyError(400, f"{where}: file sources are not supported by this endpoint; send base64 or url")
-    member = SOURCES[kind].get(source_kind) if isinstance(source_kind, str) else None
+def source_problem(block: Json) -> str:
+    source = block.get("source")
+    kind = source.get("type") if is_object(source) else None
+    if kind == "file":
+        return ".source: file sources are not supported by this endpoint; send base64 or url"
+    member = SOURCES[block["type"]].get(kind) if isinstance(kind, str) else None
     if member is None or not isinstance(source.get(member), (str, list) if member == "content" else str):
-        raise ProxyError(400, f"{where}: Field required")
-    if isinstance(source[member], list):
-        check_blocks(source[member], where)
+        return ".source: Field required"
+    problem = content_problem(source[member]) if isinstance(source[member], list) else ""
+    return problem and f".source{problem}"
 
 
-BLOCK_CHECKS: Dict[str, Callable[[Json, str], None]] = {
-    "image": check_source, "document": check_source, "tool_use": check_tool_use, "tool_result": check_tool_result}
+BLOCK_PROBLEMS: Dict[str, Callable[[Json], str]] = {
+    "image": source_problem, "document": source_problem, "tool_use": tool_use_problem, "tool_result": tool_result_problem}
 SOURCES = {          # kind of block -> type of source -> the member that holds it
     "image": {"base64": "data", "url": "url"},
     "document": {"base64": "data", "url": "url", "text": "data", "content": "content"},
@@ -2116,6 +2125,9 @@ class UserTurn:
         media: List[Json] = []
         content = block.get("content")
         for item in [text_part(content)] if isinstance(content, str) else content or []:
+            if item["type"] == "text":
+                texts.append(item["text"])
+                continue
             parts = user_parts(item, self._profile) if item["type"] in ("image", "document") else []
             if any(part["type"] != "text" for part in parts):
                 self._media_count += 1
@@ -2129,6 +2141,8 @@ class UserTurn:
     def messages(self) -> List[Json]:
         self._tools += [tool_message(call_id, MISSING_RESULT) for _, call_id in self._open_calls]
         parts = self._parts
+        if not parts and not self._media:
+            return self._tools
         if self._answered and all(isinstance(part, Reminder) for part in parts):
             # A user message made for a reminder alone would end the tool loop.
             self._tools[-1]["content"] = "\n\n".join([self._tools[-1]["content"], *parts])
@@ -2348,6 +2362,8 @@ def client_id(call_id: Any, extra: Any, known: Set[str], new_id: NewId) -> str:
 
 def decoded_id(client: str) -> Tuple[str, Any]:
     """(the upstream's id, its `extra_content` or None); an id that is not encoded is itself."""
+    if client[:7] not in ("toolu_r", "toolu_x"):
+        return client, None
     match = re.fullmatch(r"toolu_([rx])[A-Za-z0-9]{6}_([A-Za-z0-9_-]+)", client)
     if match is None:
         return client, None
