@@ -1,6 +1,7 @@
 """aiapiproxy, said in tables: what goes in, what has to come out.
 
     python3 -m pytest -q
+    python3 test_aiapiproxy.py --bench       measures the proxy on this machine, in 40 s and without pytest
 
 A row is (sentence, given, want); the sentence is the requirement and the name of the test.  Section 0 holds
 the notation, the sections after it are numbered as the program's own.  Nothing here leaves this machine:
@@ -13,21 +14,28 @@ import asyncio
 import base64
 import contextlib
 import copy
+import functools
+import gc
 import gzip
 import http.client
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import pathlib
+import platform
 import plistlib
 import pty
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
 import ssl
 import stat
+import statistics
 import struct
 import subprocess
 import sys
@@ -36,10 +44,15 @@ import threading
 import time
 import warnings
 import zlib
-
-import pytest
+from typing import NamedTuple
+from unittest import mock
 
 import aiapiproxy
+
+if __name__ == "__main__":
+    pytest = mock.MagicMock()            # --bench does without: here are no tests, and what marks them does nothing
+else:
+    import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
@@ -7417,3 +7430,608 @@ def test_an_uninstallation_that_is_killed_again_and_again_is_finished_all_the_sa
     while codes[-1] == -9:
         codes.append(installed.run("uninstall.sh", "--purge", kill_at=len(codes)).returncode)
     assert (codes[-1], *outcome(installed)) == (0, {}, None, None)
+
+
+# ============================================================================
+# BENCHMARK: python3 test_aiapiproxy.py --bench
+# ============================================================================
+#
+# Three processes: this one asks, the proxy is the program as its users start it, and a fork of this one is
+# the upstream, whose answers are made beforehand.  The name of the model says what it answers:
+# bench-KIND-CHUNKS-INTERVAL-DELAY, times in ms.  Every answer is checked, and no two requests and no two
+# chunks of an answer are alike.  On fewer than three cores the three take time from each other, so the
+# proxy can do more than is shown; CPU is the proxy's alone.  WORKERS goes on to the proxy.
+
+KB = 1024                                # bytes
+MB = 1024 * KB
+BACKLOG = 1024                           # connections that may wait to be accepted: 1,000 come at once
+OPEN_FILES = 4096                        # descriptors; a stream takes two of the proxy's
+ANSWERS_LIMIT = 30.0                     # seconds over its time after which a measurement has failed
+SAMPLE = 0.1                             # seconds between two looks at the memory; on a Mac each starts ps
+HEALTH_LIMIT = 3.0                       # seconds that the proxy gets to say how it is
+HAS_SCHEDSTAT = os.path.exists("/proc/self/schedstat")           # CPU times in ns; else ps, in steps of 10 ms
+CPU_LEAST = 0.0 if HAS_SCHEDSTAT else 0.1                        # seconds; less is mostly rounding: not shown
+
+
+class Scale(NamedTuple):
+    """How much is measured."""
+    seconds: float                       # of each measurement that goes on until its time is over
+    streams: tuple                       # how many at once
+    chunks: int                          # of each of those
+    interval: int                        # ms between them
+    spread: float                        # seconds in which they begin, evenly: real ones are not in step
+    sizes: tuple                         # bytes of a request
+    lengths: tuple                       # chunks of an answer
+
+
+FULL = Scale(2.5, (1, 10, 100, 1000), 20, 100, 0.5, (KB, 10 * KB, 100 * KB, MB), (100, 1000, 10000, 100000))
+TINY = Scale(0.02, (1, 2), 3, 10, 0.01, (KB, 10 * KB), (10, 100))
+
+
+def bench_main(arguments):
+    """The exit code: 0, 1 if something went wrong, 2 for wrong usage, 130 when interrupted."""
+    if arguments != ["--bench"]:
+        print(__doc__.split("\n\n")[1], file=sys.stderr)
+        return 2
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)    # as Ctrl-C: all processes end before this one
+    gc.freeze()                          # the tests' tables are not looked through while times are taken
+    limit = raised_open_files()
+    scale = FULL._replace(streams=tuple(count for count in FULL.streams if 2 * count + 100 < limit))
+    try:
+        with benched() as bench:
+            print(machine(), flush=True)
+            asyncio.run(measure(bench, scale, print_row))
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, asyncio.TimeoutError) as error:
+        print(f"The benchmark has failed: {error!r}", file=sys.stderr)
+        return 1
+    print(f"\nWrong answers: {len(bench.wrong)}", *bench.wrong[:1])
+    return 1 if bench.wrong else 0
+
+
+def machine():
+    """One line: the model of the CPU, cores, system, Python."""
+    try:
+        cpu = re.search(r"model name\s*: (.+)", pathlib.Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):         # no Linux, or one whose CPU has no name
+        cpu = output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    workers = os.environ.get("WORKERS") or 1
+    return (f"{cpu}, {os.cpu_count()} cores, {platform.platform(terse=True)}, "
+            f"Python {platform.python_version()}, WORKERS={workers}")
+
+
+def output_of(*command):
+    """What a command prints, or nothing where there is no such command or it fails."""
+    try:
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              check=True).stdout.decode().strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def raised_open_files():
+    """The limit of open files, raised as far as needed and allowed; the other processes inherit it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return OPEN_FILES
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted)
+
+
+def print_row(*cells):
+    """A line of a table, its first cell on the left; one cell alone is a line of text."""
+    first, *others = cells
+    print("  ".join([f"{first:<44}", *(f"{cell:>16}" for cell in others)]).rstrip(), flush=True)
+
+
+# ---- what is asked
+
+NUMBER = b"########"                     # where a request has its number, so that none is like another
+NUMBERS = itertools.count()
+WORD = b"word"                           # in every chunk's text; the first one is the first token
+MESSAGE_STOP = b'event: message_stop\ndata: {"type":"message_stop"}\n\n\r\n0\r\n\r\n'
+CODE = 'def total(prices, rate):\n    """With tax."""\n    return sum(prices) * (1 + rate)  # "0.19"\n\n'
+TURN = 3125                              # bytes
+MARKS = {                                # kind of answer -> (what each chunk's event has, what the end is)
+    "plain": (b'"text":"Hello"', b"}"),
+    "text": (b'"text_delta","text":"word', MESSAGE_STOP),
+    "tool": (b'"input_json_delta","partial_json":"word', MESSAGE_STOP),
+}
+
+
+class Work(NamedTuple):
+    """A request, and by what its answer is known to be right."""
+    before: bytes                        # the request up to its number
+    after: bytes                         # and from there
+    mark: bytes                          # what the answer has
+    count: int                           # so many times
+    end: bytes
+
+    def request(self):
+        return b"%b%08d%b" % (self.before, next(NUMBERS), self.after)
+
+    def is_right(self, raw):
+        is_complete = raw.startswith(b"HTTP/1.1 200 ") and raw.endswith(self.end)
+        return is_complete and raw.count(self.mark) == self.count
+
+
+def work(asked, size, kind, chunks=1, interval=0, delay=0):
+    """The request as `size` bytes of JSON, for an answer of this kind; times in ms."""
+    model = f"bench-{kind}-{chunks}-{interval}-{delay}"
+    body = filled({**asked, "model": model, "stream": kind != "plain"}, size)
+    before, after = (b"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                     b"X-Api-Key: x\r\nAnthropic-Version: 2023-06-01\r\nContent-Length: %d\r\n\r\n%b"
+                     % (len(body), body)).split(NUMBER)
+    mark, end = MARKS[kind]
+    return Work(before, after, mark, chunks, end)
+
+
+def filled(asked, size):
+    """A request as JSON of `size` bytes: text in its first message takes up what is left."""
+    opening, *others = asked["messages"]
+    left = size - len(compact(asked))
+    filler = ("Please look at this once more. " * (left // 31 + 1))[:left]
+    return compact({**asked, "messages": [U(filler + opening["content"]), *others]}).encode()
+
+
+def conversation(turns):
+    """A question, then `turns` times a call and its result, TURN bytes each."""
+    said = [U(NUMBER.decode())]
+    for turn in range(turns):
+        id = f"toolu_{turn:024d}"
+        edit = {"path": f"/src/total_{turn}.py", "text": CODE * 9}
+        said += [A([txt("I will change the file."), tu(id, "Edit", edit)]),
+                 U([tr(id, f"{turn}\n" + CODE * 18)])]
+    return said
+
+
+def claude_code():
+    """What Claude Code sends: 24 tools, 54 KB; a system prompt, 15 KB; 19 messages, of which 9 call tools."""
+    options = {f"option_{number}": {"type": "string", "description": CODE[:75]} for number in range(8)}
+    schema = {"type": "object", "properties": options, "required": ["option_0"],
+              "additionalProperties": False}
+    tools = [T(f"Tool{number}", schema, description=CODE * 11) for number in range(24)]
+    system = {**txt(CODE * 145), "cache_control": {"type": "ephemeral"}}
+    return R(conversation(9), system=[system], tools=tools)
+
+
+def grown(size):
+    """A request whose conversation grows with its size, and no tools."""
+    return R(conversation(max(0, size - KB) // TURN))
+
+
+# ---- the upstream
+
+LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
+PROMPT = 300_000                         # tokens it says it saw: the proxy warns of fewer than were sent
+MODEL = re.compile(rb'"model": ?"bench-(\w+-\d+-\d+-\d+)"')
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def is_whole(raw):
+    """Whether a message of HTTP has ended: its last chunk is there, or as much as its head says."""
+    if raw.endswith(b"\r\n0\r\n\r\n"):
+        return True
+    end = raw.find(b"\r\n\r\n")
+    length = LENGTH.search(raw, 0, end) if end > 0 else None
+    return length is not None and len(raw) >= end + 4 + int(length[1])
+
+
+def event_chunk(data):
+    """One event of the upstream in a chunk of its own, with all the members that OpenAI sends."""
+    if isinstance(data, dict):
+        data = {"id": "chatcmpl-CXyzabcdefghijklmnopqrstuv", "object": "chat.completion.chunk",
+                "created": 1790000000, "model": "gpt-4o-2024-08-06", "service_tier": "default", **data}
+    event = sse([data])
+    return b"%x\r\n%b\r\n" % (len(event), event)
+
+
+@functools.lru_cache(maxsize=None)
+def upstream_answer(kind, chunks):
+    """The answer in as many pieces as it has chunks, the first with the head, the last with the end."""
+    if kind == "plain":
+        body = compact(completion({"content": "Hello"}, usage=used(PROMPT, 2))).encode()
+        return [b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+                % (len(body), body)]
+    is_text, text = kind == "text", "word%08d "
+    pattern = event_chunk(c(text % 0) if is_text else k(0, None, None, text % 0))
+    before, after = pattern.split(b"00000000 ")
+    pieces = [b"%b%08d %b" % (before, number, after) for number in range(chunks)]
+    opening = [ROLE] if is_text else [ROLE, k(0, "call_1", "Edit", ""), k(0, None, None, '{"text": "')]
+    closing = [f("stop")] if is_text else [k(0, None, None, '"}'), f("tool_calls")]
+    pieces[0] = STREAM_HEAD + b"".join(map(event_chunk, opening)) + pieces[0]
+    pieces[-1] += b"".join(map(event_chunk, [*closing, u(PROMPT, chunks), D])) + b"0\r\n\r\n"
+    return pieces
+
+
+@functools.lru_cache(maxsize=None)
+def upstream_answer_at_once(kind, chunks):
+    return b"".join(upstream_answer(kind, chunks))
+
+
+class BenchUpstream(asyncio.Protocol):
+    """Answers each request as the name of its model says."""
+
+    def connection_made(self, transport):
+        self.transport, self.heard, self.loop = transport, bytearray(), asyncio.get_running_loop()
+
+    def data_received(self, data):
+        self.heard += data
+        if not is_whole(self.heard):
+            return
+        kind, *numbers = MODEL.search(self.heard)[1].decode().split("-")
+        chunks, interval, delay = map(int, numbers)
+        self.heard.clear()
+        pieces = iter(upstream_answer(kind, chunks) if interval else [upstream_answer_at_once(kind, chunks)])
+        due = self.loop.time() + delay / 1000
+        if delay:
+            self.loop.call_at(due, self.send, pieces, interval / 1000, due)
+        else:
+            self.send(pieces, interval / 1000, due)
+
+    def send(self, pieces, interval, due):
+        """Writes a piece, due now; the next one is in `interval` seconds, even if this one was late."""
+        piece = next(pieces, None)
+        if piece is not None and not self.transport.is_closing():
+            self.transport.write(piece)
+            self.loop.call_at(due + interval, self.send, pieces, interval, due + interval)
+
+
+@contextlib.contextmanager
+def bench_upstream():
+    """The port of the upstream, which is a process of its own as long as the block lasts."""
+    with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listener:
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=serve_bench, args=(listener,), daemon=True)
+        process.start()
+        port = listener.getsockname()[1]
+    try:
+        yield port
+    finally:
+        process.kill()
+        process.join()
+
+
+def serve_bench(listener):
+    """The upstream's process: ends when its parent does, however that ends."""
+    async def serve():
+        parent_ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(multiprocessing.parent_process().sentinel, parent_ended.set)
+        await loop.create_server(BenchUpstream, sock=listener, backlog=BACKLOG)
+        await parent_ended.wait()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is for the parent
+    asyncio.run(serve())
+
+
+# ---- the proxy
+
+class Bench:
+    """The proxy under load: what is asked of it, what the system knows of it, and its wrong answers."""
+
+    def __init__(self, port, upstream_port, pids, start):
+        self.port, self.upstream_port, self.pids, self.start = port, upstream_port, pids, start
+        self.idle_memory = self.most_memory = self.memory()
+        self.wrong = []                                      # the beginning of each
+
+    def memory(self, name="VmRSS"):
+        """Resident MB of all processes, now or (VmHWM; on a Mac the same) the most so far; nan: not known."""
+        return sum(process_memory(pid, name) for pid in self.pids)
+
+    def cpu(self):
+        """Seconds of CPU that all processes have used; nan: not known."""
+        return sum(process_cpu(pid) for pid in self.pids)
+
+    async def ask(self, client, asked):
+        """The Answer, checked."""
+        answer = await client.ask(asked)
+        if not asked.is_right(client.raw):
+            self.wrong.append(bytes(client.raw[:300]))
+        return answer
+
+    async def watched(self, *asking):
+        """What the coroutines return, lists of Answers, as one Measured."""
+        seen = [self.memory()]
+
+        async def look():
+            while True:
+                await asyncio.sleep(SAMPLE)
+                seen.append(self.memory())
+
+        looking, cpu, began = asyncio.ensure_future(look()), self.cpu(), time.perf_counter()
+        try:
+            answers = list(itertools.chain.from_iterable(await asyncio.gather(*asking)))
+        finally:
+            looking.cancel()
+        seconds, cpu = time.perf_counter() - began, self.cpu() - cpu
+        most = max(*seen, self.memory())
+        self.most_memory = max(self.most_memory, most, self.memory("VmHWM"))
+        return Measured(answers, seconds, cpu if cpu > CPU_LEAST else math.nan, most)
+
+    async def load(self, asked, at_once, seconds):
+        """The request again and again, `at_once` at any time; the first of each connection is not counted."""
+        async def repeated(client):
+            answers = []
+            while not answers or time.perf_counter() < end:
+                answers.append(await self.ask(client, asked))
+            return answers
+
+        async with connections(self.port, at_once) as clients:
+            await asyncio.gather(*(self.ask(client, asked) for client in clients))
+            end = time.perf_counter() + seconds
+            return await asyncio.wait_for(self.watched(*map(repeated, clients)), seconds + ANSWERS_LIMIT)
+
+    async def paced(self, asked, at_once, spread):
+        """The request once on each of `at_once` connections, begun evenly over `spread` seconds."""
+        async def later(number, client):
+            await asyncio.sleep(number / at_once * spread)
+            return [await self.ask(client, asked)]
+
+        async with connections(self.port, at_once) as clients:
+            return await asyncio.wait_for(self.watched(*itertools.starmap(later, enumerate(clients))),
+                                          ANSWERS_LIMIT)
+
+    async def added(self, asked, seconds):
+        """Median ms to the first token through the proxy, less those without it; both are asked in turn."""
+        direct = asked._replace(mark=b'"content":"word', end=event_chunk(D) + b"0\r\n\r\n")
+        times = []
+        async with connections(self.port, 1) as (through,), connections(self.upstream_port, 1) as (past,):
+            end = time.perf_counter() + seconds
+            while not times or time.perf_counter() < end:
+                times.append([(await self.ask(client, which)).first
+                              for client, which in ((through, asked), (past, direct))])
+        proxied, bare = map(statistics.median, zip(*times))
+        return (proxied - bare) * 1000
+
+
+class Answer(NamedTuple):
+    """Seconds from the request to the answer's end, and to its first token."""
+    seconds: float
+    first: float
+
+
+class Measured(NamedTuple):
+    """What some load came to."""
+    answers: list
+    seconds: float
+    cpu: float                           # seconds of the proxy
+    memory: float                        # MB, the most that was seen of the proxy
+
+    def median(self):
+        """Seconds from a request to the end of its answer."""
+        return statistics.median(answer.seconds for answer in self.answers)
+
+
+class Client(asyncio.Protocol):
+    """A connection that is kept, with one request on its way at a time."""
+
+    def connection_made(self, transport):
+        self.transport, self.raw, self.ended = transport, bytearray(), None
+
+    def data_received(self, data):
+        self.raw += data
+        if not self.first and WORD in self.raw:
+            self.first = time.perf_counter()
+        if not self.ended.done() and is_whole(self.raw):
+            self.ended.set_result(time.perf_counter())
+
+    def connection_lost(self, error):
+        if self.ended and not self.ended.done():
+            self.ended.set_exception(error or ConnectionResetError("hung up in an answer"))
+
+    async def ask(self, asked):
+        """The Answer; its bytes are in `raw` until the next one."""
+        self.raw.clear()
+        self.first, self.ended, request = 0.0, asyncio.get_running_loop().create_future(), asked.request()
+        began = time.perf_counter()
+        self.transport.write(request)
+        return Answer(await self.ended - began, self.first - began)
+
+
+@contextlib.asynccontextmanager
+async def connections(port, count):
+    """So many Clients, connected."""
+    clients = []
+    try:
+        for _ in range(count):
+            clients.append((await asyncio.get_running_loop().create_connection(Client, "127.0.0.1", port))[1])
+        yield clients
+    finally:
+        for client in clients:
+            client.transport.abort()
+
+
+@contextlib.contextmanager
+def benched():
+    """A Bench whose processes end with the block."""
+    workers, port = os.environ.get("WORKERS") or "1", free_port()
+    with bench_upstream() as upstream_port:
+        url, began = f"http://127.0.0.1:{upstream_port}/v1", time.perf_counter()
+        with bench_proxy(SERVER_PORT=str(port), OPENAI_BASE_URL=url, WORKERS=workers) as process:
+            wait_for(lambda: is_serving(process, port))
+            start, pids = time.perf_counter() - began, [process.pid]
+            if int(workers) > 1:
+                wait_for(lambda: len(children(process.pid)) == int(workers))
+                pids += children(process.pid)
+            yield Bench(port, upstream_port, pids, start)
+
+
+@contextlib.contextmanager
+def bench_proxy(**environ):
+    """The program as a process, in a folder without .env and a session of its own: Ctrl-C is not for it."""
+    environ = {"PATH": os.environ["PATH"], "OPENAI_API_KEY": "x", "LOG_LEVEL": "warn",
+               "MAX_CONCURRENT_REQUESTS": str(OPEN_FILES), **environ}
+    command = [sys.executable, str(ROOT / "aiapiproxy.py")]
+    with tempfile.TemporaryDirectory() as folder, subprocess.Popen(
+            command, cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(OSError):               # it has ended already
+                os.killpg(process.pid, signal.SIGKILL)       # its workers too
+
+
+def is_serving(process, port):
+    """Whether the proxy answers.  Raises ChildProcessError if it has ended."""
+    if process.poll() is not None:
+        raise ChildProcessError(f"the proxy has ended with code {process.returncode}")
+    with contextlib.suppress(ConnectionError):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HEALTH_LIMIT)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+    return False
+
+
+def process_memory(pid, name):
+    """Resident MB of a process, from the line `name` of its status or from ps."""
+    with contextlib.suppress(OSError, TypeError):            # a Mac; a process that has ended
+        return int(re.search(rf"{name}:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]) / KB
+    return float(output_of("ps", "-o", "rss=", "-p", str(pid)) or "nan") / KB
+
+
+def process_cpu(pid):
+    """Seconds of CPU that a process has used: its threads' from the scheduler, or from ps as H:MM:SS."""
+    if HAS_SCHEDSTAT:
+        threads = pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat")
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+    seconds = 0.0
+    for part in (output_of("ps", "-o", "time=", "-p", str(pid)) or "nan").split(":"):
+        seconds = seconds * 60 + float(part)
+    return seconds
+
+
+# ---- what is measured
+
+async def measure(bench, scale, row):
+    """Both tables, line by line as they come: row(cell, ...)."""
+    await measure_speed(bench, scale, row)
+    row("")
+    row("As the work grows")
+    await measure_growing(bench, scale, row, "Answer", "chunks", {
+        chunks: work(R(conversation(0)), KB, "text", chunks) for chunks in scale.lengths})
+    await measure_growing(bench, scale, row, "Conversation without tools", "KB", {
+        size // KB: work(grown(size), size, "plain") for size in scale.sizes})
+    await measure_streams(bench, scale, row)             # last, for it takes most memory
+
+
+async def measure_speed(bench, scale, row):
+    """Table 1: what one proxy does."""
+    small, large = R(conversation(0)), claude_code()
+    row("")
+    row("What", "measured", "CPU of the proxy")
+    row("Start, to the first answer", figure(bench.start, "{:.2f} s"))
+    row("Memory when idle", figure(bench.idle_memory, "{:.1f} MB"))
+    for name, asked, at_once in (("Requests of 1 KB, 32 at once", work(small, KB, "plain"), 32),
+                                 ("Requests of 100 KB, 8 at once", work(large, 100 * KB, "plain"), 8)):
+        found = await bench.load(asked, at_once, scale.seconds)
+        count = len(found.answers)
+        row(name, figure(count / found.seconds, "{:,.0f} a second"),
+            figure(found.cpu / count * 1e3, "{:.2f} ms each"))
+    found = await bench.load(work(large, 100 * KB, "plain"), 1, scale.seconds)
+    row("Requests of 100 KB, one at a time, p50", figure(found.median() * 1e3, "{:.2f} ms"))
+    for name, kind in (("Chunks of text", "text"), ("Chunks of tool arguments", "tool")):
+        found = await bench.load(work(small, KB, kind, 500), 8, scale.seconds)
+        count = 500 * len(found.answers)
+        row(f"{name}, 8 streams of 500", figure(count / found.seconds, "{:,.0f} a second"),
+            figure(found.cpu / count * 1e6, "{:.1f} ms per 1,000"))
+    for size, asked in ((1, small), (100, large)):
+        added = await bench.added(work(asked, size * KB, "text", 20), scale.seconds)
+        row(f"Added to the first token, request of {size} KB", figure(added, "{:.2f} ms"))
+    row("Memory at the peak of all this", figure(bench.most_memory, "{:.1f} MB"))
+
+
+async def measure_streams(bench, scale, row):
+    """Table 2: streams at the pace of a model."""
+    ideal = scale.chunks * scale.interval / 1000         # seconds; the first chunk also waits an interval
+    row("")
+    row(f"Streams at once ({scale.chunks} chunks, {scale.interval} ms apart)", "slowest, ideal",
+        "CPU per 1,000", "memory")
+    asked, costs = work(R(conversation(0)), KB, "text", scale.chunks, scale.interval, scale.interval), []
+    for count in scale.streams:
+        found = await bench.paced(asked, count, scale.spread)
+        costs.append(found.cpu)
+        row(f"{count:,}", f"{max(answer.seconds for answer in found.answers):.2f}, {ideal:.2f} s",
+            figure(found.cpu / count / scale.chunks * 1e6, "{:.0f} ms"), figure(found.memory, "{:.1f} MB"))
+    row(growth("streams", scale.streams, "CPU", costs))
+
+
+async def measure_growing(bench, scale, row, name, unit, asked):
+    """Table 2: requests one at a time, larger and larger; `asked` maps their size in units to the Work."""
+    row("")
+    row(f"{name}, {unit}", "ms", "us each", "memory")
+    times = []
+    for size, each in asked.items():
+        found = await bench.load(each, 1, scale.seconds / 2)
+        times.append(found.median())
+        row(f"{size:,}", f"{times[-1] * 1e3:.2f}", f"{times[-1] * 1e6 / size:.2f}",
+            figure(found.memory, "{:.1f} MB"))
+    row(growth(unit, list(asked), "time", times))
+
+
+def figure(value, form):
+    """A figure as text, "-" for nan."""
+    return "-" if math.isnan(value) else form.format(value)
+
+
+def growth(name, work_done, cost_name, costs):
+    """What the last row cost against the first whose cost is known; nothing if none is."""
+    known = [(done, cost) for done, cost in zip(work_done, costs) if not math.isnan(cost)]
+    if not known:
+        return ""
+    (least, first), (most, last) = known[0], known[-1]
+    return f"{most / least:,.0f} times as many {name}: {last / first:,.1f} times the {cost_name}"
+
+
+# ---- is it true?
+
+def test_the_requests_of_the_benchmark_have_the_size_that_they_claim():
+    large = filled(claude_code(), 100 * KB)
+    for size, body in [(100 * KB, large), *((size, filled(grown(size), size)) for size in FULL.sizes)]:
+        filler = json.loads(body)["messages"][0]["content"]
+        assert len(body) == size and len(filler) < TURN + KB
+    asked = json.loads(large)
+    assert (len(asked["tools"]), len(asked["messages"])) == (24, 19)
+    assert [round(len(compact(asked[name])) / KB) for name in ("tools", "system")] == [54, 15]
+
+
+def test_every_measurement_of_the_benchmark_works_against_the_program():
+    rows = []
+    with benched() as bench:
+        asyncio.run(measure(bench, TINY, lambda *cells: rows.append(cells)))
+    assert bench.wrong == []
+    if not CPU_LEAST:
+        assert rows[-1][0].startswith("2 times as many streams: ") and not any("-" in cells for cells in rows)
+
+
+@table([
+    ("an answer as it should be", lambda answer: answer, True),
+    ("a chunk is missing", lambda answer: answer.replace(b"word00000001", b""), False),
+    ("another status", lambda answer: answer.replace(b"200", b"500", 1), False),
+    ("no end", lambda answer: answer[:-7] + b"\n", False),
+], "spoil, want")
+def test_the_benchmark_tells_a_wrong_answer(spoil, want):
+    asked = work(R(conversation(0)), KB, "text", 3)._replace(mark=WORD, end=event_chunk(D) + b"0\r\n\r\n")
+    assert asked.is_right(spoil(upstream_answer_at_once("text", 3))) == want
+
+
+def test_an_interrupted_benchmark_leaves_no_process_and_does_without_pytest():
+    command = [sys.executable, "-S", os.path.abspath(__file__), "--bench"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as bench:
+        try:
+            assert b"cores" in bench.stdout.readline()       # all processes have begun
+            begun = children(bench.pid)
+            bench.send_signal(signal.SIGINT)
+            assert bench.wait(10) == 130 and len(begun) == 2 and not any(map(is_alive, begun))
+        finally:
+            bench.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(bench_main(sys.argv[1:]))
