@@ -1498,7 +1498,7 @@ def test_an_odd_request_is_translated_or_rejected():
     dice, whole = random.Random(1), {**SESSION, "messages": TURNS + [A([tu("call_1")]), U([
         tr("call_1", [txt("a"), img, reference("f"), doc(PDF)]), SEARCH_RESULT, img, doc(PDF)])],
         **output(STRICT), **choice("auto"), "stop_sequences": ["x"], "temperature": 0.5, "mcp_servers": []}
-    for _ in range(3000):
+    for _ in range(2000):
         asked = spoiled(whole, dice)
         try:
             sent(asked, dice.choice(list(HOSTS)))
@@ -6212,7 +6212,7 @@ def test_workers_end_with_their_parent(tmp_path):
 #
 # AIAPIPROXY_FUZZ_SECONDS=600 runs longer, and from another seed each time.
 
-FUZZ_SECONDS = float(os.environ.get("AIAPIPROXY_FUZZ_SECONDS", "5"))
+FUZZ_SECONDS = float(os.environ.get("AIAPIPROXY_FUZZ_SECONDS", "3"))
 PIECES = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b",", b";", b"0", b"-1", b"5\r\n", b"0\r\n\r\n",
           b"\r\n\r\n", b"\xff",
           b"HTTP/1.1", b"Host: a", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
