@@ -376,15 +376,25 @@ def known_tools_value(text: str) -> Any:
     if not isinstance(value, dict) or value.get("tools") != TOOLS_MARK:
         return _client_decoder.decode(text)              # some other `tools`, inside something
     value["tools"] = known
-    if len(known.text) >= KNOWN_TOOLS_SIZE[0] and len(known.text) <= KNOWN_TOOLS_SIZE[1] \
-            and (not KNOWN_TOOLS or KNOWN_TOOLS[0] is not known):
-        KNOWN_TOOLS[:] = [known, *(tools for tools in KNOWN_TOOLS if tools is not known)][:MAX_KNOWN_TOOLS]
+    if len(known.text) >= LEAST_KNOWN_TOOLS and (not KNOWN_TOOLS or KNOWN_TOOLS[0] is not known):
+        keep_tools(known)
     return value
+
+
+def keep_tools(known: KeptList) -> None:
+    """Puts a list of tools first, and forgets those that are too many or too large together with it."""
+    kept, values = [], 0
+    for tools in [known, *(tools for tools in KNOWN_TOOLS if tools is not known)][:MAX_KNOWN_TOOLS]:
+        values += tools.text.count(",") + len(tools.text) // 100
+        if values <= KNOWN_TOOLS_VALUES:
+            kept.append(tools)
+    KNOWN_TOOLS[:] = kept
 
 
 KNOWN_TOOLS: List[KeptList] = []         # newest first
 MAX_KNOWN_TOOLS = 8                      # an agent, its helpers and a few others
-KNOWN_TOOLS_SIZE = (1000, 262144)        # characters of those worth to keep
+KNOWN_TOOLS_VALUES = 30000               # of all of them, by commas and length: at most some 15 MB; 50 KB are 2,000
+LEAST_KNOWN_TOOLS = 1000                 # characters; less is read as fast as found
 TOOLS_MARK = os.urandom(16).hex()
 NOT_JSON = "Request body is not valid JSON"
 MAX_VALUES = 500000                      # by their commas, those in texts included: what a million tokens can have
@@ -2742,7 +2752,7 @@ def anthropic_usage(usage: Any, tier: Any, exchange: Exchange, generated: Callab
     prompt, output, total = count(usage, "prompt_tokens"), count(usage, "completion_tokens"), count(usage, "total_tokens")
     read = written = 0
     thought = None
-    if len(usage) > 3 or total is None:                  # else these three are all that it says
+    if len(usage) > 3 or prompt is None or output is None or total is None:      # else these three are all it says
         read = first_count(usage, CACHE_READ) or 0
         written = first_count(usage, CACHE_WRITTEN) or 0
         thought = first_count(usage, REASONING)
@@ -4481,7 +4491,7 @@ class SSEDecoder:
 
     def events(self, text: str) -> List[str]:
         """The data of the events that these lines complete."""
-        if self._is_first:
+        if self._is_first and text:
             self._is_first = False
             text = text[1:] if text[:1] == "\ufeff" else text
         lines = text.split("\n")
@@ -4755,7 +4765,7 @@ def known_request(head: bytes) -> Optional[Request]:
     """
     length = CONTENT_LENGTH.search(head)
     if length is None:
-        return KNOWN_HEADS.get((head, b""))
+        return KNOWN_HEADS.get((head, None))
     request = KNOWN_HEADS.get((head[:length.start(1)], head[length.end(1):]))
     if request is None:
         return None
@@ -4770,11 +4780,11 @@ def parse_request_head(head: bytes) -> Request:
         if len(KNOWN_HEADS) >= MAX_KNOWN_HEADS:
             KNOWN_HEADS.clear()
         length = CONTENT_LENGTH.search(head)
-        KNOWN_HEADS[(head[:length.start(1)], head[length.end(1):]) if length else (head, b"")] = request
+        KNOWN_HEADS[(head[:length.start(1)], head[length.end(1):]) if length else (head, None)] = request
     return request
 
 
-KNOWN_HEADS: Dict[Tuple[bytes, bytes], Request] = {}     # by what stands around the length
+KNOWN_HEADS: Dict[Tuple[bytes, Optional[bytes]], Request] = {}       # by what stands before and behind the length
 MAX_KNOWN_HEADS = 64                     # clients, and the kinds of request that each makes
 KNOWN_HEAD_SIZE = 2048                   # bytes; Claude Code's are about 800
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: ?([0-9]{1,18})(?=\r\n|$)", re.I)
@@ -4841,7 +4851,7 @@ def parse_response_head(head: bytes) -> Tuple[int, Headers, bool]:
     match = STATUS_LINE.fullmatch(line)
     if match is None:
         raise ProtocolError(502, "not HTTP/1.1")
-    if b"\n " in block or b"\n\t" in block or block.count(b"\n") != block.count(b"\r\n"):       # folds, bare LFs
+    if block[:1] in (b"\r", b"\n") or b"\n " in block or b"\n\t" in block or block.count(b"\n") != block.count(b"\r\n"):       # folds, bare LFs
         block = re.sub(rb"\r?\n[ \t]+", b" ", block.replace(b"\r\n", b"\n")).strip(b"\n").replace(b"\n", b"\r\n")
     headers = parse_headers(block)
     length = headers.get("content-length", "0")
@@ -5981,8 +5991,13 @@ class Reply:
         body = self._body
         if not self.is_live or self._start or self._inflater is not None or self.record is not None or body.done:
             return
+
+        def take_body(data: bytes, now: float) -> bool:
+            data = body.feed(data)
+            return bool(data and take(data, now)) or body.done
+
         try:
-            await self._stream.pump(lambda data, now: take(body.feed(data), now) or body.done, self.timeout.seconds)
+            await self._stream.pump(take_body, self.timeout.seconds)
         except BaseException as error:
             self.abort()
             raise exchange_error(error, self._upstream, True, self.timeout) from None
@@ -6439,8 +6454,7 @@ async def handled(app: App, tx: Transaction) -> Optional[Response]:
     if request.method == "OPTIONS":
         return preflight(tx)
     if request.authority not in app.known_hosts:
-        check_host(request, settings)
-        if len(app.known_hosts) < KNOWN_HOSTS and len(request.authority) > 1:
+        if check_host(request, settings) and len(app.known_hosts) < KNOWN_HOSTS:
             app.known_hosts.add(request.authority)
     check_key(request, settings)
     route = ROUTES.get(request.path) or (ROUTES["/v1/models/"] if request.path.startswith("/v1/models/") else None)
@@ -6512,17 +6526,22 @@ def preflight(tx: Transaction) -> Response:
     return Response(204, b"", "", headers)
 
 
-def check_host(request: Request, settings: Settings) -> None:
-    """DNS rebinding: a page whose name was made to point here shows by the Host it sends."""
+def check_host(request: Request, settings: Settings) -> bool:
+    """DNS rebinding: a page whose name was made to point here shows by the Host it sends.
+
+    Returns whether this Host passes with every request.  Raises ProxyError(403).
+    """
     if settings.proxy_api_key or settings.passes_keys_on or "*" in settings.allowed_hosts:
-        return
+        return True
     if request.path.startswith("/health") and not request.authority:
-        return
+        return False
     host = re.sub(r":[0-9]*$", "", request.authority).strip("[]").lower()
     allowed = {name.lower() for name in (*settings.server_host, *settings.allowed_hosts)}
-    if not (is_loopback(host) or host in allowed or request.authority.lower() in allowed
-            or is_placeholder(host, request)):
+    if is_loopback(host) or host in allowed or request.authority.lower() in allowed:
+        return True
+    if not is_placeholder(host, request):
         raise ProxyError(403, f"The host {request.authority[:200]} is not served: list it in ALLOWED_HOSTS")
+    return False
 
 
 def is_placeholder(host: str, request: Request) -> bool:
@@ -6625,18 +6644,19 @@ async def answered(app: App, tx: Transaction, exchange: Exchange, key: str,
         tx.extra_headers = {**tx.extra_headers, **limits}
     if recording is not None:
         recording.answered(reply)
-    if exchange.is_streamed:
-        return await relayed(Relay(app, tx, exchange, reply, recording))
-    try:
-        start = await first_bytes(reply)
-        if not is_event_stream(reply.claims_events, start):
-            return await whole_answer(app, tx, exchange, await whole_message(app, exchange, reply, start))
-        return await relayed(Relay(app, tx, exchange, reply, recording, start))
-    finally:
+    start, message = b"", None
+    if not exchange.is_streamed:
+        try:
+            start = await first_bytes(reply)
+            if not is_event_stream(reply.claims_events, start):
+                message = await whole_message(app, exchange, reply, start)
+        except BaseException:
+            reply.close()
+            raise
+    if message is not None:
         reply.close()
-
-
-async def relayed(relay: Relay) -> Optional[Response]:
+        return await whole_answer(app, tx, exchange, message)
+    relay = Relay(app, tx, exchange, reply, recording, start)
     try:
         return await relay.run()
     finally:
@@ -6828,7 +6848,8 @@ class Relay:
                 raise
             error_of_end = ProxyError(529, "The proxy is shutting down")
             self._tx.note(outcome="shutdown", error=error_of_end.message)
-            self._tx.send_now(self._translator.fail(error_of_end), is_last=True)
+            # The end may have been translated in the moment of the cancellation: then the answer is whole.
+            self._tx.send_now(self._last_events or self._translator.fail(error_of_end), is_last=True)
         return None
 
     async def _run(self) -> Optional[Response]:
@@ -6953,7 +6974,7 @@ async def whole_message(app: App, exchange: Exchange, reply: Reply, start: bytes
     """The message of an answer in plain JSON, whether it was to be a stream or not.  Raises UpstreamError."""
     body = start if reply.is_complete else start + await reply.read_all(ANSWER_BODY)
     try:
-        completion = decoded(_decoder, body.decode("utf-8", "replace").lstrip("\ufeff"))
+        completion = decoded(_decoder, body.decode("utf-8", "replace").lstrip("\ufeff").strip())
     except (ValueError, RecursionError):
         message = described_answer(reply.status, {}, body) if body.lstrip()[:1] == b"<" else ""
         raise UpstreamError(502, "The upstream's answer is not JSON"

@@ -486,9 +486,18 @@ def test_of_many_different_tools_only_a_few_are_kept():
         aiapiproxy.request_value('{"tools":' + MANY.replace("tool_0", f"tool_x{place}") + "}")
     assert len(aiapiproxy.KNOWN_TOOLS) == aiapiproxy.MAX_KNOWN_TOOLS
     kept = [tools.text for tools in aiapiproxy.KNOWN_TOOLS]
-    aiapiproxy.request_value('{"tools":' + MANY.replace("says", "x" * aiapiproxy.KNOWN_TOOLS_SIZE[1]) + "}")
     aiapiproxy.request_value('{"tools":[]}')
     assert kept == [tools.text for tools in aiapiproxy.KNOWN_TOOLS]
+
+
+def test_of_tools_of_many_values_fewer_are_kept():
+    for place in range(10):
+        text = compact([{f"x{place}": 0}] * (aiapiproxy.KNOWN_TOOLS_VALUES // 3))
+        assert len(aiapiproxy.request_value('{"tools":' + text + "}")["tools"]) > 1000
+        assert 1 <= len(aiapiproxy.KNOWN_TOOLS) <= 8 and aiapiproxy.KNOWN_TOOLS[0].text == text
+    assert len(aiapiproxy.KNOWN_TOOLS) == 2
+    aiapiproxy.request_value('{"tools":' + compact([0] * aiapiproxy.KNOWN_TOOLS_VALUES) + "}")
+    assert aiapiproxy.KNOWN_TOOLS == []
 
 
 def test_what_one_model_was_taught_about_tools_does_not_reach_another():
@@ -1808,6 +1817,8 @@ USAGES = [
      usage(10, 25, **thought(20))),
     ("floats", used(10.0, 2.0), usage(10, 2)),
     ("the prompt from the total", {"completion_tokens": 2, "total_tokens": 12}, usage(10, 2)),
+    ("the prompt from the total, some of it cached", {"completion_tokens": 2, "total_tokens": 12, **cached(4)},
+     usage(6, 2, 4)),
     ("the answer from the total", {"prompt_tokens": 10, "total_tokens": 12}, usage(10, 2)),
     ("details null", used(10, 2, prompt_tokens_details=None, completion_tokens_details=None), usage(10, 2)),
     ("numbers that are none", used(10, 2, prompt_tokens_details={"cached_tokens": -1}, cached_tokens="4"),
@@ -3951,7 +3962,8 @@ def test_parse_request_head(given, want):
     ("one before others", b"Content-Length: %s\r\nX: y"), ("two", b"Content-Length: %s\r\nContent-Length: 5"),
     ("one with two blanks", b"Content-Length:  %s"), ("one in another's value", b"X: Content-Length: %s"),
     ("one beside chunks", b"Content-Length: %s\r\nTransfer-Encoding: chunked"),
-    ("one that is none", b"Content-Length: -%s"), ("a length and more", b"Content-Length: %s5, 5"),
+    ("one that is none", b"Content-Length: -%s"), ("one that is cut", b"Content-Length: %s\r\nContent-Length: "),
+    ("the last of several fields", b"X: y\r\nContent-Length: %s"), ("a length and more", b"Content-Length: %s5, 5"),
 ], "fields")
 def test_a_known_head_is_read_as_the_first_time(fields):
     for length in (b"0", b"5", b"123456789012345678", b"1234567890123456789", b"5"):
@@ -3962,6 +3974,15 @@ def test_a_known_head_is_read_as_the_first_time(fields):
             assert aiapiproxy.known_request(head) is None
             continue
         assert aiapiproxy.parse_request_head(head) == want == aiapiproxy.known_request(head)
+
+
+def test_a_head_without_a_length_is_never_taken_for_one_with_it():
+    start = b"POST /v1/messages HTTP/1.1\r\nHost: a\r\n"
+    for name in (b"content-length:", b"content-length: "):
+        assert aiapiproxy.parse_request_head(start + name + b"5").headers["content-length"] == "5"
+        assert aiapiproxy.known_request(start + name) is None
+        with pytest.raises(aiapiproxy.ProtocolError):
+            aiapiproxy.parse_request_head(start + name)
 
 
 def test_of_many_different_heads_only_a_few_are_kept():
@@ -4556,6 +4577,11 @@ def reset(writer):
     writer.transport.abort()
 
 
+def framed(data):
+    """Data as one chunk."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 def raw_answer(body, *fields, status=200, length=True):
     """The bytes of an answer."""
     lines = [f"HTTP/1.1 {status} X", *fields, *([f"Content-Length: {len(body)}"] if length else [])]
@@ -4750,6 +4776,22 @@ def test_the_pool(scripts, want, opened, asked):
 
     got, *counts = run(scenario())
     assert all(each.startswith(start) for each, start in zip(got, want)) and counts == [opened, asked]
+
+
+def test_a_stream_for_a_client_that_wants_none_gives_its_connection_back_when_its_last_chunk_is_late():
+    answer = raw_answer(framed(FINE_SSE), "Transfer-Encoding: chunked", "Content-Type: text/event-stream", length=False)
+
+    async def scenario():
+        gates = [asyncio.Event() for _ in range(3)]
+        async with facing([*([answer, gate, b"0\r\n\r\n"] for gate in gates), HANG]) as (upstream, server):
+            for gate in gates:
+                assert shown(await ask(server.port, body=R(max_tokens=16000))) == "x"
+                gate.set()
+                while not server.app.upstream.idle_count:
+                    await asyncio.sleep(0.001)
+            return upstream.opened
+
+    assert run(scenario()) == 1
 
 
 @table([("closed", b""), ("sent bytes", b"HTTP/1.1 408 X\r\n\r\n")], "late")
@@ -5152,6 +5194,50 @@ def test_a_client_that_reads_nothing_slows_the_upstream_and_is_not_cut():
     assert within(15, scenario())[0] > 30000000
 
 
+def test_a_CRLF_that_chunks_and_reads_part_is_one_end_of_line():
+    head = raw_answer(b"", "Transfer-Encoding: chunked", "Content-Type: text/event-stream", length=False)
+    first, second = sse([c("x")]).replace(b"\n", b"\r\n"), sse([c("y"), f("stop"), D]).replace(b"\n", b"\r\n")
+    second = second.replace(b'data: {', b'data: {\r\ndata: ', 1)
+    place = second.index(b"\n")
+    pieces = [framed(first), framed(second[:place]), b"%x\r\n" % len(second[place:]), second[place:] + b"\r\n",
+              b"0\r\n\r\n"]
+
+    async def scenario():
+        gates = [asyncio.Event() for _ in pieces]
+        script = [head, *itertools.chain(*zip(gates, pieces))]
+        async with facing([script]) as (upstream, server), Asking(server.port, "POST", "/v1/messages",
+                                                                  R(stream=True)) as client:
+            for gate in gates:
+                gate.set()
+                await asyncio.sleep(0.02)
+            return said(await client.answer())
+
+    assert run(scenario()) == 'MS 0+text 0t"x" 0t"y" ' + CLOSED
+
+
+def test_an_end_that_comes_in_the_moment_of_the_shutdown_is_sent_whole(monkeypatch):
+    relays, begin = [], aiapiproxy.Relay.__init__
+
+    def noted(relay, *more):
+        begin(relay, *more)
+        relays.append(relay)
+
+    monkeypatch.setattr(aiapiproxy.Relay, "__init__", noted)
+
+    async def scenario():
+        gate = asyncio.Event()
+        async with facing([[raw_answer(sse([c("x")]), "Content-Type: text/event-stream", length=False), gate]]) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", R(stream=True)) as client:
+                await client.until(b"text_delta")
+                ((tx, task),) = server._active.items()
+                tx.is_shut_down = True
+                task.cancel()
+                relays[0]._reply._stream._protocol.data_received(sse([c("y"), f("stop"), D]))
+                return said(await client.answer())
+
+    assert run(scenario()) == 'MS 0+text 0t"x" 0t"y" ' + CLOSED
+
+
 # ---- load
 
 def descriptors():
@@ -5412,6 +5498,16 @@ def test_a_preflight_echoes_only_names_of_headers():
                                                "Access-Control-Request-Headers: a<script>: b"))
 
     assert run(scenario())[1].get("access-control-allow-headers", "") == ""
+
+
+def test_a_Host_that_only_a_program_may_send_is_not_remembered():
+    async def scenario():
+        async with facing([KEPT, KEPT]) as (_, server):
+            post = POST(f"Content-Length: {len(HI)}", body=HI, path="/v1/messages", host="Host: x:9000")
+            get = GET("/v1/models", host="Host: x:9000")
+            return [(await one(server.port, request))[0] for request in (get, post, get, post, get)]
+
+    assert run(scenario()) == [403, 200, 403, 200, 403]
 
 
 HOSTS_ASKED = [  # Host, settings, whether GET is served, whether POST is
