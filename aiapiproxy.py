@@ -235,7 +235,7 @@ def json_text(value: Any) -> str:
     """Compact ASCII JSON.  Raises ValueError for NaN, infinity and what is nested too deep."""
     try:
         text = _encode(value)
-        if text.rfind("\\ud") >= 0:                      # pairs, or halves; from behind: 3 times as fast as from the front
+        if text.rfind("\\ud") >= 0:                      # pairs, or halves; from behind: 3 times as fast
             whole = without_halves(value)
             text = text if whole is value else _encode(whole)
         return text
@@ -304,12 +304,8 @@ def json_value(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def request_json(body: Union[bytes, bytearray]) -> Any:
-    """The JSON value of a client's body.  Raises ProxyError(400) that says what is wrong, and where."""
-    return request_value(request_text(body))
-
-
 def request_text(body: Union[bytes, bytearray]) -> str:
+    """The text of a client's body, without a byte order mark.  Raises ProxyError(400)."""
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
@@ -1933,7 +1929,8 @@ def source_problem(block: Json) -> str:
 
 
 BLOCK_PROBLEMS: Dict[str, Callable[[Json], str]] = {
-    "image": source_problem, "document": source_problem, "tool_use": tool_use_problem, "tool_result": tool_result_problem}
+    "image": source_problem, "document": source_problem, "tool_use": tool_use_problem,
+    "tool_result": tool_result_problem}
 SOURCES = {          # kind of block -> type of source -> the member that holds it
     "image": {"base64": "data", "url": "url"},
     "document": {"base64": "data", "url": "url", "text": "data", "content": "content"},
@@ -2749,7 +2746,8 @@ def anthropic_usage(usage: Any, tier: Any, exchange: Exchange, generated: Callab
     `generated` estimates the tokens of the answer; it is called only when they are not known.
     """
     usage = usage if isinstance(usage, dict) else {}
-    prompt, output, total = count(usage, "prompt_tokens"), count(usage, "completion_tokens"), count(usage, "total_tokens")
+    prompt, output = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
+    total = count(usage, "total_tokens")
     read = written = 0
     thought = None
     if len(usage) > 3 or prompt is None or output is None or total is None:      # else these three are all it says
@@ -3325,7 +3323,7 @@ def lesson_from(status: int, body: bytes, exchange: Exchange) -> Optional[Tuple[
         found = refusal(status, _decoder.decode(body.decode("utf-8", "replace")))
     except (ValueError, RecursionError):
         found = Refusal(status, body[:ERROR_TEXT].decode("utf-8", "replace"))
-    part_tools_from_others(exchange.body)
+    own_tools(exchange.body)
     for lesson in LESSONS:
         argument = lesson.finds(found, exchange.body) if status in lesson.statuses else None
         if argument is not None and argument is not False and lesson.change(exchange.body, argument):
@@ -3336,13 +3334,13 @@ def lesson_from(status: int, body: bytes, exchange: Exchange) -> Optional[Tuple[
 
 def apply_lessons(learned: Mapping[str, Any], exchange: Exchange) -> None:
     """Makes the changes that earlier refusals of this model have taught."""
-    part_tools_from_others(exchange.body)
+    own_tools(exchange.body)
     for lesson in LESSONS:
         if lesson.name in learned:
             lesson.change(exchange.body, learned[lesson.name])
 
 
-def part_tools_from_others(body: Json) -> None:
+def own_tools(body: Json) -> None:
     """Lessons change functions: those of a KeptList are other requests' too."""
     if isinstance(body.get("tools"), KeptList):
         body["tools"] = [{**tool, "function": dict(tool["function"])} for tool in body["tools"]]
@@ -4851,7 +4849,8 @@ def parse_response_head(head: bytes) -> Tuple[int, Headers, bool]:
     match = STATUS_LINE.fullmatch(line)
     if match is None:
         raise ProtocolError(502, "not HTTP/1.1")
-    if block[:1] in (b"\r", b"\n") or b"\n " in block or b"\n\t" in block or block.count(b"\n") != block.count(b"\r\n"):       # folds, bare LFs
+    has_folds = b"\n " in block or b"\n\t" in block
+    if has_folds or block[:1] in (b"\r", b"\n") or block.count(b"\n") != block.count(b"\r\n"):
         block = re.sub(rb"\r?\n[ \t]+", b" ", block.replace(b"\r\n", b"\n")).strip(b"\n").replace(b"\n", b"\r\n")
     headers = parse_headers(block)
     length = headers.get("content-length", "0")
@@ -6323,7 +6322,7 @@ class App:
         self.lessons: Dict[str, Dict[str, Any]] = {}         # mapped model -> lesson's name -> argument
         self.tasks: Set[asyncio.Task] = set()
         self.truncation_warned: Set[str] = set()
-        self.known_hosts: Set[str] = set()                   # values of Host that check_host has let pass, which takes 5 us
+        self.known_hosts: Set[str] = set()                   # values of Host that passed check_host, which takes 5 us
         self.pid = os.getpid() if board is None else os.getppid()
         self.loop = asyncio.get_running_loop()
         self.new_id = RandomIds()
@@ -7398,8 +7397,8 @@ class Server:
             headers["connection"] = "close"
         elif not tx.request.is_http11:
             headers["connection"] = "keep-alive"
-        start = f"HTTP/1.1 {response.status} {reason_phrase(response.status)}\r\ndate: {http_date()}\r\nrequest-id: {tx.id}"
-        data = encoded_head(start, headers.items())
+        status_line = f"HTTP/1.1 {response.status} {reason_phrase(response.status)}"
+        data = encoded_head(f"{status_line}\r\ndate: {http_date()}\r\nrequest-id: {tx.id}", headers.items())
         if tx.request.method != "HEAD":
             data += response.body
         tx.status = response.status
