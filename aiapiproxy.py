@@ -1113,7 +1113,7 @@ def openai_request(asked: Json, settings: Settings, session_id: str = "",
     Raises ProxyError(400) naming the field.
     """
     check_fields(asked, is_counting)
-    profile = settings.profiles.get(asked["model"]) or profile_for(asked["model"], settings)
+    profile = profile_for(asked["model"], settings)
     talk = read_conversation(asked["messages"])
     tools = NO_TOOLS
     if asked.get("tools") or talk.added_tools:
@@ -1225,9 +1225,11 @@ FIELD_CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
 
 def profile_for(asked: str, settings: Settings) -> Profile:
     """The Profile for the name that a client asks for, remembered."""
-    if len(settings.profiles) >= KEPT_PROFILES:
-        settings.profiles.clear()
-    profile = settings.profiles[asked] = model_profile(mapped_model(asked, settings), settings.host)
+    profile = settings.profiles.get(asked)
+    if profile is None:
+        if len(settings.profiles) >= KEPT_PROFILES:
+            settings.profiles.clear()
+        profile = settings.profiles[asked] = model_profile(mapped_model(asked, settings), settings.host)
     return profile
 
 
@@ -7962,6 +7964,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
     files = start_logging(settings)
     for event, facts in warnings:
         log(logging.WARNING, event, **facts)
+    gc.freeze()                          # what is there now stays: nobody needs to look at it again, workers share it
+    gc.enable()
     if settings.workers > 1:
         return Supervisor(Worker(settings, sockets, options, files)).run()
     try:
@@ -8159,8 +8163,6 @@ async def run(worker: Worker) -> None:
     else:
         loop.add_reader(worker.lifeline, asked_to_stop)      # readable only when the supervisor has died
     worker.ready()
-    gc.freeze()                                              # what is there now stays: no need to look at it again
-    gc.enable()
     loop.call_later(WARM_UP, piece_pattern)                  # before the first request needs it, if that takes its time
     try:
         await stop.wait()
