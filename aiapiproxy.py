@@ -3686,8 +3686,7 @@ class StreamTranslator:
             text = self._sse.lines(data)
             alone = self._template.text_alone(text) if self._sse.is_between_events else None
             if alone is not None:
-                self._template.sink(self, alone)
-                return self._flushed()
+                return self._alone(alone)
             for _ in range(BURST_TRIES if len(text) > SHORT_READ else 0):
                 rest = self._burst(text) if text else None
                 if rest is None and len(text) > LONG_READ:   # the next events may be the pattern for those after them
@@ -3771,6 +3770,16 @@ class StreamTranslator:
             elif payload:
                 self._chunk(payload)
 
+    def _alone(self, text: str) -> bytes:
+        """Translates a chunk that is like the pattern; at once, where it makes the open text block grow."""
+        segment = self._queue[0] if len(self._queue) == 1 else None
+        if type(segment) is TextSegment and segment.index >= 0 and not segment.half and self._filter.is_idle \
+                and self._template.sink is StreamTranslator._text and text.isascii() and text:
+            self._written.add(text)
+            return self._grown(segment, text)
+        self._template.sink(self, text)
+        return self._flushed()
+
     def _burst(self, text: str) -> Optional[str]:
         """Translates the run of chunks at the start that differ only in plain text, by one replacement.
 
@@ -3793,7 +3802,7 @@ class StreamTranslator:
 
     def _chunk(self, payload: str) -> None:
         try:
-            chunk = _decoder.decode(payload)
+            chunk = decoded(_decoder, payload)
         except (ValueError, RecursionError):
             chunk = payload
         if isinstance(chunk, list) and chunk and is_object(chunk[0]) and is_error(chunk[0]):
@@ -4070,6 +4079,10 @@ class StreamTranslator:
     def _write_delta(self, segment: Segment, text: str) -> None:
         self._out.append(segment.prefix + quoted(text) + "}}\n\n")
 
+    def _grown(self, segment: Segment, text: str) -> bytes:
+        """The event for more ASCII text of the open block, when nothing else waits to be sent."""
+        return f"{segment.prefix}{quote(text)}}}}}\n\n".encode("ascii")
+
     def _write_deltas(self, segment: Segment, texts: str) -> None:
         """Deltas of texts that stand as JSON string contents with BORDER between them."""
         joint = '"}}\n\n' + segment.prefix + '"'
@@ -4121,6 +4134,10 @@ class MessageCollector(StreamTranslator):
     def _write_delta(self, segment: Segment, text: str) -> None:
         self._keep(len(text))
         self._texts[segment.index].append(text)
+
+    def _grown(self, segment: Segment, text: str) -> bytes:
+        self._write_delta(segment, text)
+        return b""
 
     def _write_deltas(self, segment: Segment, texts: str) -> None:
         self._keep(len(texts))
@@ -5431,7 +5448,7 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
     on_gone: Optional[Callable[[], None]] = None     # called when it does, while somebody wants to know
     on_stray: Optional[Callable[[], None]] = None    # called for whatever happens, while nothing should
     on_data: Optional[Callable[[bytes], None]] = None    # takes what comes, in place of the reader
-    pump: Optional[asyncio.Future] = None            # waits until on_data has had enough
+    waiter: Optional[asyncio.Future] = None          # waits until on_data has had enough
     fault: Optional[Exception] = None                # what broke the connection
     is_flooded = False                               # the peer sent far ahead: what is over MAX_AHEAD is lost
     _ahead = 0
@@ -5472,19 +5489,51 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
         self._tell_of_end()
 
     def _tell_of_end(self) -> None:
-        self.end_pump()
+        self.end_wait()
         for tell in (self.on_gone, self.on_stray):
             if tell is not None:
                 tell()
 
-    def end_pump(self, error: Optional[Exception] = None) -> None:
+    def hand_over(self, data: bytes) -> None:
+        """Gives what comes to the waiter itself, which takes a third of the way through the reader's buffer."""
+        if len(data) > READ_SIZE or self.waiter is None or self.waiter.done():
+            self.end_wait()
+            self._reader.feed_data(data)
+        else:
+            self.waiter.set_result(data)
+
+    def end_wait(self, error: Optional[Exception] = None) -> None:
         """From now on the reader takes what comes."""
         self.on_data = None
-        if self.pump is not None and not self.pump.done():
+        if self.waiter is not None and not self.waiter.done():
             if error is None:
-                self.pump.set_result(None)
+                self.waiter.set_result(None)
             else:
-                self.pump.set_exception(error)
+                self.waiter.set_exception(error)
+
+
+async def within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
+    """What `work` returns.  Raises TimedOut when it has not after so many seconds.
+
+    As wait_for, which up to Python 3.11 needs a task for it: a fifth of what a connection costs.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    late: List[bool] = []
+
+    def end_it() -> None:
+        late.append(task.cancel())
+
+    timer = asyncio.get_running_loop().call_later(seconds, end_it)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not late:
+            raise
+        getattr(task, "uncancel", int)()                 # from Python 3.11 on who swallows a cancellation says so
+        raise TimedOut from None
+    finally:
+        timer.cancel()
 
 
 MAX_AHEAD = 65536                        # bytes that a client may send before its answer has ended
@@ -5522,49 +5571,64 @@ class ByteStream:
         if self._due is not None:
             if self._loop.time() >= self._due - 0.001:
                 self._reader.set_exception(TimedOut())
-                self._protocol.end_pump()
+                self._protocol.end_wait()
             else:
                 self._watchdog = self._loop.call_at(self._due, self._look)
 
     async def read(self) -> bytes:
-        """The bytes that are there, or the next to come; b"" at the end.  Raises TimedOut, OSError."""
+        """The bytes that are there, or the next to come; b"" at the end.  Raises TimedOut, OSError.
+
+        Cancelled, it may have taken bytes: the connection is of no more use.
+        """
         if self._pushed:
             data, self._pushed = self._pushed, b""
             return data
-        data = await self._reader.read(READ_SIZE)
-        if not data and getattr(self._protocol, "fault", None) is not None:
+        protocol, reader = self._protocol, self._reader
+        if not (reader._buffer or reader._eof or reader._exception):         # there is no public way to ask
+            waiter = protocol.waiter = self._loop.create_future()
+            protocol.on_data = protocol.hand_over
+            try:
+                data = await waiter
+            finally:
+                protocol.on_data = protocol.waiter = None
+            if data:
+                return data
+        data = await reader.read(READ_SIZE)
+        if not data and protocol.fault is not None:
             raise ConnectionResetError("the connection was reset")
         return data
 
-    async def pump(self, take: Callable[[bytes, float], bool], seconds: float) -> None:
-        """Hands what comes, and the time, to `take`, in the very call that brings it, until that returns True.
+    async def pump(self, body: Body, take: Callable[[bytes, float], bool], seconds: float) -> None:
+        """Hands what comes of a body, and the time, to `take`, in the very call that brings it, until that returns True.
 
         To wake a task for each small read costs as much as all that is done with it.  What else ends this, the
-        next read() tells: the connection's end, a silence of so many seconds, or bytes that came before it began.
+        next read() tells: the body's end or the connection's, a silence of so many seconds, or bytes that came
+        before it began.
         """
-        protocol, clock = self._protocol, self._loop.time
+        protocol, clock, feed = self._protocol, self._loop.time, body.feed
 
         def hand_on(data: bytes) -> None:
             now = clock()
             self._due = now + seconds
             try:
-                if take(data[:READ_SIZE], now):
-                    protocol.end_pump()
+                piece = feed(data[:READ_SIZE])
+                if piece and take(piece, now) or body.done:
+                    protocol.end_wait()
                     self._reader.feed_data(data[READ_SIZE:])
                 elif len(data) > READ_SIZE:
                     hand_on(data[READ_SIZE:])                # four times at most: asyncio reads 256 KiB
             except Exception as error:
-                protocol.end_pump(error)
+                protocol.end_wait(error)
 
         if self.has_unread or self.is_gone() or self._reader.exception() is not None:
             return
-        protocol.pump = self._loop.create_future()
+        protocol.waiter = self._loop.create_future()
         protocol.on_data = hand_on
         self.expect(clock() + seconds)
         try:
-            await protocol.pump
+            await protocol.waiter
         finally:
-            protocol.on_data = protocol.pump = None
+            protocol.on_data = protocol.waiter = None
             self.relax()
 
     def take_pushed(self) -> bytes:
@@ -5650,7 +5714,6 @@ class ByteStream:
     def abort(self) -> None:
         """Closes now; what is unsent is lost."""
         self._stop_watching()
-        self._gathered = b""
         self.transport.abort()
 
     def close(self) -> None:
@@ -5838,11 +5901,11 @@ class Upstream:
         seconds = min(due - self._loop.time(), CONNECT_TIME, self._settings.request_timeout)
         is_connected = False
         try:
-            connection = await asyncio.wait_for(self._connect(), max(seconds, 0.001))
+            connection = await within(max(seconds, 0.001), self._connect())
             is_connected = True
             self._metrics.add("upstream_connections_opened_total")
             return connection
-        except asyncio.TimeoutError:
+        except TimedOut:
             raise UpstreamError(504, f"The upstream did not answer within {seconds:.3g} s: no connection to "
                                 f"{self.host}:{self.port} (REQUEST_TIMEOUT)") from None
         except (OSError, EOFError, ProtocolError) as error:
@@ -6016,13 +6079,8 @@ class Reply:
         body = self._body
         if not self.is_live or self._start or self._inflater is not None or self.record is not None or body.done:
             return
-
-        def take_body(data: bytes, now: float) -> bool:
-            data = body.feed(data)
-            return bool(data and take(data, now)) or body.done
-
         try:
-            await self._stream.pump(take_body, self.timeout.seconds)
+            await self._stream.pump(body, take, self.timeout.seconds)
         except BaseException as error:
             self.abort()
             raise exchange_error(error, self._upstream, True, self.timeout) from None
@@ -6264,8 +6322,8 @@ class Transaction:
         await self.drain()
 
     def is_behind(self) -> bool:
-        """Whether the client has not taken all yet."""
-        return self._stream.unsent > 0
+        """Whether the client has not taken all yet that send_now() sent."""
+        return self._stream.transport.get_write_buffer_size() > 0
 
     async def drain(self) -> None:
         try:
@@ -7551,8 +7609,12 @@ class DemoUpstream:
     async def start(self) -> int:
         """Listens on a free port of the loopback address, and returns it."""
         self._tasks: Set[asyncio.Task] = set()
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.get_running_loop().create_server(self._protocol, "127.0.0.1", 0)
         return self._server.sockets[0].getsockname()[1]
+
+    def _protocol(self) -> WatchedProtocol:
+        loop = asyncio.get_running_loop()
+        return WatchedProtocol(asyncio.StreamReader(READ_SIZE, loop), self._serve, loop)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

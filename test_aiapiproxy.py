@@ -4437,6 +4437,134 @@ def test_a_wrong_type_in_any_member_over_the_wire():
 
 
 # ============================================================================
+# 11. BYTE STREAMS
+# ============================================================================
+#
+# One stream over a transport that notes what is done to it.
+
+class NotedTransport(asyncio.Transport):
+    """What is sent and how it ends, in order; `stuck` bytes are taken as not sent yet."""
+
+    def __init__(self, protocol, stuck=0):
+        super().__init__()
+        self.protocol, self.stuck, self.done, self.ended = protocol, stuck, [], False
+
+    def get_protocol(self):
+        return self.protocol
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        pass
+
+    def get_write_buffer_size(self):
+        return self.stuck
+
+    def is_closing(self):
+        return self.ended
+
+    def can_write_eof(self):
+        return True
+
+    def write(self, data):
+        self.done.append(data.decode())
+
+    def write_eof(self):
+        self.done.append("EOF")
+
+    def close(self):
+        self.done.append("CLOSED")
+        self.ended = True
+
+    def abort(self):
+        self.done.append("ABORTED")
+        self.ended = True
+
+
+def noted_stream():
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(aiapiproxy.READ_SIZE, loop)
+    protocol = aiapiproxy.WatchedProtocol(reader, loop=loop)
+    transport = NotedTransport(protocol)
+    return aiapiproxy.ByteStream(reader, asyncio.StreamWriter(transport, protocol, reader, loop)), protocol, transport
+
+
+@table([
+    ("nothing in the turn itself", [], "", "ab"),
+    ("all before what is sent at once", ["write_now"], "ab c", "ab c"),
+    ("all before a half-close", ["end_writing"], "ab EOF", "ab EOF"),
+    ("all before a close", ["close"], "ab CLOSED", "ab CLOSED"),
+    ("nothing before an abort", ["abort"], "ABORTED", "ABORTED"),
+    ("all when the peer is waited for", ["drain"], "ab", "ab"),
+    ("nothing after a close", ["close", "write"], "ab CLOSED", "ab CLOSED"),
+], "steps, at_once, later")
+def test_what_a_turn_of_the_loop_writes_goes_out_together(steps, at_once, later):
+    async def scenario():
+        stream, _, transport = noted_stream()
+        stream.write(b"a")
+        stream.write(b"b")
+        assert stream.unsent == 2
+        for step in steps:
+            done = getattr(stream, step)(*[b"c"] * step.startswith("write"))
+            if asyncio.iscoroutine(done):
+                await done
+        now = " ".join(transport.done)
+        await asyncio.sleep(0)
+        return now, " ".join(transport.done)
+
+    assert run(scenario()) == (at_once, later)
+
+
+@table([
+    ("that waits", [b"a"], ["a"]),
+    ("twice in one turn", [b"a", b"b"], ["a", "b"]),
+    ("more than one read may give", [b"a" * 65536 + b"b"], ["a" * 65536, "b"]),
+    ("and an end", [b"a", "EOF"], ["a", ""]),
+    ("and a reset", [b"a", "RESET"], ["a", "the connection was reset"]),
+    ("an end alone", ["EOF"], [""]),
+    ("a reset alone", ["RESET"], ["the connection was reset"]),
+], "events, want")
+def test_a_read_gets_what_comes_while_it_waits(events, want):
+    async def scenario():
+        stream, protocol, _ = noted_stream()
+        reading = asyncio.ensure_future(stream.read())
+        await asyncio.sleep(0)
+        for event in events:
+            if event == "EOF":
+                protocol.eof_received()
+            elif event == "RESET":
+                protocol.connection_lost(ConnectionResetError())
+            else:
+                protocol.data_received(event)
+        got = []
+        for _ in want:
+            try:
+                got.append((await reading).decode())
+            except OSError as error:
+                got.append(str(error))
+            reading = asyncio.ensure_future(stream.read())
+        reading.cancel()
+        return got
+
+    assert run(scenario()) == want
+
+
+@table([("before it has come", False), ("in the turn that brings it", True)], "is_late")
+def test_what_comes_for_a_read_that_was_given_up_is_the_next_ones(is_late):
+    async def scenario():
+        stream, protocol, _ = noted_stream()
+        reading = asyncio.ensure_future(stream.read())
+        await asyncio.sleep(0)
+        reading.cancel()
+        if is_late:
+            protocol.data_received(b"a")
+        await asyncio.gather(reading, return_exceptions=True)
+        if not is_late:
+            protocol.data_received(b"a")
+        return await stream.read()
+
+    assert run(scenario()) == b"a"
+
+
+# ============================================================================
 # 12. UPSTREAM: what can go wrong there
 # ============================================================================
 #
@@ -4881,29 +5009,52 @@ def test_an_answer_that_drips_has_REQUEST_TIMEOUT_in_all_and_a_stream_has_not():
     assert run(scenario()) == ["504: The upstream did not answer within 0.2 s (REQUEST_TIMEOUT)", "x"]
 
 
-def test_a_host_that_swallows_packets_is_given_up():
-    async def scenario():
-        hole = socket.socket()
+@contextlib.contextmanager
+def packet_hole():
+    """The URL of a host that swallows packets: its backlog is full."""
+    with contextlib.ExitStack() as stack:
+        hole, *fillers = [stack.enter_context(socket.socket()) for _ in range(5)]
         hole.bind(("127.0.0.1", 0))
         hole.listen(0)
-        fillers = [socket.socket() for _ in range(4)]
         for filler in fillers:
             filler.setblocking(False)
             filler.connect_ex(hole.getsockname())
-        url = f"http://127.0.0.1:{hole.getsockname()[1]}/v1"
-        async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2") as server:
-            answers = [await ask(server.port, body=R(stream=streaming)) for streaming in (False, True, False)]
-            ready = await ask(server.port, "GET", "/health/ready")
-            assert (await ask(server.port, "GET", "/health"))[0] == 200
-        for each in (hole, *fillers):
-            each.close()
-        return answers, ready
+        yield f"http://127.0.0.1:{hole.getsockname()[1]}/v1"
+
+
+def test_a_host_that_swallows_packets_is_given_up():
+    async def scenario():
+        with packet_hole() as url:
+            async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2") as server:
+                answers = [await ask(server.port, body=R(stream=streaming)) for streaming in (False, True, False)]
+                ready = await ask(server.port, "GET", "/health/ready")
+                assert (await ask(server.port, "GET", "/health"))[0] == 200
+                return answers, ready
 
     answers, (status, _, body) = run(scenario())
     assert all(checked(answer) == "504 timeout_error" and "REQUEST_TIMEOUT" in shown(answer)
                for answer in answers)
     found = json.loads(body)
     assert status == 503 and found["status"] == "not_ready" and "127.0.0.1" in found["reason"]
+
+
+def test_a_client_that_goes_while_the_upstream_is_called_is_gone(caplog):
+    caplog.set_level(20, "aiapiproxy")
+
+    async def scenario():
+        with packet_hole() as url:
+            async with bare(OPENAI_BASE_URL=url) as server:
+                async with Wire(server.port) as wire:
+                    await wire.send(POST(f"Content-Length: {len(HI)}", body=HI, path="/v1/messages"))
+                    while not server.app.in_flight:
+                        await asyncio.sleep(0.001)
+                while server._tasks:
+                    await asyncio.sleep(0.001)
+                return server.app.in_flight
+
+    assert run(scenario()) == 0
+    (facts,) = [record.facts for record in caplog.records if record.getMessage() == "request"]
+    assert (facts["status"], facts["outcome"]) == (499, "client_gone")
 
 
 # ---- TLS and outgoing proxies
