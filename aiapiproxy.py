@@ -4097,8 +4097,7 @@ class StreamTranslator:
     def _end_events(self) -> None:
         self.done = True
         usage = {key: value for key, value in self.usage.items() if key != "service_tier"}
-        self._out += (sse_event("message_delta", {"type": "message_delta", "delta": self.stop, "usage": usage}),
-                      sse_event("message_stop", {"type": "message_stop"}))
+        self._out += sse_event("message_delta", {"type": "message_delta", "delta": self.stop, "usage": usage}), MESSAGE_STOP
 
 
 class MessageCollector(StreamTranslator):
@@ -4702,7 +4701,8 @@ def sse_event(name: str, data: Json) -> str:
 
 
 def block_start(index: int, block: Json) -> str:
-    return sse_event("content_block_start", {"type": "content_block_start", "index": index, "content_block": block})
+    return (f'event: content_block_start\ndata: {{"type":"content_block_start","index":{index},'
+            f'"content_block":{json_text(block)}}}\n\n')
 
 
 def block_stop(index: int) -> str:
@@ -4739,6 +4739,7 @@ def _escaped(match: Match[str]) -> str:
 
 quote = json.encoder.encode_basestring_ascii
 PING = 'event: ping\ndata: {"type":"ping"}\n\n'
+MESSAGE_STOP = 'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 
 
 # ============================================================================
