@@ -5345,12 +5345,14 @@ class History:
         sums = self.minutes[-1]
         sums["requests"] += 1
         sums["errors"] += request["outcome"] not in ("ok", "client_gone")
-        for name in ("input_tokens", "cache_read_input_tokens", "output_tokens"):
-            sums[name] += request.get(name) or 0
-        for name in ("ttft_ms", "duration_ms"):
-            if request.get(name) is not None:
-                sums[name] += request[name]
-                sums[name + "_count"] += 1
+        sums["input_tokens"] += request["input_tokens"] or 0
+        sums["cache_read_input_tokens"] += request["cache_read_input_tokens"] or 0
+        sums["output_tokens"] += request["output_tokens"] or 0
+        sums["duration_ms"] += request["duration_ms"]
+        sums["duration_ms_count"] += 1
+        if request["ttft_ms"] is not None:
+            sums["ttft_ms"] += request["ttft_ms"]
+            sums["ttft_ms_count"] += 1
 
 
 RECENT_REQUESTS = 50
