@@ -3678,16 +3678,25 @@ class StreamTranslator:
         self._written = WrittenText()
         self._kept = 0                           # characters that are collected and not sent
         self._template = Template()
+        self._unlearned: Optional[Tuple[str, Json, Any]] = None      # the last chunk that was parsed
+        self._opening = ""                       # message_start and a ping, if they have been made ready
 
     # ---- what goes in -------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Makes the start ready while the upstream still thinks, so that the first token waits for less."""
+        self._opening = self._message_start("")
+
     def feed(self, data: bytes) -> bytes:
         try:
+            if self._unlearned is not None:
+                self._learn()
             text = self._sse.lines(data)
             alone = self._template.text_alone(text) if self._sse.is_between_events else None
             if alone is not None:
                 return self._alone(alone)
             for _ in range(BURST_TRIES if len(text) > SHORT_READ else 0):
+                self._learn()
                 rest = self._burst(text) if text else None
                 if rest is None and len(text) > LONG_READ:   # the next events may be the pattern for those after them
                     events, rest = text[:LONG_READ], text[LONG_READ:]
@@ -3762,6 +3771,8 @@ class StreamTranslator:
         for payload in payloads:
             if self.done:
                 return
+            if self._unlearned is not None:
+                self._learn()
             text = template.text_in(payload)
             if text is not None:
                 template.sink(self, text)
@@ -3821,7 +3832,13 @@ class StreamTranslator:
         if is_object(delta):
             self._delta(delta)
         raise_if_failed(self.finish_reason)
-        self._template.learn(payload, chunk, delta, self)
+        self._unlearned = payload, chunk, delta
+
+    def _learn(self) -> None:
+        """Takes the last chunk as the pattern of the next: not before that comes, so that what it said went out at once."""
+        if self._unlearned is not None:
+            self._template.learn(*self._unlearned, self)
+            self._unlearned = None
 
     def _noted(self, chunk: Json) -> Optional[Json]:
         """Keeps what a chunk says beside its text; returns its choice, if it is one of ours."""
@@ -4066,12 +4083,15 @@ class StreamTranslator:
         if self.started:
             return
         self.started = True
+        self._out.append(self._opening if self._opening and not message_id else self._message_start(message_id))
+
+    def _message_start(self, message_id: str) -> str:
         message = message_object(self._exchange, self._new_id, [], stop_object(None), {
             "input_tokens": self._exchange.input_estimate(), "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": 0, "output_tokens": 0})
         if message_id:
             message["id"] = message_id
-        self._out += (sse_event("message_start", {"type": "message_start", "message": message}), PING)
+        return sse_event("message_start", {"type": "message_start", "message": message}) + PING
 
     def _write_start(self, segment: Segment, block: Json) -> None:
         self._out.append(block_start(segment.index, block))
@@ -5817,10 +5837,10 @@ class Upstream:
         return len(self._idle)
 
     async def send(self, method: str, path: str, body: bytes, key: str, is_streamed: bool,
-                   timeout: Timeout, meanwhile: Callable[[], Any] = int) -> Reply:
+                   timeout: Timeout, meanwhile: Optional[Callable[[], Any]] = None) -> Reply:
         """Sends one request and waits for the head of its answer, which must come within `timeout`.
 
-        `meanwhile` is called once the request is on its way.  Raises UpstreamError.
+        `meanwhile` is called once the request has been sent.  Raises UpstreamError.
         """
         due = self._loop.time() + timeout.seconds
         head = self._heads.get((method, path, key, is_streamed))
@@ -5963,14 +5983,16 @@ class Upstream:
     # ---- request and answer -------------------------------------------------
 
     async def _exchanged(self, connection: Connection, request: bytes, body: bytes, due: float,
-                         timeout: Timeout, meanwhile: Callable[[], Any]) -> Reply:
+                         timeout: Timeout, meanwhile: Optional[Callable[[], Any]]) -> Reply:
         stream = connection.stream
         has_answered = False
         try:
             stream.expect(due)
             if len(body) <= WRITE_PIECE:
                 stream.write(request + body)             # what the socket does not take waits in a bounded buffer
-                meanwhile()
+                if meanwhile is not None:
+                    stream.flush()
+                    meanwhile()
                 start, is_sent = await stream.read(), True
             else:
                 start, is_sent = await self._large_write(stream, request, body, meanwhile)
@@ -5990,7 +6012,7 @@ class Upstream:
             raise exchange_error(error, self, has_answered, timeout) from None
 
     async def _large_write(self, stream: ByteStream, request: bytes, body: bytes,
-                           meanwhile: Callable[[], Any]) -> Tuple[bytes, bool]:
+                           meanwhile: Optional[Callable[[], Any]]) -> Tuple[bytes, bool]:
         """Sends a large body in pieces, as the upstream takes them.
 
         Returns (the first bytes of the answer, whether all was sent): it may answer before it has read all.
@@ -6006,7 +6028,8 @@ class Upstream:
                 await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
                 draining.cancel()
                 await asyncio.gather(draining, return_exceptions=True)
-            meanwhile()
+            if meanwhile is not None:
+                meanwhile()
             return await reading, True
         finally:
             reading.cancel()
@@ -6721,8 +6744,15 @@ async def answered(app: App, tx: Transaction, exchange: Exchange, key: str,
     """Asks the upstream and brings its answer to the client."""
     if exchange.is_empty:
         return await whole_answer(app, tx, exchange, empty_message(exchange, app.new_id))
+    translator: Optional[StreamTranslator] = None
+
+    def make_translator() -> None:
+        nonlocal translator
+        translator = StreamTranslator(exchange, app.new_id, tx.id)
+        translator.prepare()
+
     try:
-        reply = await ask_upstream(app, tx, exchange, key)
+        reply = await ask_upstream(app, tx, exchange, key, make_translator if exchange.is_streamed else None)
     except NothingGenerated:
         return await whole_answer(app, tx, exchange, empty_message(exchange, app.new_id))
     limits = ratelimit_headers(reply.headers, time.time())
@@ -6742,7 +6772,8 @@ async def answered(app: App, tx: Transaction, exchange: Exchange, key: str,
     if message is not None:
         reply.close()
         return await whole_answer(app, tx, exchange, message)
-    relay = Relay(app, tx, exchange, reply, recording, start)
+    kind = StreamTranslator if exchange.is_streamed else MessageCollector
+    relay = Relay(app, tx, exchange, reply, recording, translator or kind(exchange, app.new_id, tx.id), start)
     try:
         return await relay.run()
     finally:
@@ -6781,8 +6812,12 @@ def prepare(app: App, tx: Transaction, exchange: Exchange, key: str, session: st
         apply_lessons(app.lessons[exchange.profile.model], exchange)
 
 
-async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str) -> Reply:
-    """The upstream's 2xx answer.  A refusal that teaches something changes the request, which is sent again."""
+async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str,
+                       meanwhile: Optional[Callable[[], Any]]) -> Reply:
+    """The upstream's 2xx answer.  A refusal that teaches something changes the request, which is sent again.
+
+    `meanwhile` is called each time that the request has been sent.
+    """
     tx.watch_client()
     loop = app.loop
     for tries_left in range(MAX_LESSONS, -1, -1):
@@ -6791,8 +6826,7 @@ async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str) 
         began = loop.time()
         reply = await app.upstream.send(
             "POST", "/chat/completions", body_bytes(exchange), key, is_streamed,
-            silence if is_streamed and exchange.is_streamed else whole,
-            exchange.input_estimate if exchange.is_streamed else int)
+            silence if is_streamed and exchange.is_streamed else whole, meanwhile)
         app.metrics.observe("upstream_seconds", loop.time() - began)
         tx.facts["upstream_status"] = reply.status
         if "x-request-id" in reply.headers:
@@ -6900,7 +6934,7 @@ class Relay:
     """Carries one answer from the upstream to the client, and keeps the client awake meanwhile."""
 
     def __init__(self, app: App, tx: Transaction, exchange: Exchange, reply: Reply,
-                 recording: Optional[Recording], start: bytes = b"") -> None:
+                 recording: Optional[Recording], translator: StreamTranslator, start: bytes) -> None:
         self._recording = recording
         self._start = start
         self._last_events = b""              # of the end, still to be sent
@@ -6909,8 +6943,7 @@ class Relay:
         self._exchange = exchange
         self._reply = reply
         self._loop = app.loop
-        kind = StreamTranslator if exchange.is_streamed else MessageCollector
-        self._translator = kind(exchange, app.new_id, tx.id)
+        self._translator = translator
         self._last_read = self._loop.time()
         self._timer = self._loop.call_later(FIRST_CHUNK_WAIT, self._tick) if exchange.is_streamed else None
 

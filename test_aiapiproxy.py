@@ -3198,6 +3198,25 @@ def test_no_answer_in_time():
         assert said(answer).startswith("504 timeout_error: The upstream did not answer within 0.2 s")
 
 
+def test_the_start_of_a_stream_is_made_ready_after_the_request_has_been_sent(monkeypatch):
+    steps = []
+    flush, prepare = aiapiproxy.ByteStream.flush, aiapiproxy.StreamTranslator.prepare
+
+    def noted_flush(stream):
+        steps.append(stream._gathered[:4].decode())
+        flush(stream)
+
+    def noted_prepare(translator):
+        steps.append("prepare")
+        prepare(translator)
+
+    monkeypatch.setattr(aiapiproxy.ByteStream, "flush", noted_flush)
+    monkeypatch.setattr(aiapiproxy.StreamTranslator, "prepare", noted_prepare)
+    answer, _ = run(asked_once(stream(SIMPLE), R(stream=True)))
+    assert said(answer).startswith("MS ")
+    assert [step for step in steps if step] == ["POST", "prepare"]
+
+
 def test_silence_in_a_stream():
     answer, _ = run(asked_once(stream(c("x"), HANG), R(stream=True), STREAM_TIMEOUT="0.2"))
     assert said(answer) == 'MS 0+text 0t"x" ERR(timeout_error)'
