@@ -5452,7 +5452,8 @@ METRICS = {
 #
 # The only place that touches asyncio's readers and writers, for both sides.  A
 # deadline costs no timer of its own: one watchdog per connection looks at a time
-# stamp, since wait_for around each read would cost more than the translation.
+# stamp, since wait_for around each read would cost more than the translation.  What a
+# turn of the loop writes goes out when it is over, but for the chunks of a stream.
 
 
 class TimedOut(Exception):
@@ -5542,6 +5543,7 @@ async def within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
     """
     task = asyncio.current_task()
     assert task is not None
+    others = task.cancelling() if hasattr(task, "cancelling") else 0         # from Python 3.11 on
     late: List[bool] = []
 
     def end_it() -> None:
@@ -5551,9 +5553,8 @@ async def within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
     try:
         return await work
     except asyncio.CancelledError:
-        if not late:
-            raise
-        getattr(task, "uncancel", int)()                 # from Python 3.11 on who swallows a cancellation says so
+        if not late or (hasattr(task, "uncancel") and task.uncancel() > others):
+            raise                                        # somebody else has cancelled it, or has too
         raise TimedOut from None
     finally:
         timer.cancel()
@@ -6017,20 +6018,25 @@ class Upstream:
 
         Returns (the first bytes of the answer, whether all was sent): it may answer before it has read all.
         """
+        is_sent = False
         stream.write(request)
         reading = asyncio.ensure_future(stream.read())
         try:
             for place in range(0, len(body), WRITE_PIECE):
                 if reading.done() or stream.is_gone():
-                    return await reading, False
+                    break
                 stream.write(body[place:place + WRITE_PIECE])
                 draining = asyncio.ensure_future(stream.drain())
-                await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
-                draining.cancel()
-                await asyncio.gather(draining, return_exceptions=True)
+                try:
+                    await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    draining.cancel()
+                    await asyncio.gather(draining, return_exceptions=True)
+            else:
+                is_sent = True
             if meanwhile is not None:
                 meanwhile()
-            return await reading, True
+            return await reading, is_sent
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
@@ -6816,7 +6822,7 @@ async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str,
                        meanwhile: Optional[Callable[[], Any]]) -> Reply:
     """The upstream's 2xx answer.  A refusal that teaches something changes the request, which is sent again.
 
-    `meanwhile` is called each time that the request has been sent.
+    `meanwhile` is called each time that the request has been sent, or as much of it as the upstream wanted.
     """
     tx.watch_client()
     loop = app.loop

@@ -3217,6 +3217,38 @@ def test_the_start_of_a_stream_is_made_ready_after_the_request_has_been_sent(mon
     assert [step for step in steps if step] == ["POST", "prepare"]
 
 
+def test_a_lesson_about_a_large_request_counts_for_both_ends_of_its_stream(monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "WRITE_PIECE", 100)
+    told = {"error": {"message": "string too long. Expected a string with maximum length 1024",
+                      "param": "tools[0].function.description"}}
+    asked = R(stream=True, tools=[{"name": "T", "description": "word " * 2000, "input_schema": {"type": "object"}}])
+
+    async def serve(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            heads.append(head)
+            if len(heads) == 1:
+                await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))
+                writer.write(raw_answer(json.dumps(told).encode(), status=400))
+            else:                                                  # before it has read the body
+                answer = sse([c("x"), f("stop"), D])
+                writer.write(raw_answer(answer, "Content-Type: text/event-stream", "Connection: close"))
+                await reader.read(-1)
+        writer.close()
+
+    async def scenario():
+        upstream = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
+        async with bare(OPENAI_BASE_URL=url) as server:
+            answer = await ask(server.port, body=asked)
+        upstream.close()
+        return answer
+
+    heads = []
+    counts = re.findall(rb'"input_tokens":(\d+)', run(scenario())[2])
+    assert len(heads) == 2 and len(counts) == 2 and counts[0] == counts[1]
+
+
 def test_silence_in_a_stream():
     answer, _ = run(asked_once(stream(c("x"), HANG), R(stream=True), STREAM_TIMEOUT="0.2"))
     assert said(answer) == 'MS 0+text 0t"x" ERR(timeout_error)'
@@ -5055,6 +5087,45 @@ def test_a_host_that_swallows_packets_is_given_up():
                for answer in answers)
     found = json.loads(body)
     assert status == 503 and found["status"] == "not_ready" and "127.0.0.1" in found["reason"]
+
+
+@table([
+    ("alone", False, "TimedOut"),
+    ("and a cancellation in the same turn", True, "CancelledError" if sys.version_info >= (3, 11) else "TimedOut"),
+], "is_cancelled, want")
+def test_a_time_limit_that_ends(is_cancelled, want):
+    async def scenario():
+        task = asyncio.ensure_future(aiapiproxy.within(0, asyncio.sleep(10)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if is_cancelled:
+            task.cancel()
+        (ended,) = await asyncio.gather(task, return_exceptions=True)
+        return type(ended).__name__
+
+    assert run(scenario()) == want
+
+
+def test_a_large_request_that_is_cancelled_in_the_turn_that_its_connection_dies_leaves_no_task():
+    async def scenario():
+        complaints = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url})
+            upstream = aiapiproxy.Upstream(settings, aiapiproxy.Metrics())
+            connection = await upstream._connected(asyncio.get_running_loop().time() + 5)
+            sending = asyncio.ensure_future(upstream._large_write(connection.stream, b"", bytes(20_000_000), None))
+            await asyncio.sleep(0)
+            connection.stream.abort()
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+            del sending
+            gc.collect()
+            left = [task for task in asyncio.all_tasks() if "drain" in repr(task.get_coro())]
+            return complaints, left
+
+    assert run(scenario()) == ([], [])
 
 
 def test_a_client_that_goes_while_the_upstream_is_called_is_gone(caplog):
