@@ -3683,7 +3683,7 @@ class StreamTranslator:
 
     # ---- what goes in -------------------------------------------------------
 
-    def prepare(self) -> None:
+    def make_ready(self) -> None:
         """Makes the start ready while the upstream still thinks, so that the first token waits for less."""
         self._opening = self._message_start("")
 
@@ -5518,6 +5518,15 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
             if tell is not None:
                 tell()
 
+    async def wait(self, on_data: Callable[[bytes], None]) -> Optional[bytes]:
+        """Lets `on_data` take what comes until the wait ends: with the bytes that hand_over() gives, or None."""
+        self.on_data = on_data
+        self.waiter = asyncio.get_running_loop().create_future()
+        try:
+            return await self.waiter
+        finally:
+            self.on_data = self.waiter = None
+
     def hand_over(self, data: bytes) -> None:
         """Gives what comes to the waiter itself, which takes a third of the way through the reader's buffer."""
         if len(data) > READ_SIZE or self.waiter is None or self.waiter.done():
@@ -5536,10 +5545,13 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
                 self.waiter.set_exception(error)
 
 
+MAX_AHEAD = 65536                        # bytes that a client may send before its answer has ended
+
+
 async def within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
     """What `work` returns.  Raises TimedOut when it has not after so many seconds.
 
-    As wait_for, which up to Python 3.11 needs a task for it: a fifth of what a connection costs.
+    As wait_for, which up to Python 3.11 needs a task for it: a sixth of what a connection costs.
     """
     task = asyncio.current_task()
     assert task is not None
@@ -5558,9 +5570,6 @@ async def within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
         raise TimedOut from None
     finally:
         timer.cancel()
-
-
-MAX_AHEAD = 65536                        # bytes that a client may send before its answer has ended
 
 
 class ByteStream:
@@ -5607,17 +5616,12 @@ class ByteStream:
         if self._pushed:
             data, self._pushed = self._pushed, b""
             return data
-        protocol, reader = self._protocol, self._reader
-        if not (reader._buffer or reader._eof or reader._exception):         # there is no public way to ask
-            waiter = protocol.waiter = self._loop.create_future()
-            protocol.on_data = protocol.hand_over
-            try:
-                data = await waiter
-            finally:
-                protocol.on_data = protocol.waiter = None
+        protocol = self._protocol
+        if not self._has_news():
+            data = await protocol.wait(protocol.hand_over)
             if data:
                 return data
-        data = await reader.read(READ_SIZE)
+        data = await self._reader.read(READ_SIZE)
         if not data and protocol.fault is not None:
             raise ConnectionResetError("the connection was reset")
         return data
@@ -5644,16 +5648,17 @@ class ByteStream:
             except Exception as error:
                 protocol.end_wait(error)
 
-        if self.has_unread or self.is_gone() or self._reader.exception() is not None:
+        if self.has_pushed or self._has_news() or self.transport.is_closing():
             return
-        protocol.waiter = self._loop.create_future()
-        protocol.on_data = hand_on
         self.expect(clock() + seconds)
         try:
-            await protocol.waiter
+            await protocol.wait(hand_on)
         finally:
-            protocol.on_data = protocol.waiter = None
             self.relax()
+
+    def _has_news(self) -> bool:
+        """Whether the reader has something to tell: bytes, the end, or an error.  There is no public way to ask."""
+        return bool(self._reader._buffer or self._reader._eof or self._reader._exception)    # type: ignore[attr-defined]
 
     def take_pushed(self) -> bytes:
         """What was given back, without waiting."""
@@ -6755,7 +6760,7 @@ async def answered(app: App, tx: Transaction, exchange: Exchange, key: str,
     def make_translator() -> None:
         nonlocal translator
         translator = StreamTranslator(exchange, app.new_id, tx.id)
-        translator.prepare()
+        translator.make_ready()
 
     try:
         reply = await ask_upstream(app, tx, exchange, key, make_translator if exchange.is_streamed else None)

@@ -3200,21 +3200,21 @@ def test_no_answer_in_time():
 
 def test_the_start_of_a_stream_is_made_ready_after_the_request_has_been_sent(monkeypatch):
     steps = []
-    flush, prepare = aiapiproxy.ByteStream.flush, aiapiproxy.StreamTranslator.prepare
+    flush, make_ready = aiapiproxy.ByteStream.flush, aiapiproxy.StreamTranslator.make_ready
 
     def noted_flush(stream):
         steps.append(stream._gathered[:4].decode())
         flush(stream)
 
-    def noted_prepare(translator):
-        steps.append("prepare")
-        prepare(translator)
+    def noted_make_ready(translator):
+        steps.append("ready")
+        make_ready(translator)
 
     monkeypatch.setattr(aiapiproxy.ByteStream, "flush", noted_flush)
-    monkeypatch.setattr(aiapiproxy.StreamTranslator, "prepare", noted_prepare)
+    monkeypatch.setattr(aiapiproxy.StreamTranslator, "make_ready", noted_make_ready)
     answer, _ = run(asked_once(stream(SIMPLE), R(stream=True)))
     assert said(answer).startswith("MS ")
-    assert [step for step in steps if step] == ["POST", "prepare"]
+    assert [step for step in steps if step] == ["POST", "ready"]
 
 
 def test_a_lesson_about_a_large_request_counts_for_both_ends_of_its_stream(monkeypatch):
