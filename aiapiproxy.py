@@ -169,7 +169,7 @@ class ProxyError(Exception):
         self.kind = kind or error_kind(status)
         self.headers = headers or {}
         self.details = details
-        self.log_text = message          # what the log may say: an upstream's own words can quote the prompt
+        self.log_message = message          # what the log may say: an upstream's own words can quote the prompt
 
 
 class ProtocolError(ProxyError):
@@ -185,12 +185,12 @@ class UpstreamError(ProxyError):
 
 
 class ConnectionLost(UpstreamError):
-    """The upstream's connection failed; `answered` is False while no byte of an answer had come."""
+    """The upstream's connection failed; `has_response` is False while no byte of an answer had come."""
 
-    answered = False
+    has_response = False
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """The client closed its connection: there is nobody to answer."""
 
 
@@ -236,28 +236,28 @@ def json_text(value: Any) -> str:
     try:
         text = _encode(value)
         if text.rfind("\\ud") >= 0:                      # pairs, or halves; from behind: 3 times as fast
-            whole = without_halves(value)
+            whole = without_lone_surrogates(value)
             text = text if whole is value else _encode(whole)
         return text
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def without_halves(value: Any) -> Any:
+def without_lone_surrogates(value: Any) -> Any:
     """A JSON value in which each half of a surrogate pair has met its other half or is U+FFFD; itself if it has none."""
     if isinstance(value, str):
-        return repaired(value)
+        return well_formed_text(value)
     if isinstance(value, list):
-        items = [without_halves(item) for item in value]
+        items = [without_lone_surrogates(item) for item in value]
         return value if all(map(operator.is_, items, value)) else items
     if isinstance(value, dict):
-        pairs = [(repaired(key), without_halves(item)) for key, item in value.items()]
+        pairs = [(well_formed_text(key), without_lone_surrogates(item)) for key, item in value.items()]
         is_same = all([key is old and item is value[old] for (key, item), old in zip(pairs, value)])
         return value if is_same else dict(pairs)
     return value
 
 
-def repaired(text: str) -> str:
+def well_formed_text(text: str) -> str:
     """Text with its surrogates paired or replaced; itself if it has none."""
     if text.isascii():
         return text
@@ -275,7 +275,7 @@ def json_bytes(value: Any) -> bytes:
 def body_json(body: Json) -> bytes:
     """json_bytes of an upstream's request, whose tools are written once: half the time of 100 KB.  Raises like it."""
     tools = body.get("tools")
-    if not isinstance(tools, KeptList):
+    if not isinstance(tools, CachedTools):
         return json_bytes(body)
     if not tools.text:
         tools.text = json_text(tools)
@@ -299,7 +299,7 @@ def json_value(text: str) -> Any:
     Raises ValueError for all that is not JSON, NaN and infinity included.
     """
     try:
-        return _strict_decoder.decode(text)
+        return _tolerant_decoder.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -324,7 +324,7 @@ def request_value(text: str) -> Any:
     if was_collecting:
         gc.disable()
     try:
-        return _client_decoder.decode(text) if is_large else known_tools_value(text)
+        return _client_decoder.decode(text) if is_large else parse_with_cached_tools(text)
     except json.JSONDecodeError as error:
         raise ProxyError(400, f"{NOT_JSON}: {error.msg} (line {error.lineno}, column {error.colno})") from None
     except ValueError as error:
@@ -336,7 +336,7 @@ def request_value(text: str) -> Any:
             gc.enable()
 
 
-class KeptList(List[Any]):
+class CachedTools(List[Any]):
     """A list that comes again with each request of a session, and what was made of it the last time.
 
     It is shared by requests: nobody may change what is in it.
@@ -350,7 +350,7 @@ class KeptList(List[Any]):
         self.made: Dict[str, Any] = {}   # by the kind of upstream it was made for
 
 
-def known_tools_value(text: str) -> Any:
+def parse_with_cached_tools(text: str) -> Any:
     """The value of a client's body whose `tools` are parsed only if their text is not one of the last few.
 
     A coding agent sends the same 50 KB of tools with each request: half of its body, and of the time to read
@@ -360,38 +360,38 @@ def known_tools_value(text: str) -> Any:
     place = text.rfind('"tools":[') + 8
     if place < 8:
         return decoded(_client_decoder, text)
-    known = next((tools for tools in KNOWN_TOOLS if text.startswith(tools.text, place)), None)
+    known = next((tools for tools in TOOLS_CACHE if text.startswith(tools.text, place)), None)
     try:
         if known is None:
             items, end = _client_decoder.raw_decode(text, place)
-            known = KeptList(items)
+            known = CachedTools(items)
             known.text = text[place:end]
-        value = _client_decoder.decode(f'{text[:place]}"{TOOLS_MARK}"{text[place + len(known.text):]}')
+        value = _client_decoder.decode(f'{text[:place]}"{PLACEHOLDER}"{text[place + len(known.text):]}')
     except ValueError:
         return _client_decoder.decode(text)              # for an error that names the right place
-    if not isinstance(value, dict) or value.get("tools") != TOOLS_MARK:
+    if not isinstance(value, dict) or value.get("tools") != PLACEHOLDER:
         return _client_decoder.decode(text)              # some other `tools`, inside something
     value["tools"] = known
-    if len(known.text) >= LEAST_KNOWN_TOOLS and (not KNOWN_TOOLS or KNOWN_TOOLS[0] is not known):
-        keep_tools(known)
+    if len(known.text) >= LEAST_KNOWN_TOOLS and (not TOOLS_CACHE or TOOLS_CACHE[0] is not known):
+        store_tools(known)
     return value
 
 
-def keep_tools(known: KeptList) -> None:
+def store_tools(known: CachedTools) -> None:
     """Puts a list of tools first, and forgets those that are too many or too large together with it."""
     kept, values = [], 0
-    for tools in [known, *(tools for tools in KNOWN_TOOLS if tools is not known)][:MAX_KNOWN_TOOLS]:
+    for tools in [known, *(tools for tools in TOOLS_CACHE if tools is not known)][:MAX_KNOWN_TOOLS]:
         values += tools.text.count(",") + len(tools.text) // 100
         if values <= KNOWN_TOOLS_VALUES:
             kept.append(tools)
-    KNOWN_TOOLS[:] = kept
+    TOOLS_CACHE[:] = kept
 
 
-KNOWN_TOOLS: List[KeptList] = []         # newest first
+TOOLS_CACHE: List[CachedTools] = []         # newest first
 MAX_KNOWN_TOOLS = 8                      # an agent, its helpers and a few others
 KNOWN_TOOLS_VALUES = 30000               # of all of them, by commas and length: at most some 15 MB; 50 KB are 2,000
 LEAST_KNOWN_TOOLS = 1000                 # characters; less is read as fast as found
-TOOLS_MARK = os.urandom(16).hex()
+PLACEHOLDER = os.urandom(16).hex()
 NOT_JSON = "Request body is not valid JSON"
 MAX_VALUES = 500000                      # by their commas, those in texts included: what a million tokens can have
 
@@ -403,7 +403,7 @@ def finite_float(text: str) -> float:
     return value
 
 
-def no_constant(name: str) -> None:
+def reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not allowed")
 
 
@@ -423,9 +423,9 @@ def _encode(value: Any) -> str:
 _encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
 _engine = json.encoder.c_make_encoder and json.encoder.c_make_encoder(       # encode() makes one each time: 1 us more
     None, _encoder.default, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, False)
-_client_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=no_constant)
-_strict_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=no_constant, strict=False)
-_decoder = json.JSONDecoder(strict=False)        # for what an upstream sends, whatever it holds
+_client_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant)
+_tolerant_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant, strict=False)
+_upstream_decoder = json.JSONDecoder(strict=False)        # for what an upstream sends, whatever it holds
 
 
 # ============================================================================
@@ -445,7 +445,7 @@ def env(default: Any, parse: Callable[[str], Any], help_text: str, *aliases: str
         "parse": parse, "help": help_text, "aliases": aliases, "secret": secret})
 
 
-def number(low: float, high: float) -> Callable[[str], float]:
+def number_between(low: float, high: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -457,7 +457,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def integer(low: int, high: int) -> Callable[[str], int]:
+def integer_between(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,18}", text):
             raise ValueError("is not a whole number")
@@ -476,13 +476,13 @@ def one_of(**choices: Any) -> Callable[[str], Any]:
     return parse
 
 
-def text_value(text: str) -> str:
+def parse_text(text: str) -> str:
     if not text.isprintable():
         raise ValueError("has a control character in it")
     return text
 
 
-def api_key(text: str) -> str:
+def parse_key(text: str) -> str:
     """A key as it may stand in a header.  env.example's placeholder counts as no key."""
     if text == KEY_PLACEHOLDER:
         return ""
@@ -491,17 +491,17 @@ def api_key(text: str) -> str:
     return text
 
 
-def api_keys(text: str) -> Tuple[str, ...]:
-    return tuple(api_key(item) for item in comma_list(text))
+def parse_keys(text: str) -> Tuple[str, ...]:
+    return tuple(parse_key(item) for item in parse_list(text))
 
 
-def comma_list(text: str) -> Tuple[str, ...]:
+def parse_list(text: str) -> Tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
-def host_list(text: str) -> Tuple[str, ...]:
+def parse_hosts(text: str) -> Tuple[str, ...]:
     hosts = tuple(item[1:-1] if item[:1] == "[" and item[-1:] == "]" else item
-                  for item in comma_list(text))
+                  for item in parse_list(text))
     if not hosts:
         raise ValueError("names no address")
     for host in hosts:
@@ -510,19 +510,19 @@ def host_list(text: str) -> Tuple[str, ...]:
     return hosts
 
 
-def header_name(text: str) -> str:
-    if not TOKEN.fullmatch(text.encode("utf-8", "replace")):
+def parse_header_name(text: str) -> str:
+    if not HTTP_TOKEN.fullmatch(text.encode("utf-8", "replace")):
         raise ValueError("is not the name of a header")
     return text
 
 
-def header_list(text: str) -> Tuple[Tuple[str, str], ...]:
+def parse_header_pairs(text: str) -> Tuple[Tuple[str, str], ...]:
     """`Name: value` pairs separated by `;`, as UPSTREAM_HEADERS has them."""
     pairs = []
     for item in filter(None, (part.strip() for part in text.split(";"))):
         name, colon, value = item.partition(":")
         name, value = name.strip(), value.strip()
-        if not colon or not TOKEN.fullmatch(name.encode("utf-8", "replace")):
+        if not colon or not HTTP_TOKEN.fullmatch(name.encode("utf-8", "replace")):
             raise ValueError("needs 'Name: value' pairs separated by ';'")
         if not value.isprintable() or not value.isascii():
             raise ValueError(f"the value of {name} must be printable ASCII")
@@ -532,7 +532,7 @@ def header_list(text: str) -> Tuple[Tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def base_url(text: str) -> SplitResult:
+def parse_base_url(text: str) -> SplitResult:
     """An http(s) URL without the `/chat/completions` and the slash that it may end in."""
     url = split_url(text)
     if url.scheme not in ("http", "https"):
@@ -545,7 +545,7 @@ def base_url(text: str) -> SplitResult:
     return url._replace(path=path, fragment="")
 
 
-def proxy_url(text: str) -> SplitResult:
+def parse_proxy_url(text: str) -> SplitResult:
     url = split_url(text if "://" in text else "http://" + text)
     if url.scheme != "http":
         raise ValueError("only http:// proxies are supported")
@@ -563,7 +563,7 @@ def split_url(text: str) -> SplitResult:
     return url
 
 
-def log_level(text: str) -> int:
+def parse_log_level(text: str) -> int:
     """A level's number; of a directive list such as `info,hyper=warn` the bare level counts."""
     for directive in text.lower().split(","):
         if directive.strip() in LOG_LEVELS:
@@ -575,41 +575,41 @@ def log_level(text: str) -> int:
 
 LOG_LEVELS = {"trace": 10, "debug": 10, "info": 20, "warn": 30, "warning": 30, "error": 40}
 KEY_PLACEHOLDER = "your-openai-api-key-here"
-TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")      # [RFC 9110 5.6.2]
+HTTP_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")      # [RFC 9110 5.6.2]
 
 
 @dataclass(frozen=True)
 class Settings:
     """One field per environment variable: the field's name in capitals.  Times are in seconds."""
 
-    server_host: Tuple[str, ...] = env(("127.0.0.1",), host_list, "addresses to listen on, separated by commas")
-    server_port: int = env(8082, integer(1, 65535), "TCP port to listen on")
-    openai_api_key: str = env("", api_key, "key for the upstream; not set: the client's own key is passed on", secret=True)
+    server_host: Tuple[str, ...] = env(("127.0.0.1",), parse_hosts, "addresses to listen on, separated by commas")
+    server_port: int = env(8082, integer_between(1, 65535), "TCP port to listen on")
+    openai_api_key: str = env("", parse_key, "key for the upstream; not set: the client's own key is passed on", secret=True)
     openai_base_url: SplitResult = env(
-        urlsplit("https://api.openai.com/v1"), base_url, "URL of the upstream, up to and without /chat/completions")
-    claude_haiku_model: str = env("gpt-4o-mini", text_value, "model for names with 'haiku'")
-    claude_sonnet_model: str = env("gpt-4o", text_value, "model for names with 'sonnet' and other claude names")
-    claude_opus_model: str = env("gpt-4", text_value, "model for names with 'opus'")
-    request_timeout: float = env(30.0, number(0.1, 86400), "seconds for a whole exchange that is not streamed")
-    stream_timeout: float = env(300.0, number(0.1, 86400), "seconds of silence before a stream is given up")
-    log_level: int = env(LOG_LEVELS["info"], log_level, "trace, debug, info, warn or error", "RUST_LOG")
+        urlsplit("https://api.openai.com/v1"), parse_base_url, "URL of the upstream, up to and without /chat/completions")
+    claude_haiku_model: str = env("gpt-4o-mini", parse_text, "model for names with 'haiku'")
+    claude_sonnet_model: str = env("gpt-4o", parse_text, "model for names with 'sonnet' and other claude names")
+    claude_opus_model: str = env("gpt-4", parse_text, "model for names with 'opus'")
+    request_timeout: float = env(30.0, number_between(0.1, 86400), "seconds for a whole exchange that is not streamed")
+    stream_timeout: float = env(300.0, number_between(0.1, 86400), "seconds of silence before a stream is given up")
+    log_level: int = env(LOG_LEVELS["info"], parse_log_level, "trace, debug, info, warn or error", "RUST_LOG")
     log_format: str = env("", one_of(json="json", text="text"), "json or text; not set: text on a terminal, else json")
-    allowed_origins: Tuple[str, ...] = env(("*",), comma_list, "web origins that may call, or *")
-    api_key_header: str = env("Authorization", header_name, "header in which clients present their key, beside x-api-key")
-    allowed_hosts: Tuple[str, ...] = env((), comma_list, "further Host names that are accepted, or *")
-    proxy_api_key: Tuple[str, ...] = env((), api_keys, "keys that clients must present, separated by commas", secret=True)
-    max_request_size: int = env(33554432, integer(1, 2 ** 31), "bytes of a request body")
-    max_concurrent_requests: int = env(1000, integer(1, 100000), "API requests in work at once; one more gets 529")
-    workers: int = env(1, integer(1, 64), "processes that share the listening socket", "TOKIO_WORKER_THREADS")
-    https_proxy: Optional[SplitResult] = env(None, proxy_url, "outgoing proxy for https upstreams", "https_proxy", secret=True)
-    http_proxy: Optional[SplitResult] = env(None, proxy_url, "outgoing proxy for http upstreams", "http_proxy", secret=True)
-    no_proxy: Tuple[str, ...] = env((), comma_list, "hosts that are reached without the outgoing proxy", "no_proxy")
-    ssl_cert_file: str = env("", text_value, "file of CA certificates that upstreams are checked against")
-    ssl_cert_dir: str = env("", text_value, "folder of CA certificates, as OpenSSL has it")
-    pid_file: str = env("", text_value, "file that holds the process id while the proxy runs")
+    allowed_origins: Tuple[str, ...] = env(("*",), parse_list, "web origins that may call, or *")
+    api_key_header: str = env("Authorization", parse_header_name, "header in which clients present their key, beside x-api-key")
+    allowed_hosts: Tuple[str, ...] = env((), parse_list, "further Host names that are accepted, or *")
+    proxy_api_key: Tuple[str, ...] = env((), parse_keys, "keys that clients must present, separated by commas", secret=True)
+    max_request_size: int = env(33554432, integer_between(1, 2 ** 31), "bytes of a request body")
+    max_concurrent_requests: int = env(1000, integer_between(1, 100000), "API requests in work at once; one more gets 529")
+    workers: int = env(1, integer_between(1, 64), "processes that share the listening socket", "TOKIO_WORKER_THREADS")
+    https_proxy: Optional[SplitResult] = env(None, parse_proxy_url, "outgoing proxy for https upstreams", "https_proxy", secret=True)
+    http_proxy: Optional[SplitResult] = env(None, parse_proxy_url, "outgoing proxy for http upstreams", "http_proxy", secret=True)
+    no_proxy: Tuple[str, ...] = env((), parse_list, "hosts that are reached without the outgoing proxy", "no_proxy")
+    ssl_cert_file: str = env("", parse_text, "file of CA certificates that upstreams are checked against")
+    ssl_cert_dir: str = env("", parse_text, "folder of CA certificates, as OpenSSL has it")
+    pid_file: str = env("", parse_text, "file that holds the process id while the proxy runs")
     upstream_headers: Tuple[Tuple[str, str], ...] = env(
-        (), header_list, "extra headers for the upstream: 'Name: value; Name: value'", secret=True)
-    record_dir: str = env("", text_value, "folder that gets one file for each exchange, for reports of a fault")
+        (), parse_header_pairs, "extra headers for the upstream: 'Name: value; Name: value'", secret=True)
+    record_dir: str = env("", parse_text, "folder that gets one file for each exchange, for reports of a fault")
     rust_backtrace: bool = env(False, one_of(**{"0": False, "1": True, "full": True}),
                                "1: unexpected errors are logged with their traceback")
 
@@ -619,9 +619,9 @@ class Settings:
         return not self.openai_api_key
 
     @cached_property
-    def host(self) -> str:
+    def host_class(self) -> str:
         """The class of the upstream's host: a key of HOST_CLASSES, or `other`."""
-        return host_class(self.hostname)
+        return class_of_host(self.hostname)
 
     @cached_property
     def profiles(self) -> Dict[str, Any]:
@@ -705,7 +705,7 @@ def dotenv_values(text: str) -> Tuple[Dict[str, str], List[int]]:
     return values, malformed
 
 
-def unknown_names(names: Iterable[str]) -> List[Tuple[str, str]]:
+def misspelled_names(names: Iterable[str]) -> List[Tuple[str, str]]:
     """(name, the known name it is near) for each name that looks like a slip of the pen."""
     import difflib                                       # rarely needed: not at start
     known = [name for item in fields(Settings) for name in (item.name.upper(), *item.metadata["aliases"])]
@@ -734,7 +734,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def host_class(hostname: str) -> str:
+def class_of_host(hostname: str) -> str:
     """What kind of upstream a host name stands for: a key of HOST_CLASSES, or `other`."""
     name = hostname.lower().rstrip(".")
     for kind, endings in HOST_CLASSES.items():
@@ -753,9 +753,9 @@ HOST_CLASSES = {
 }
 
 
-def mapped_model(asked: str, settings: Settings) -> str:
+def upstream_model(requested: str, settings: Settings) -> str:
     """The upstream's model for the name that a client asks for."""
-    name = asked[:-4] if asked.endswith("[1m]") else asked
+    name = requested[:-4] if requested.endswith("[1m]") else requested
     lower = name.lower()
     for family in ("haiku", "sonnet", "opus"):
         if family in lower:
@@ -785,28 +785,28 @@ def estimated_request_tokens(body: Json) -> int:
         for part in content if isinstance(content, list) else ():
             kind = part["type"]
             if kind == "text":
-                total += known_tokens(part["text"])
+                total += cached_tokens(part["text"])
             elif kind == "image_url":
                 total += IMAGE_TOKENS
             elif kind == "file":
                 size = len(part["file"]["file_data"].rpartition(",")[2]) * 3 // 4
                 total += PDF_TOKENS * (1 + (size - 1) // PDF_PIECE)
         if isinstance(content, str):
-            total += known_tokens(content)
+            total += cached_tokens(content)
         for call in message.get("tool_calls", ()):
             function = call["function"]
-            total += estimated_tokens(function["name"]) + known_tokens(function["arguments"])
+            total += estimated_tokens(function["name"]) + cached_tokens(function["arguments"])
     tools = body.get("tools", ())
-    tokens = tools.tokens if isinstance(tools, KeptList) else 0
+    tokens = tools.tokens if isinstance(tools, CachedTools) else 0
     for tool in tools if not tokens else ():
         function = tool["function"]
-        tokens += TOOL_TOKENS + estimated_tokens(function["name"]) + known_tokens(function.get("description", "")) \
-            + known_tokens(readable_json(function["parameters"]))
-    if isinstance(tools, KeptList):
+        tokens += TOOL_TOKENS + estimated_tokens(function["name"]) + cached_tokens(function.get("description", "")) \
+            + cached_tokens(readable_json(function["parameters"]))
+    if isinstance(tools, CachedTools):
         tools.tokens = tokens
     total += tokens
     schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
-    return total if schema is None else total + known_tokens(readable_json(schema))
+    return total if schema is None else total + cached_tokens(readable_json(schema))
 
 
 IMAGE_TOKENS = 1600                      # of an image of usual size
@@ -820,22 +820,22 @@ def readable_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def known_tokens(text: str) -> int:
+def cached_tokens(text: str) -> int:
     """estimated_tokens, remembered: of a conversation's next turn all but the end has been counted before."""
     if len(text) < REMEMBERED_TEXT:
         return estimated_tokens(text)
     key = hash(text), len(text)              # not the text itself: nothing that was said stays in memory
-    tokens = TOKENS_OF.get(key)
+    tokens = TOKEN_CACHE.get(key)
     if tokens is None:
-        if len(TOKENS_OF) >= REMEMBERED_TEXTS:
-            TOKENS_OF.clear()
-        tokens = TOKENS_OF[key] = estimated_tokens(text)
+        if len(TOKEN_CACHE) >= REMEMBERED_TEXTS:
+            TOKEN_CACHE.clear()
+        tokens = TOKEN_CACHE[key] = estimated_tokens(text)
     return tokens
 
 
 REMEMBERED_TEXT = 200                    # characters: shorter ones are counted as fast as found
 REMEMBERED_TEXTS = 10000
-TOKENS_OF: Dict[Tuple[int, int], int] = {}
+TOKEN_CACHE: Dict[Tuple[int, int], int] = {}
 
 
 def estimated_tokens(text: str) -> int:
@@ -875,7 +875,7 @@ def piece_cost(piece: str) -> float:
     """Tokens that one piece of the splitting pattern costs on average, at least a half."""
     lead, letters = ("", piece) if piece[0].isalpha() else (piece[0], piece[1:])
     if not letters[:1].isalpha():
-        return 1.0 if piece.isspace() or "0" <= piece[0] <= "9" else signs_cost(piece)
+        return 1.0 if piece.isspace() or "0" <= piece[0] <= "9" else punctuation_cost(piece)
     top = "z" if letters.isascii() else max(letters)
     if top < "\u0250" or "\u1e00" <= top < "\u1f00":
         cost = latin_cost(letters, top)
@@ -935,7 +935,7 @@ def cjk_cost(lead: str, letters: str) -> float:
     return cost
 
 
-def signs_cost(piece: str) -> float:
+def punctuation_cost(piece: str) -> float:
     signs = piece.rstrip("\r\n/") or piece[:1]
     size, kinds = len(signs), len(set(signs))
     if signs.isascii():
@@ -1058,18 +1058,18 @@ SYMBOL_ASCII_COST, EMOJI_COST = -0.11, 0.80
 # [Anthropic: Messages] [OpenAI: Chat Completions]
 
 
-class Thinking(enum.Enum):
+class ThinkingDisplay(enum.Enum):
     """What the client wants to see of the model's reasoning."""
     HIDDEN = 0
     OMITTED = 1          # thinking blocks with a signature, without their text
     SHOWN = 2
 
 
-class Profile(NamedTuple):
+class ModelProfile(NamedTuple):
     """What kind of upstream and model a request goes to."""
-    host: str            # a key of HOST_CLASSES, or "other"
+    host_class: str      # a key of HOST_CLASSES, or "other"
     model: str           # as the upstream knows it
-    base: str            # lower case, without vendor prefix: what the tables match
+    base_name: str       # lower case, without vendor prefix: what the tables match
     is_reasoning: bool   # refuses max_tokens, sampling and stop
     limit_field: str                     # the name of max_tokens here
     token_cap: Optional[int]             # the most tokens that an answer can have, if known
@@ -1077,15 +1077,15 @@ class Profile(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class Exchange:
+class Translation:
     """One request as the upstream gets it, and what translating its answer needs."""
-    asked_model: str                        # the answer's `model`
-    profile: Profile
+    requested_model: str                        # the answer's `model`
+    profile: ModelProfile
     body: Json                              # the Chat Completions request
     is_streamed: bool                       # the client wants events
-    thinking: Thinking = Thinking.HIDDEN
+    thinking: ThinkingDisplay = ThinkingDisplay.HIDDEN
     tool_names: Dict[str, str] = field(default_factory=dict)     # the upstream's -> the client's
-    known_ids: Set[str] = field(default_factory=set)             # tool call ids in the history
+    history_call_ids: Set[str] = field(default_factory=set)             # tool call ids in the history
     stop_sequences: Tuple[str, ...] = ()
     prefill: str = ""                       # the assistant text that the answer continues
     is_single_call: bool = False            # only the first tool call counts
@@ -1095,80 +1095,80 @@ class Exchange:
     upstream_host: str = ""
     upstream_path: str = ""
     sent_bytes: int = 0                     # size of the upstream's request
-    is_wide: bool = False                   # large and mostly beyond ASCII: sent as UTF-8
-    dropped: List[str] = field(default_factory=list)             # worth a line in the log
-    estimate: int = 0                       # see input_estimate
+    is_mostly_non_ascii: bool = False                   # large and mostly beyond ASCII: sent as UTF-8
+    dropped_fields: List[str] = field(default_factory=list)             # worth a line in the log
+    token_estimate: int = 0                       # see input_estimate
 
     def input_estimate(self) -> int:
         """Estimated tokens of the prompt, counted once, when first asked for."""
-        if not self.estimate:
-            self.estimate = estimated_request_tokens(self.body)
-        return self.estimate
+        if not self.token_estimate:
+            self.token_estimate = estimated_request_tokens(self.body)
+        return self.token_estimate
 
 
-def openai_request(asked: Json, settings: Settings, session_id: str = "",
-                   is_counting: bool = False) -> Exchange:
+def translation_of(params: Json, settings: Settings, session_id: str = "",
+                   is_counting: bool = False) -> Translation:
     """The Exchange for a Messages request; `is_counting` for count_tokens, which has no max_tokens.
 
     Raises ProxyError(400) naming the field.
     """
-    check_fields(asked, is_counting)
-    profile = profile_for(asked["model"], settings)
-    talk = read_conversation(asked["messages"])
+    check_fields(params, is_counting)
+    profile = profile_of(params["model"], settings)
+    conversation = read_conversation(params["messages"])
     tools = NO_TOOLS
-    if asked.get("tools") or talk.added_tools:
-        tools = usable_tools(asked.get("tools") or [], asked.get("tool_choice"), talk, profile)
+    if params.get("tools") or conversation.added_tools:
+        tools = usable_tools(params.get("tools") or [], params.get("tool_choice"), conversation, profile)
     answer_format, format_line = {}, ""
-    if "output_config" in asked or "output_format" in asked:
-        answer_format, format_line = response_format(asked, profile)
-    system = system_texts(asked.get("system")) + talk.system
+    if "output_config" in params or "output_format" in params:
+        answer_format, format_line = format_fields(params, profile)
+    system = system_texts(params.get("system")) + conversation.system
     if tools.server_names:
         system.append(f"Not available in this session: {', '.join(tools.server_names)}. "
                       "Do not claim to have used them.")
     if format_line:
         system.append(format_line)
-    messages = openai_messages(talk, profile, asked, tools.renamed)
+    messages = openai_messages(conversation, profile, params, tools.renamed)
     if not messages:
         raise ProxyError(400, "messages: at least one user message is required")
     last = messages[-1]
     if system:
         messages.insert(0, {"role": "system", "content": "\n\n".join(system)})
     choice, is_single_call = {}, False
-    if "tool_choice" in asked:
-        choice, is_single_call = tool_choice(asked["tool_choice"], asked.get("tools"), tools, profile)
+    if "tool_choice" in params:
+        choice, is_single_call = tool_choice_fields(params["tool_choice"], params.get("tools"), tools, profile)
     body: Json = {"model": profile.model, "messages": messages}
     if not is_counting:
-        body[profile.limit_field] = capped_limit(asked["max_tokens"], profile)
+        body[profile.limit_field] = capped_limit(params["max_tokens"], profile)
     if not profile.is_reasoning:
-        body.update(sampling(asked))
-    if profile.efforts or profile.host in ("openrouter", "deepseek"):
-        body.update(reasoning(asked, talk.effort, bool(tools.functions), profile))
+        body.update(sampling_fields(params))
+    if profile.efforts or profile.host_class in ("openrouter", "deepseek"):
+        body.update(reasoning_fields(params, conversation.effort, bool(tools.functions), profile))
     body.update(answer_format)
     if tools.functions:
         body["tools"] = tools.functions
         body.update(choice)
-    if profile.host == "openai":
-        body.update(identity(asked, session_id))
+    if profile.host_class == "openai":
+        body.update(identity_fields(params, session_id))
     if not is_counting:
-        body.update(stream_fields(asked, profile))
-    exchange = Exchange(
-        asked["model"], profile, body, asked.get("stream") is True, visible_thinking(asked.get("thinking")),
-        tools.names, talk.ids, tuple(filter(None, asked.get("stop_sequences") or ())),
+        body.update(stream_fields(params, profile))
+    translation = Translation(
+        params["model"], profile, body, params.get("stream") is True, thinking_display(params.get("thinking")),
+        tools.names, conversation.ids, tuple(filter(None, params.get("stop_sequences") or ())),
         last["content"] if last["role"] == "assistant" and "tool_calls" not in last else "", is_single_call,
-        is_empty=not is_counting and asked["max_tokens"] == 0, uses_own_key=not settings.passes_keys_on,
+        is_empty=not is_counting and params["max_tokens"] == 0, uses_own_key=not settings.passes_keys_on,
         upstream_host=settings.hostname, upstream_path=settings.completions_path)
-    if "inference_geo" in asked or "container" in asked:
-        exchange.dropped += [name for name in ("inference_geo", "container") if asked.get(name) is not None]
-    exchange.dropped += tools.server_names
-    return exchange
+    if "inference_geo" in params or "container" in params:
+        translation.dropped_fields += [name for name in ("inference_geo", "container") if params.get(name) is not None]
+    translation.dropped_fields += tools.server_names
+    return translation
 
 
-def check_fields(asked: Json, is_counting: bool) -> None:
+def check_fields(params: Json, is_counting: bool) -> None:
     """Raises ProxyError(400) for the first top-level field that cannot be used."""
     for name in REQUIRED_FIELDS[:2 if is_counting else 3]:
-        if name not in asked:
+        if name not in params:
             raise ProxyError(400, f"{name}: Field required")
-    for name, value in asked.items():
+    for name, value in params.items():
         if type(value) is PLAIN_TYPES.get(name):
             continue
         check = FIELD_CHECKS.get(name)
@@ -1176,11 +1176,11 @@ def check_fields(asked: Json, is_counting: bool) -> None:
             continue
         if not (is_counting and name in ("max_tokens", "stream")):
             raise ProxyError(400, f"{name}: {check[1]}")
-    if not asked["messages"]:
+    if not params["messages"]:
         raise ProxyError(400, "messages: at least one message is required")
-    if not is_counting and asked["max_tokens"] < 0:
+    if not is_counting and params["max_tokens"] < 0:
         raise ProxyError(400, "max_tokens: Input should be greater than or equal to 0")
-    if asked.get("thread") is not None:
+    if params.get("thread") is not None:
         raise ProxyError(400, "thread: not supported by this endpoint; send the whole conversation",
                          details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
 
@@ -1223,25 +1223,25 @@ FIELD_CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
 
 # ---- model, limits, sampling ------------------------------------------------
 
-def profile_for(asked: str, settings: Settings) -> Profile:
+def profile_of(requested: str, settings: Settings) -> ModelProfile:
     """The Profile for the name that a client asks for, remembered."""
-    profile = settings.profiles.get(asked)
+    profile = settings.profiles.get(requested)
     if profile is None:
         if len(settings.profiles) >= KEPT_PROFILES:
             settings.profiles.clear()
-        profile = settings.profiles[asked] = model_profile(mapped_model(asked, settings), settings.host)
+        profile = settings.profiles[requested] = model_profile(upstream_model(requested, settings), settings.host_class)
     return profile
 
 
 KEPT_PROFILES = 256                      # names of models are the client's to choose
 
 
-def model_profile(model: str, host: str) -> Profile:
+def model_profile(model: str, host: str) -> ModelProfile:
     base = re.sub(r"^ft:", "", model.lower()).rpartition("/")[2]
     is_reasoning = bool(re.match(r"o\d|codex", base)) or gpt_version(base) >= (5, 0)
     cap = next((cap for pattern, cap in TOKEN_CAPS if re.match(pattern, base)), None)
     limit_field = "max_completion_tokens" if is_reasoning else "max_tokens"
-    return Profile(host, model, base, is_reasoning, limit_field, cap, allowed_efforts(base, host))
+    return ModelProfile(host, model, base, is_reasoning, limit_field, cap, allowed_efforts(base, host))
 
 
 def gpt_version(base: str) -> Tuple[int, int]:
@@ -1255,9 +1255,9 @@ def is_chat_variant(base: str) -> bool:
     return base.startswith("gpt-5") and "-chat" in base
 
 
-def capped_limit(asked: int, profile: Profile) -> int:
+def capped_limit(requested: int, profile: ModelProfile) -> int:
     """max_tokens, capped to what the model can give."""
-    return asked if profile.token_cap is None or asked < profile.token_cap else profile.token_cap
+    return requested if profile.token_cap is None or requested < profile.token_cap else profile.token_cap
 
 
 # Clients ask for what Claude can give; a larger value than the model's is an error upstream.
@@ -1275,25 +1275,25 @@ TOKEN_CAPS = (
 )
 
 
-def sampling(asked: Json) -> Json:
+def sampling_fields(params: Json) -> Json:
     """temperature, top_p and stop, for models that take them."""
-    found = {name: asked[name] for name in ("temperature", "top_p") if asked.get(name) is not None}
-    stop = asked.get("stop_sequences") and list(filter(None, asked["stop_sequences"]))[:4]      # OpenAI takes four
+    found = {name: params[name] for name in ("temperature", "top_p") if params.get(name) is not None}
+    stop = params.get("stop_sequences") and list(filter(None, params["stop_sequences"]))[:4]      # OpenAI takes four
     if stop:
         found["stop"] = stop
     return found
 
 
-def identity(asked: Json, session_id: str) -> Json:
+def identity_fields(params: Json, session_id: str) -> Json:
     """safety_identifier, prompt_cache_key and service_tier, which only OpenAI itself knows."""
-    user = (asked.get("metadata") or {}).get("user_id")
+    user = (params.get("metadata") or {}).get("user_id")
     user = user if isinstance(user, str) else ""
     found = {}
     if user:
         found["safety_identifier"] = sha256_hex(user)
     if session_id or user:
         found["prompt_cache_key"] = "aap-" + sha256_hex(session_id or user)[:32]
-    if asked.get("service_tier") == "standard_only":
+    if params.get("service_tier") == "standard_only":
         found["service_tier"] = "default"
     return found
 
@@ -1302,11 +1302,11 @@ def sha256_hex(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
-def stream_fields(asked: Json, profile: Profile) -> Json:
+def stream_fields(params: Json, profile: ModelProfile) -> Json:
     """`stream`, also for an un-streamed request that may take minutes: only a stream shows life."""
-    if not asked.get("stream") and capped_limit(asked["max_tokens"], profile) <= UNSTREAMED_TOKENS:
+    if not params.get("stream") and capped_limit(params["max_tokens"], profile) <= UNSTREAMED_TOKENS:
         return {}
-    options = {} if profile.host == "mistral" else {"stream_options": {"include_usage": True}}
+    options = {} if profile.host_class == "mistral" else {"stream_options": {"include_usage": True}}
     return {"stream": True, **options}
 
 
@@ -1315,38 +1315,38 @@ UNSTREAMED_TOKENS = 8192         # what a quick model can write while a client w
 
 # ---- reasoning and format ---------------------------------------------------
 
-def visible_thinking(thinking: Optional[Json]) -> Thinking:
+def thinking_display(thinking: Optional[Json]) -> ThinkingDisplay:
     if not thinking or thinking.get("type") not in ("enabled", "adaptive"):
-        return Thinking.HIDDEN
-    return Thinking.OMITTED if thinking.get("display") == "omitted" else Thinking.SHOWN
+        return ThinkingDisplay.HIDDEN
+    return ThinkingDisplay.OMITTED if thinking.get("display") == "omitted" else ThinkingDisplay.SHOWN
 
 
-def reasoning(asked: Json, later_effort: Optional[str], has_tools: bool, profile: Profile) -> Json:
+def reasoning_fields(params: Json, later_effort: Optional[str], has_tools: bool, profile: ModelProfile) -> Json:
     """The fields that set how much the model reasons, in the words of the upstream's host."""
-    wanted = wanted_effort(asked, later_effort)
-    if profile.host == "openrouter":
+    wanted = requested_effort(params, later_effort)
+    if profile.host_class == "openrouter":
         if wanted is None:
             return {}
         return {"reasoning": {"enabled": False} if wanted == "none" else {"effort": wanted}}
-    if profile.host == "deepseek" and "reasoner" not in profile.base:
-        if visible_thinking(asked.get("thinking")) is Thinking.HIDDEN:
+    if profile.host_class == "deepseek" and "reasoner" not in profile.base_name:
+        if thinking_display(params.get("thinking")) is ThinkingDisplay.HIDDEN:
             return {"thinking": {"type": "disabled"}}
         effort = {"low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}.get(wanted or "")
         return {"thinking": {"type": "enabled"}, **({"reasoning_effort": effort} if effort else {})}
     allowed = profile.efforts
-    if has_tools and allowed and profile.host in ("openai", "azure") and gpt_version(profile.base) >= (5, 4):
+    if has_tools and allowed and profile.host_class in ("openai", "azure") and gpt_version(profile.base_name) >= (5, 4):
         return {"reasoning_effort": "none"}      # any other is refused there beside function tools
     return {"reasoning_effort": nearest_effort(wanted, allowed)} if wanted and allowed else {}
 
 
-def wanted_effort(asked: Json, later_effort: Optional[str]) -> Optional[str]:
+def requested_effort(params: Json, later_effort: Optional[str]) -> Optional[str]:
     """The effort that the client means, or None."""
-    thinking = asked.get("thinking") or {}
-    if not thinking and "output_config" not in asked:
+    thinking = params.get("thinking") or {}
+    if not thinking and "output_config" not in params:
         return later_effort
     if thinking.get("type") in ("disabled", "between_tools"):
         return "none"
-    effort = later_effort or (asked.get("output_config") or {}).get("effort")
+    effort = later_effort or (params.get("output_config") or {}).get("effort")
     if effort in CLIENT_EFFORTS:
         return effort
     budget = thinking.get("budget_tokens")
@@ -1389,17 +1389,17 @@ EFFORT_LISTS: Tuple[Tuple[str, Tuple[str, ...], str], ...] = (      # model, hos
 )
 
 
-def response_format(asked: Json, profile: Profile) -> Tuple[Json, str]:
+def format_fields(params: Json, profile: ModelProfile) -> Tuple[Json, str]:
     """(`response_format` or nothing, a line for the system text or "")."""
-    wanted = (asked.get("output_config") or {}).get("format")
+    wanted = (params.get("output_config") or {}).get("format")
     if wanted is None:
-        wanted = asked.get("output_format")
+        wanted = params.get("output_format")
     if wanted is None:
         return {}, ""
     if not is_object(wanted) or wanted.get("type") != "json_schema" or not is_object(wanted.get("schema")):
         raise ProxyError(400, 'output_config.format: Input should be {"type": "json_schema", "schema": {...}}')
     schema = wanted["schema"]
-    if profile.host == "deepseek":
+    if profile.host_class == "deepseek":
         return {"response_format": {"type": "json_object"}}, format_instruction(schema)
     is_strict = qualifies_as_strict(schema)
     return {"response_format": {"type": "json_schema", "json_schema": {
@@ -1424,15 +1424,15 @@ class Tools(NamedTuple):
 NO_TOOLS = Tools([], {}, {}, [])
 
 
-def usable_tools(listed: List[Any], choice: Any, talk: Conversation, profile: Profile) -> Tools:
+def usable_tools(definitions: List[Any], choice: Any, conversation: Conversation, profile: ModelProfile) -> Tools:
     """The tools that the model gets, deferred ones last.  Raises ProxyError(400)."""
-    is_plain = not (talk.added_tools or talk.removed_tools)
-    if is_plain and isinstance(listed, KeptList) and profile.host in listed.made:
-        return listed.made[profile.host]
+    is_plain = not (conversation.added_tools or conversation.removed_tools)
+    if is_plain and isinstance(definitions, CachedTools) and profile.host_class in definitions.made:
+        return definitions.made[profile.host_class]
     functions: Dict[str, Json] = {}
     deferred: Set[str] = set()
     server_names: List[str] = []
-    for index, tool in enumerate(listed):
+    for index, tool in enumerate(definitions):
         where = f"tools.{index}"
         function = tool_function(tool, where, profile)
         if function is None:
@@ -1444,22 +1444,22 @@ def usable_tools(listed: List[Any], choice: Any, talk: Conversation, profile: Pr
         functions[name] = function
         if tool.get("defer_loading") is True:
             deferred.add(name)
-    for definition in talk.added_tools:
+    for definition in conversation.added_tools:
         function = tool_function(definition, "tools", profile)
         if function is not None:
             functions[definition.get("name") or function["name"]] = function
-    wanted = set(talk.named_tools)
+    wanted = set(conversation.named_tools)
     if is_object(choice) and is_name(choice.get("name")):
         wanted.add(choice["name"])
     has_search = bool(deferred) and any(re.search(r"tool_?search", name, re.I) for name in functions.keys() - deferred)
     loaded = [name for name in functions if name not in deferred or not has_search]
     loaded += [name for name in functions if name not in loaded and name in wanted]
-    loaded = [name for name in loaded if name not in talk.removed_tools]
+    loaded = [name for name in loaded if name not in conversation.removed_tools]
     renamed = renamed_tools(functions)
     made = Tools([{"type": "function", "function": functions[name]} for name in loaded],
                  {functions[name]["name"]: name for name in loaded}, renamed, server_names)
-    if is_plain and not deferred and isinstance(listed, KeptList):
-        made = listed.made[profile.host] = made._replace(functions=KeptList(made.functions))
+    if is_plain and not deferred and isinstance(definitions, CachedTools):
+        made = definitions.made[profile.host_class] = made._replace(functions=CachedTools(made.functions))
     return made
 
 
@@ -1476,7 +1476,7 @@ def renamed_tools(functions: Dict[str, Json]) -> Dict[str, str]:
     return renamed
 
 
-def tool_function(tool: Any, where: str, profile: Profile) -> Optional[Json]:
+def tool_function(tool: Any, where: str, profile: ModelProfile) -> Optional[Json]:
     """The OpenAI function for a tool; None for one that the proxy cannot offer."""
     if not is_object(tool):
         raise ProxyError(400, f"{where}: Input should be an object")
@@ -1497,7 +1497,7 @@ def tool_function(tool: Any, where: str, profile: Profile) -> Optional[Json]:
     if is_name(tool.get("description")):
         function["description"] = tool["description"]
     function["parameters"] = clean_schema(tool["input_schema"])
-    if tool.get("strict") is True and profile.host in ("openai", "azure") and qualifies_as_strict(tool["input_schema"]):
+    if tool.get("strict") is True and profile.host_class in ("openai", "azure") and qualifies_as_strict(tool["input_schema"]):
         function["strict"] = True
     return function
 
@@ -1534,7 +1534,7 @@ def client_tool_name(name: str, names: Dict[str, str]) -> str:
     return names.get(name, name)
 
 
-def tool_choice(choice: Any, listed: Optional[List[Any]], tools: Tools, profile: Profile) -> Tuple[Json, bool]:
+def tool_choice_fields(choice: Any, definitions: Optional[List[Any]], tools: Tools, profile: ModelProfile) -> Tuple[Json, bool]:
     """(`tool_choice` and `parallel_tool_calls`, whether only one call is wanted)."""
     if choice is None:
         return {}, False
@@ -1542,13 +1542,13 @@ def tool_choice(choice: Any, listed: Optional[List[Any]], tools: Tools, profile:
     if kind not in ("auto", "any", "tool", "none"):
         raise ProxyError(400, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
     if kind in ("any", "tool"):
-        if not listed:
+        if not definitions:
             raise ProxyError(400, "tool_choice: may only be specified while providing tools")
         check_choice(kind, choice.get("name"), tools)
     fields: Json = {"tool_choice": {"auto": "auto", "any": "required", "none": "none"}.get(kind) or {
         "type": "function", "function": {"name": upstream_tool_name(choice["name"], tools.renamed)}}}
     is_single_call = kind != "none" and choice.get("disable_parallel_tool_use") is True
-    if is_single_call and not re.match(r"o\d", profile.base):        # the o-series lacks the field
+    if is_single_call and not re.match(r"o\d", profile.base_name):        # the o-series lacks the field
         fields["parallel_tool_calls"] = False
     return fields, is_single_call
 
@@ -1822,7 +1822,7 @@ class Conversation:
 
 def read_conversation(messages: List[Any]) -> Conversation:
     """Checks all messages and lays them out in turns.  Raises ProxyError(400)."""
-    talk = Conversation()
+    conversation = Conversation()
     entries: List[Turn] = []
     has_begun = False
     if len(messages) > MAX_MESSAGES:
@@ -1834,20 +1834,20 @@ def read_conversation(messages: List[Any]) -> Conversation:
     for index, turn in enumerate(checked):
         if turn.role != "system":
             has_begun = True
-            note_blocks(turn.blocks, talk)
+            record_history(turn.blocks, conversation)
             entries.append(turn)
             continue
-        text = read_system_message(messages[index], turn.blocks, talk)
+        text = read_system_message(messages[index], turn.blocks, conversation)
         if not text or (messages[index].get("clear_at") == "next_user_message" and index < last_user):
             continue
         if has_begun:
             entries.append(Turn("system", [Reminder(f"<system-reminder>\n{text}\n</system-reminder>")]))
         else:
-            talk.system.append(text)
+            conversation.system.append(text)
     if not has_begun:
         raise ProxyError(400, "messages: at least one user message is required")
-    talk.turns = merged_turns([entry for entry in entries if not is_silent(entry)])
-    return talk
+    conversation.turns = merged_turns([entry for entry in entries if not is_empty_turn(entry)])
+    return conversation
 
 
 MAX_MESSAGES = 100000                    # as the Anthropic API
@@ -1939,23 +1939,23 @@ SOURCES = {          # kind of block -> type of source -> the member that holds 
 }
 
 
-def note_blocks(blocks: List[Block], talk: Conversation) -> None:
+def record_history(blocks: List[Block], conversation: Conversation) -> None:
     """Remembers which ids and tools the history has."""
     for block in blocks:
         if block["type"] == "tool_use":
-            talk.ids.update((block["id"], decoded_id(block["id"])[0]))
-            talk.named_tools.add(block["name"])
+            conversation.ids.update((block["id"], decoded_id(block["id"])[0]))
+            conversation.named_tools.add(block["name"])
         elif block["type"] == "tool_result" and isinstance(block.get("content"), list):
-            talk.named_tools.update(item["tool_name"] for item in block["content"]
+            conversation.named_tools.update(item["tool_name"] for item in block["content"]
                                     if item["type"] == "tool_reference" and is_name(item.get("tool_name")))
 
 
-def read_system_message(message: Json, blocks: List[Block], talk: Conversation) -> str:
+def read_system_message(message: Json, blocks: List[Block], conversation: Conversation) -> str:
     """The text of a system message; its effort and its changes of tools go into `talk`."""
     config = message.get("output_config")
     effort = config.get("effort") if is_object(config) else None
     if effort in CLIENT_EFFORTS:
-        talk.effort = effort
+        conversation.effort = effort
     texts = []
     for block in blocks:
         tool = block.get("tool") if is_object(block.get("tool")) else {}
@@ -1963,15 +1963,15 @@ def read_system_message(message: Json, blocks: List[Block], talk: Conversation) 
         if block["type"] == "text":
             texts.append(block["text"])
         elif block["type"] == "tool_removal" and is_name(name):
-            talk.removed_tools.add(name)
+            conversation.removed_tools.add(name)
         elif block["type"] == "tool_addition":
             definition = tool.get("definition")
             if tool.get("type") == "tool_definition" and is_object(definition):
-                talk.added_tools.append(definition)
+                conversation.added_tools.append(definition)
                 name = definition.get("name")
             if is_name(name):
-                talk.removed_tools.discard(name)
-                talk.named_tools.add(name)
+                conversation.removed_tools.discard(name)
+                conversation.named_tools.add(name)
     return "\n\n".join(texts)
 
 
@@ -1996,18 +1996,18 @@ def merged_turns(entries: List[Turn]) -> List[Turn]:
     return turns + ([Turn("user", waiting)] if waiting else [])
 
 
-def is_silent(turn: Turn) -> bool:
+def is_empty_turn(turn: Turn) -> bool:
     """Whether nothing of a message reaches the upstream, so that its neighbours become one turn."""
     if turn.role == "system":
         return False
     for block in turn.blocks:
         kind = block["type"]
-        if kind not in SILENT_BLOCKS[turn.role] and (kind != "compaction" or isinstance(block.get("content"), str)):
+        if kind not in UNSENT_BLOCKS[turn.role] and (kind != "compaction" or isinstance(block.get("content"), str)):
             return False
     return True
 
 
-SILENT_BLOCKS = {
+UNSENT_BLOCKS = {
     "user": ("thinking", "redacted_thinking"),
     "assistant": ("thinking", "redacted_thinking", "tool_search_tool_result", "mcp_tool_listing", "fallback",
                   "container_upload"),
@@ -2025,13 +2025,13 @@ def system_texts(system: Any) -> List[str]:
 
 # ---- messages: writing them -------------------------------------------------
 
-def openai_messages(talk: Conversation, profile: Profile, asked: Json, renamed: Dict[str, str]) -> List[Json]:
+def openai_messages(conversation: Conversation, profile: ModelProfile, params: Json, renamed: Dict[str, str]) -> List[Json]:
     """The messages after the system message: each call directly followed by its result."""
     messages: List[Json] = []
     calls: List[Tuple[str, str]] = []            # (client's id, upstream's id) still to be answered
-    for turn in talk.turns:
+    for turn in conversation.turns:
         if turn.role == "assistant":
-            message, calls = assistant_message(turn.blocks, profile, asked, renamed)
+            message, calls = assistant_message(turn.blocks, profile, params, renamed)
             messages.append(message)
         else:
             messages += user_messages(turn.blocks, calls, profile)
@@ -2042,7 +2042,7 @@ def openai_messages(talk: Conversation, profile: Profile, asked: Json, renamed: 
         last["content"] = last["content"].rstrip()           # a prefill that ends in a blank is refused
         if not last["content"]:
             messages.pop()
-        elif profile.host == "mistral":
+        elif profile.host_class == "mistral":
             last["prefix"] = True
     return messages
 
@@ -2054,7 +2054,7 @@ def tool_message(call_id: str, content: str) -> Json:
     return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
-def assistant_message(blocks: List[Block], profile: Profile, asked: Json,
+def assistant_message(blocks: List[Block], profile: ModelProfile, params: Json,
                       renamed: Dict[str, str]) -> Tuple[Json, List[Tuple[str, str]]]:
     """(the message for an assistant turn, its calls as pairs of the client's and the upstream's id)."""
     content: List[str] = []
@@ -2078,20 +2078,20 @@ def assistant_message(blocks: List[Block], profile: Profile, asked: Json,
                 content += ["\n\n" if content else "", paragraph]
     message: Json = {"role": "assistant", "content": "".join(content) or None}
     if calls:
-        message.update(carried_reasoning(blocks, profile, asked), tool_calls=calls)
+        message.update(carried_reasoning(blocks, profile, params), tool_calls=calls)
     elif not content:
         message["content"] = ""
     return message, ids
 
 
-def openai_call(block: Json, earlier: List[Tuple[str, str]], profile: Profile, renamed: Dict[str, str]) -> Json:
+def openai_call(block: Json, earlier: List[Tuple[str, str]], profile: ModelProfile, renamed: Dict[str, str]) -> Json:
     """The tool call for a tool_use block.  Of two calls with one id the second gets another."""
     plain, extra = decoded_id(block["id"])
     taken = {upstream_id for _, upstream_id in earlier}
-    call_id, number = upstream_id(plain, profile.host), 1
+    call_id, number = upstream_call_id(plain, profile.host_class), 1
     while call_id in taken:
         number += 1
-        call_id = upstream_id("call_" + sha256_hex(f"{plain}#{number}")[:32], profile.host)
+        call_id = upstream_call_id("call_" + sha256_hex(f"{plain}#{number}")[:32], profile.host_class)
     call: Json = {"id": call_id, "type": "function", "function": {
         "name": upstream_tool_name(block["name"], renamed), "arguments": call_arguments(block.get("input"))}}
     if extra is not None:
@@ -2111,7 +2111,7 @@ def call_arguments(value: Any) -> str:
     return json_text({} if value is None else value)
 
 
-def user_messages(blocks: List[Block], calls: List[Tuple[str, str]], profile: Profile) -> List[Json]:
+def user_messages(blocks: List[Block], calls: List[Tuple[str, str]], profile: ModelProfile) -> List[Json]:
     """Tool messages for the calls before this turn, then one user message with all the rest."""
     if blocks and not calls and not any(isinstance(block, Reminder) or block["type"] != "text" for block in blocks):
         return [{"role": "user", "content": "\n\n".join([block["text"] for block in blocks])}]
@@ -2124,7 +2124,7 @@ def user_messages(blocks: List[Block], calls: List[Tuple[str, str]], profile: Pr
 class UserTurn:
     """Collects what a user turn becomes: tool messages, pictures of results, parts, reminders."""
 
-    def __init__(self, profile: Profile, open_calls: List[Tuple[str, str]]) -> None:
+    def __init__(self, profile: ModelProfile, open_calls: List[Tuple[str, str]]) -> None:
         self._profile = profile
         self._open_calls = open_calls
         self._answered: Set[str] = set()
@@ -2203,7 +2203,7 @@ def text_part(text: str) -> Json:
     return {"type": "text", "text": text}
 
 
-def user_parts(block: Json, profile: Profile) -> List[Json]:
+def user_parts(block: Json, profile: ModelProfile) -> List[Json]:
     """The parts of a user message that a block becomes; an unknown block is named, never lost."""
     build = USER_PARTS.get(block["type"])
     if build is not None:
@@ -2217,20 +2217,20 @@ def unknown_text(block: Json) -> str:
     return text if isinstance(text, str) else f"[unsupported content block: {block['type']}]"
 
 
-def image_part(block: Json, profile: Profile) -> List[Json]:
+def image_part(block: Json, profile: ModelProfile) -> List[Json]:
     source = block["source"]
     if source["type"] == "url":
         return [{"type": "image_url", "image_url": {"url": source["url"]}}]
     kind = source.get("media_type")
     kind = {"image/jpg": "image/jpeg"}.get(kind, kind) if is_name(kind) else "image/png"
-    return [{"type": "image_url", "image_url": {"url": f"data:{kind};base64,{no_blanks(source['data'])}"}}]
+    return [{"type": "image_url", "image_url": {"url": f"data:{kind};base64,{without_whitespace(source['data'])}"}}]
 
 
-def no_blanks(text: str) -> str:
+def without_whitespace(text: str) -> str:
     return text if text.isalnum() else "".join(text.split())
 
 
-def document_parts(block: Json, profile: Profile) -> List[Json]:
+def document_parts(block: Json, profile: ModelProfile) -> List[Json]:
     source = block["source"]
     title = block.get("title") if is_name(block.get("title")) else ""
     if source["type"] == "url":
@@ -2250,12 +2250,12 @@ def document_parts(block: Json, profile: Profile) -> List[Json]:
             return [text_part(document_text(block, base64.b64decode(source["data"]).decode("utf-8")))]
         except ValueError:
             return [text_part(f"[{kind} document: {title or 'document'}; this endpoint cannot read it]")]
-    if profile.host not in ("openai", "azure"):
+    if profile.host_class not in ("openai", "azure"):
         return [text_part(f"[PDF document: {title or 'document.pdf'}; this endpoint cannot read it]")]
     name = title or "document.pdf"
     return [{"type": "file", "file": {
         "filename": name if name.lower().endswith(".pdf") else name + ".pdf",
-        "file_data": f"data:application/pdf;base64,{no_blanks(source['data'])}"}}]
+        "file_data": f"data:application/pdf;base64,{without_whitespace(source['data'])}"}}]
 
 
 def document_text(block: Json, text: str) -> str:
@@ -2283,7 +2283,7 @@ def compaction_text(block: Json) -> str:
     return f"[Summary of the earlier conversation]\n{content}" if isinstance(content, str) else ""
 
 
-USER_PARTS: Dict[str, Callable[[Json, Profile], List[Json]]] = {
+USER_PARTS: Dict[str, Callable[[Json, ModelProfile], List[Json]]] = {
     "text": lambda block, profile: [text_part(block["text"])] if block["text"] else [],
     "image": image_part,
     "document": document_parts,
@@ -2309,7 +2309,7 @@ def result_text(block: Json, parts: List[Json]) -> str:
 def assistant_paragraph(block: Json) -> str:
     """What a block of an assistant turn other than text and calls says to the upstream; "" for nothing."""
     kind = block["type"]
-    if kind in SILENT_BLOCKS["assistant"]:
+    if kind in UNSENT_BLOCKS["assistant"]:
         return ""
     build = ASSISTANT_PARAGRAPHS.get(kind)
     return build(block) if build else unknown_text(block)
@@ -2329,7 +2329,7 @@ def failure_text(name: str) -> Callable[[Callable[[Json], str]], Callable[[Json]
 
 def search_hits(block: Json) -> str:
     content = block.get("content")
-    return "\n".join(f"- {hit.get('title')}: {hit.get('url')}" for hit in content if is_object(hit)) \
+    return "\n".join(f"- {matched_stop.get('title')}: {matched_stop.get('url')}" for matched_stop in content if is_object(matched_stop)) \
         if isinstance(content, list) else ""
 
 
@@ -2357,7 +2357,7 @@ def document_placeholder(block: Json) -> str:
     return "\n".join(part["text"] for part in document_parts(block, UNKNOWN_PROFILE) if part["type"] == "text")
 
 
-UNKNOWN_PROFILE = Profile("other", "", "", False, "max_tokens", None, ())
+UNKNOWN_PROFILE = ModelProfile("other", "", "", False, "max_tokens", None, ())
 ASSISTANT_PARAGRAPHS: Dict[str, Callable[[Json], str]] = {
     "server_tool_use": called_text,
     "mcp_tool_use": called_text,
@@ -2410,7 +2410,7 @@ def decoded_id(client: str) -> Tuple[str, Any]:
         return client, None
 
 
-def upstream_id(call_id: str, host: str) -> str:
+def upstream_call_id(call_id: str, host: str) -> str:
     """An id as the upstream's host takes it."""
     if host == "mistral":
         return mistral_id(call_id)
@@ -2461,9 +2461,9 @@ def carrier_signature(kind: str, payload: str = "") -> str:
     return f"aap1.{kind}." + (base64url(zlib.compress(payload.encode("utf-8", "replace"))) if payload else "")
 
 
-def carried_reasoning(blocks: List[Block], profile: Profile, asked: Json) -> Json:
+def carried_reasoning(blocks: List[Block], profile: ModelProfile, params: Json) -> Json:
     """The reasoning that an upstream wants back beside tool calls, from the thinking blocks it came in."""
-    if profile.host in ("openai", "azure", "mistral", "gemini"):
+    if profile.host_class in ("openai", "azure", "mistral", "gemini"):
         return {}
     kind, carried = "", []
     for block in blocks:
@@ -2475,7 +2475,7 @@ def carried_reasoning(blocks: List[Block], profile: Profile, asked: Json) -> Jso
         return {"reasoning_details": [entry for entries in carried for entry in entries]}
     if kind:
         return {{"c": "reasoning_content", "r": "reasoning"}[kind]: "".join(carried)}
-    wants_field = profile.host == "deepseek" and visible_thinking(asked.get("thinking")) is not Thinking.HIDDEN
+    wants_field = profile.host_class == "deepseek" and thinking_display(params.get("thinking")) is not ThinkingDisplay.HIDDEN
     return {"reasoning_content": ""} if wants_field else {}
 
 
@@ -2506,7 +2506,7 @@ def carried_block(block: Json) -> Optional[Tuple[str, Any]]:
 # [Anthropic: Message] [OpenAI: chat completion object]
 
 
-def anthropic_message(completion: Any, exchange: Exchange, new_id: NewId) -> Json:
+def anthropic_message(completion: Any, translation: Translation, new_id: NewId) -> Json:
     """The Messages answer for a Chat Completions answer.  Raises UpstreamError."""
     choice = first_choice(completion)
     message = choice["message"]
@@ -2514,41 +2514,41 @@ def anthropic_message(completion: Any, exchange: Exchange, new_id: NewId) -> Jso
     raise_if_failed(finish)
     kind, thought = reasoning_text(message)
     text, refusal = content_texts(message)
-    hit = None
-    if exchange.stop_sequences or exchange.prefill or "<think>" in text:
-        text_filter = TextFilter(exchange, sees_reasoning=bool(thought))
+    matched_stop = None
+    if translation.stop_sequences or translation.prefill or "<think>" in text:
+        text_filter = TextFilter(translation, sees_reasoning=bool(thought))
         spans = text_filter.feed(text) + text_filter.finish()
-        hit = text_filter.hit
+        matched_stop = text_filter.matched_stop
         if not thought and any(is_thought for is_thought, _ in spans):
             kind, thought = "n", "".join(span for is_thought, span in spans if is_thought)
         text = "".join(span for is_thought, span in spans if not is_thought)
-    if refusal and hit is None:
+    if refusal and matched_stop is None:
         text += refusal
-    calls = tool_uses(message, finish, exchange, new_id) if hit is None else []
+    calls = tool_uses(message, finish, translation, new_id) if matched_stop is None else []
     content: List[Json] = []
-    if thought and exchange.thinking is not Thinking.HIDDEN:
-        content.append(thinking_block(kind, thought, message, exchange))
+    if thought and translation.thinking is not ThinkingDisplay.HIDDEN:
+        content.append(thinking_block(kind, thought, message, translation))
     if text and not text.isspace():
         content.append(text_part(text))
     content += calls
-    stop = stop_fields(finish, bool(calls), refusal, hit, named_stop(choice, exchange))
+    stop = stop_fields(finish, bool(calls), refusal, matched_stop, reported_stop(choice, translation))
 
     def generated() -> int:
         return estimated_tokens(text + thought) + sum(estimated_tokens(json_text(call["input"])) for call in calls)
 
-    usage = anthropic_usage(completion.get("usage"), completion.get("service_tier"), exchange, generated)
-    return message_object(exchange, new_id, content, stop, usage)
+    usage = anthropic_usage(completion.get("usage"), completion.get("service_tier"), translation, generated)
+    return message_object(translation, new_id, content, stop, usage)
 
 
-def message_object(exchange: Exchange, new_id: NewId, content: List[Json], stop: Json, usage: Json) -> Json:
-    return {"id": "msg_" + new_id(24), "type": "message", "role": "assistant", "model": exchange.asked_model,
+def message_object(translation: Translation, new_id: NewId, content: List[Json], stop: Json, usage: Json) -> Json:
+    return {"id": "msg_" + new_id(24), "type": "message", "role": "assistant", "model": translation.requested_model,
             "content": content, **stop, "usage": usage}
 
 
-def empty_message(exchange: Exchange, new_id: NewId) -> Json:
+def empty_message(translation: Translation, new_id: NewId) -> Json:
     """The answer when nothing can be generated: max_tokens is 0 or was too small for a first token."""
-    return message_object(exchange, new_id, [], stop_object("max_tokens"),
-                          anthropic_usage({"completion_tokens": 0}, None, exchange, lambda: 0))
+    return message_object(translation, new_id, [], stop_object("max_tokens"),
+                          anthropic_usage({"completion_tokens": 0}, None, translation, lambda: 0))
 
 
 def first_choice(completion: Any) -> Json:
@@ -2619,15 +2619,15 @@ def content_texts(message: Json) -> Tuple[str, str]:
     return text, refusal
 
 
-def thinking_block(kind: str, thought: str, message: Json, exchange: Exchange) -> Json:
-    is_hidden = exchange.thinking is Thinking.OMITTED
+def thinking_block(kind: str, thought: str, message: Json, translation: Translation) -> Json:
+    is_hidden = translation.thinking is ThinkingDisplay.OMITTED
     payload = thought if is_hidden and kind != "n" else ""
     if kind == "d":
         payload = json_text(message["reasoning_details"])
     return {"type": "thinking", "thinking": "" if is_hidden else thought, "signature": carrier_signature(kind, payload)}
 
 
-def tool_uses(message: Json, finish: Any, exchange: Exchange, new_id: NewId) -> List[Json]:
+def tool_uses(message: Json, finish: Any, translation: Translation, new_id: NewId) -> List[Json]:
     """The tool_use blocks of a whole answer, in its order."""
     if not message.get("tool_calls") and not message.get("function_call"):
         return []
@@ -2635,7 +2635,7 @@ def tool_uses(message: Json, finish: Any, exchange: Exchange, new_id: NewId) -> 
     entries = [entry for entry in entries if is_object(entry)] if isinstance(entries, list) else []
     if not entries and is_object(message.get("function_call")):
         entries = [{"function": message["function_call"]}]
-    known = set(exchange.known_ids)
+    known = set(translation.history_call_ids)
     blocks = []
     for entry in entries:
         function = entry.get("function")
@@ -2652,8 +2652,8 @@ def tool_uses(message: Json, finish: Any, exchange: Exchange, new_id: NewId) -> 
         block_id = client_id(entry.get("id"), entry.get("extra_content"), known, new_id)
         known.update((block_id, str(entry.get("id"))))
         blocks.append({"type": "tool_use", "id": block_id,
-                       "name": client_tool_name(function["name"], exchange.tool_names), "input": value})
-    return blocks[:1] if exchange.is_single_call else blocks
+                       "name": client_tool_name(function["name"], translation.tool_names), "input": value})
+    return blocks[:1] if translation.is_single_call else blocks
 
 
 def tool_input(arguments: Any, is_cut: bool) -> Optional[Json]:
@@ -2678,7 +2678,7 @@ def tool_input(arguments: Any, is_cut: bool) -> Optional[Json]:
 def leading_value(text: str) -> Any:
     """The JSON object that a text begins with, or the JSON value that it is; False for neither."""
     try:
-        value, end = _strict_decoder.raw_decode(text)
+        value, end = _tolerant_decoder.raw_decode(text)
     except (ValueError, RecursionError):
         return False
     return value if is_object(value) or end == len(text) else False
@@ -2707,14 +2707,14 @@ def raise_if_failed(finish: Any) -> None:
         raise UpstreamError(502 if outcome == "failed" else 529, f"The upstream ended with finish_reason {finish}")
 
 
-def stop_fields(finish: Any, has_calls: bool, refusal: str, hit: Optional[str], named: Optional[str]) -> Json:
+def stop_fields(finish: Any, has_calls: bool, refusal: str, matched_stop: Optional[str], named: Optional[str]) -> Json:
     """stop_reason, stop_sequence and stop_details of an answer that ended well.
 
     `hit` is the stop sequence that the proxy itself found in the text, `named` the one that the
     upstream says it stopped at.
     """
-    if hit is not None:
-        return stop_object("stop_sequence", hit)
+    if matched_stop is not None:
+        return stop_object("stop_sequence", matched_stop)
     reason = stop_class(finish)
     if reason == "max_tokens":
         return stop_object(reason)
@@ -2730,39 +2730,39 @@ def stop_object(reason: Optional[str], sequence: Optional[str] = None, explanati
     return {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}
 
 
-def named_stop(choice: Json, exchange: Exchange) -> Optional[str]:
+def reported_stop(choice: Json, translation: Translation) -> Optional[str]:
     """The stop sequence that vLLM and SGLang name beside the finish reason."""
-    if not exchange.stop_sequences:
+    if not translation.stop_sequences:
         return None
     for key in ("stop_reason", "matched_stop"):
-        if isinstance(choice.get(key), str) and choice[key] in exchange.stop_sequences:
+        if isinstance(choice.get(key), str) and choice[key] in translation.stop_sequences:
             return choice[key]
     return None
 
 
 # ---- usage ------------------------------------------------------------------
 
-def anthropic_usage(usage: Any, tier: Any, exchange: Exchange, generated: Callable[[], int]) -> Json:
+def anthropic_usage(usage: Any, tier: Any, translation: Translation, generated: Callable[[], int]) -> Json:
     """The usage object.  Its three input numbers add up to OpenAI's prompt_tokens; what is missing is estimated.
 
     `generated` estimates the tokens of the answer; it is called only when they are not known.
     """
     usage = usage if isinstance(usage, dict) else {}
-    prompt, output = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
-    total = count(usage, "total_tokens")
+    prompt, output = token_count(usage, "prompt_tokens"), token_count(usage, "completion_tokens")
+    total = token_count(usage, "total_tokens")
     read = written = 0
     thought = None
     if len(usage) > 3 or prompt is None or output is None or total is None:      # else these three are all it says
-        read = first_count(usage, CACHE_READ) or 0
-        written = first_count(usage, CACHE_WRITTEN) or 0
-        thought = first_count(usage, REASONING)
+        read = first_token_count(usage, CACHE_READ) or 0
+        written = first_token_count(usage, CACHE_WRITTEN) or 0
+        thought = first_token_count(usage, REASONING)
     if prompt is None or output is None:
         known = [number for number in (prompt, output) if number is not None]
         rest = total - known[0] if total is not None and len(known) == 1 and total >= known[0] else None
         if output is None:
             output = generated() if rest is None else rest
         if prompt is None:
-            prompt = exchange.input_estimate() if rest is None else rest
+            prompt = translation.input_estimate() if rest is None else rest
     if thought and total == prompt + output + thought:
         output += thought                                # xAI leaves reasoning out of completion_tokens
     fields: Json = {"input_tokens": max(prompt - read - written, 0), "cache_creation_input_tokens": written,
@@ -2773,7 +2773,7 @@ def anthropic_usage(usage: Any, tier: Any, exchange: Exchange, generated: Callab
     return fields
 
 
-def count(usage: Json, name: str) -> Optional[int]:
+def token_count(usage: Json, name: str) -> Optional[int]:
     """A number of tokens; None unless it is a number that can count."""
     value = usage.get(name)
     if type(value) is not int and not is_number(value):
@@ -2781,12 +2781,12 @@ def count(usage: Json, name: str) -> Optional[int]:
     return int(value) if 0 <= value < 2 ** 53 else None
 
 
-def first_count(usage: Json, paths: Sequence[Tuple[str, str]]) -> Optional[int]:
+def first_token_count(usage: Json, paths: Sequence[Tuple[str, str]]) -> Optional[int]:
     """The first of the numbers at (outer object or "", name) that is there."""
     for outer, name in paths:
         holder = usage.get(outer) if outer else usage
         if isinstance(holder, dict) and name in holder:
-            found = count(holder, name)
+            found = token_count(holder, name)
             if found is not None:
                 return found
     return None
@@ -2815,11 +2815,11 @@ class TextFilter:
         LEAD --<think>--> THINK --</think>--> LEAD_TEXT --> PREFILL --> TEXT --stop--> ENDED
     """
 
-    def __init__(self, exchange: Exchange, sees_reasoning: bool = False) -> None:
-        self.hit: Optional[str] = None
-        self._stops = exchange.stop_sequences
-        self._prefill = exchange.prefill
-        may_think = exchange.profile.host not in ("openai", "azure") and not sees_reasoning
+    def __init__(self, translation: Translation, sees_reasoning: bool = False) -> None:
+        self.matched_stop: Optional[str] = None
+        self._stops = translation.stop_sequences
+        self._prefill = translation.prefill
+        may_think = translation.profile.host_class not in ("openai", "azure") and not sees_reasoning
         # Plain functions, not bound methods: no reference cycle keeps a finished request in memory.
         self._step = TextFilter._lead if may_think else TextFilter._at_prefill
         self._held = ""
@@ -2840,12 +2840,12 @@ class TextFilter:
     def _run(self, text: str, is_last: bool) -> List[Span]:
         spans: List[Span] = []
         self._held = ""
-        while text and self.hit is None:
+        while text and self.matched_stop is None:
             before = self._step
             text = before(self, text, is_last, spans)
             if self._step is before:
                 break
-        self._held = text if self.hit is None and not is_last else ""
+        self._held = text if self.matched_stop is None and not is_last else ""
         return spans
 
     # Each step takes the text at hand, appends what may be seen and returns what is left: for the
@@ -2890,7 +2890,7 @@ class TextFilter:
         found = [(text.find(stop), -len(stop), stop) for stop in self._stops if stop in text]
         end = len(text) - held
         if found and (is_last or min(found)[0] < end):   # else a longer or earlier one may still come
-            end, _, self.hit = min(found)
+            end, _, self.matched_stop = min(found)
         elif found:
             end = min(end, min(found)[0])
         if end:
@@ -2923,7 +2923,7 @@ def tail_overlap(text: str, wanted: str) -> int:
 
 
 @dataclass(eq=False, repr=False)
-class Refusal:
+class ErrorFacts:
     """The facts of an upstream's error, wherever it put them."""
     status: int
     message: str = ""
@@ -2931,7 +2931,7 @@ class Refusal:
     words: str = ""                      # code, type and status words, lower case, joined by blanks
     fields: Json = field(default_factory=dict)
 
-    def names(self, name: str) -> bool:
+    def names_field(self, name: str) -> bool:
         """Whether the refusal is about the request's field of this name."""
         if self.param == name or self.param.startswith((name + ".", name + "[")):
             return True
@@ -2943,7 +2943,7 @@ class Refusal:
         return bool((re.search(UNKNOWN_FIELD, self.words) or re.search(UNKNOWN_FIELD, self.message, re.I))
                     and re.search(rf"(?<![\w-]){word}(?![\w-])", self.message))
 
-    def says(self, pattern: str) -> Optional[Match[str]]:
+    def matches(self, pattern: str) -> Optional[Match[str]]:
         return re.search(pattern, self.message, re.I | re.S)
 
 
@@ -2951,17 +2951,17 @@ UNKNOWN_FIELD = (r"unsupported|unrecognized|unknown|not permitted|not supported|
                  r"incompatible|not allowed|not accepted|does not accept|not available")
 
 
-def refusal(status: int, value: Any) -> Refusal:
+def error_facts(status: int, value: Any) -> ErrorFacts:
     """The Refusal in a JSON body or chunk."""
     if isinstance(value, list):
         value = value[0] if value else {}
     if not is_object(value):
-        return Refusal(status)
+        return ErrorFacts(status)
     error = value.get("error")
     inner = error if is_object(error) else value
     words = [str(holder[key]).lower() for holder in (inner, value) for key in ("code", "type", "status", "error_type")
              if isinstance(holder.get(key), (str, int))]
-    return Refusal(status, error_message(value), str(inner.get("param") or ""), " ".join(words), inner)
+    return ErrorFacts(status, error_message(value), str(inner.get("param") or ""), " ".join(words), inner)
 
 
 def error_message(value: Json) -> str:
@@ -2971,9 +2971,9 @@ def error_message(value: Json) -> str:
         metadata = error.get("metadata")
         raw = metadata.get("raw") if is_object(metadata) else None          # OpenRouter: the vendor's words
         return error["message"] + (f": {raw}" if is_name(raw) else "")
-    for found in (error, value.get("error_message"), value.get("message"), value.get("detail")):
-        if is_name(found):
-            return found
+    for facts in (error, value.get("error_message"), value.get("message"), value.get("detail")):
+        if is_name(facts):
+            return facts
     if is_object(value.get("message")):                                      # Mistral: FastAPI's body inside
         return error_message(value["message"])
     detail, errors = value.get("detail"), value.get("errors")
@@ -2985,7 +2985,7 @@ def error_message(value: Json) -> str:
     return json.dumps(error) if is_object(error) and error else ""
 
 
-def is_error(value: Json) -> bool:
+def is_error_object(value: Json) -> bool:
     """Whether an object in a 200 body or a stream is an error and not an answer."""
     return value.get("error") is not None or value.get("object") == "error" or value.get("type") == "error" \
         or "error_type" in value or "error_message" in value or ("detail" in value and "choices" not in value)
@@ -3004,26 +3004,26 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 KEY_LIKE = re.compile(r"\bsk-[A-Za-z0-9_-]{8,}([A-Za-z0-9_-]{4})")
 
 
-def upstream_error(status: int, headers: Mapping[str, str], body: bytes, exchange: Exchange,
+def upstream_error(status: int, headers: Mapping[str, str], body: bytes, translation: Translation,
                    now: float) -> UpstreamError:
     """The error for an upstream's answer that is not 2xx.  `now` is the time, in seconds since 1970."""
     try:
-        value = _decoder.decode(body.decode("utf-8", "replace"))
+        value = _upstream_decoder.decode(body.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         value = None
-    found = refusal(status, value)
-    has_words = found.message != ""
+    facts = error_facts(status, value)
+    has_words = facts.message != ""
     if not has_words:
-        found.message = described_answer(status, headers, body if value is None else b"")
-    error = error_of_refusal(found, exchange)
+        facts.message = response_summary(status, headers, body if value is None else b"")
+    error = error_from_facts(facts, translation)
     if 300 <= status < 400:
         host = location_host(headers.get("location", ""))
         error.message = f"The upstream answered {status} and points to {host}: check OPENAI_BASE_URL " \
                         "(redirects are not followed, the key would go with them)"
     if status == 404 and error.status == 404:
-        error.message = f"{error.message} (model {exchange.asked_model} is mapped to {exchange.profile.model})" \
-            if has_words else f"{exchange.upstream_host} has no {exchange.upstream_path}: check OPENAI_BASE_URL"
-    error.headers = {**retry_headers(error.status, headers, found, now), **ratelimit_headers(headers, now),
+        error.message = f"{error.message} (model {translation.requested_model} is mapped to {translation.profile.model})" \
+            if has_words else f"{translation.upstream_host} has no {translation.upstream_path}: check OPENAI_BASE_URL"
+    error.headers = {**retry_headers(error.status, headers, facts, now), **ratelimit_headers(headers, now),
                      **error.headers}
     if error.headers.get("x-should-retry") == "false":
         error.headers.pop("retry-after", None)
@@ -3037,7 +3037,7 @@ def location_host(location: str) -> str:
         return "another address"
 
 
-def described_answer(status: int, headers: Mapping[str, str], body: bytes) -> str:
+def response_summary(status: int, headers: Mapping[str, str], body: bytes) -> str:
     """What can be said of an answer that has no message of its own."""
     try:
         phrase = " " + HTTPStatus(status).phrase
@@ -3051,21 +3051,21 @@ def described_answer(status: int, headers: Mapping[str, str], body: bytes) -> st
     return f"The upstream answered {status}{phrase}" + (f": {words}" if words else "")
 
 
-def error_of_object(value: Any, exchange: Exchange) -> UpstreamError:
+def error_from_object(value: Any, translation: Translation) -> UpstreamError:
     """The error for an error object that came with status 200, or inside a stream."""
-    found = refusal(0, value)
+    facts = error_facts(0, value)
     code = value if is_object(value) else {}
-    inner = found.fields
+    inner = facts.fields
     for number in (inner.get("code"), inner.get("status_code"), inner.get("http_status"), inner.get("status"),
                    code.get("status_code"), code.get("code")):
         if isinstance(number, (int, str)) and re.fullmatch(r"[45]\d\d", str(number)):
-            found.status = int(number)
+            facts.status = int(number)
             break
     else:
-        found.status = next((status for pattern, status in ERROR_WORDS if re.search(pattern, found.words)), 500)
-    found.message = found.message or "The upstream sent an error without a message"
-    error = error_of_refusal(found, exchange)
-    error.headers = {**retry_headers(error.status, {}, found, 0), **error.headers}
+        facts.status = next((status for pattern, status in ERROR_WORDS if re.search(pattern, facts.words)), 500)
+    facts.message = facts.message or "The upstream sent an error without a message"
+    error = error_from_facts(facts, translation)
+    error.headers = {**retry_headers(error.status, {}, facts, 0), **error.headers}
     return error
 
 
@@ -3081,28 +3081,28 @@ ERROR_WORDS = (                          # words in an error's code, type or sta
 )
 
 
-def error_of_refusal(found: Refusal, exchange: Exchange) -> UpstreamError:
+def error_from_facts(facts: ErrorFacts, translation: Translation) -> UpstreamError:
     """Status, kind and message for a refusal: first the special causes, then by status."""
-    message = redacted(found.message, exchange.secrets)
-    overflow = context_overflow(found)
+    message = redacted(facts.message, translation.secrets)
+    overflow = context_overflow(facts)
     if overflow is not None:
-        error = UpstreamError(400, overflow_message(overflow, exchange.input_estimate()))
+        error = UpstreamError(400, overflow_message(overflow, translation.input_estimate()))
         error.is_context_overflow = True
-    elif is_out_of_quota(found, exchange):
+    elif is_out_of_quota(facts, translation):
         message = re.sub("credit balance is too low", "upstream credit exhausted", message, flags=re.I)
         error = UpstreamError(402, message, headers={"x-should-retry": "false"})
     else:
-        error = UpstreamError(client_status(found.status), message)
-        if error.status in (401, 402) or never_fits(found):
+        error = UpstreamError(client_status(facts.status), message)
+        if error.status in (401, 402) or can_never_fit(facts):
             error.headers["x-should-retry"] = "false"
-        if error.status == 401 and exchange.uses_own_key:
+        if error.status == 401 and translation.uses_own_key:
             error.message = "The upstream rejected OPENAI_API_KEY: " + message
-        if "array_above_max_length" in found.words and found.names("tools"):
-            sent = len(exchange.body.get("tools", ()))
+        if "array_above_max_length" in facts.words and facts.names_field("tools"):
+            sent = len(translation.body.get("tools", ()))
             error.message += "" if str(sent) in message else f" ({sent} tools were sent)"
-    error.upstream_status = found.status
-    words = redacted(" ".join(re.findall(PLAIN_WORD, found.words)), exchange.secrets)[:100]
-    error.log_text = f"the upstream answered {found.status} {words}".rstrip()
+    error.upstream_status = facts.status
+    words = redacted(" ".join(re.findall(PLAIN_WORD, facts.words)), translation.secrets)[:100]
+    error.log_message = f"the upstream answered {facts.status} {words}".rstrip()
     return error
 
 
@@ -3123,21 +3123,21 @@ CLIENT_STATUS = {
 }
 
 
-def is_out_of_quota(found: Refusal, exchange: Exchange) -> bool:
+def is_out_of_quota(facts: ErrorFacts, translation: Translation) -> bool:
     """Whether a refusal means that money has run out: waiting will not help."""
-    if found.status not in (402, 403, 429):
+    if facts.status not in (402, 403, 429):
         return False
-    return found.status == 402 or bool(re.search(QUOTA_WORDS, found.words)) or bool(
-        exchange.profile.host in ("openai", "azure") and found.says("exceeded your current quota"))
+    return facts.status == 402 or bool(re.search(QUOTA_WORDS, facts.words)) or bool(
+        translation.profile.host_class in ("openai", "azure") and facts.matches("exceeded your current quota"))
 
 
 QUOTA_WORDS = (r"insufficient_quota|credit_balance_exhausted|billing_hard_limit_reached|"
                r"(organization|project)_spend_limit_exceeded|organization_usage_limit_exceeded|insufficient_credits")
 
 
-def never_fits(found: Refusal) -> bool:
+def can_never_fit(facts: ErrorFacts) -> bool:
     """A request that is larger than the limit of a whole minute is refused for ever."""
-    match = found.status == 429 and found.says(r"request too large.*tokens per min.*limit:? ([\d,]+), requested:? ([\d,]+)")
+    match = facts.status == 429 and facts.matches(r"request too large.*tokens per min.*limit:? ([\d,]+), requested:? ([\d,]+)")
     return bool(match) and int(match[2].replace(",", "")) > int(match[1].replace(",", ""))
 
 
@@ -3148,14 +3148,14 @@ def reached_output_limit(status: int, body: bytes) -> bool:
 
 # ---- headers of answers -----------------------------------------------------
 
-def retry_headers(status: int, headers: Mapping[str, str], found: Refusal, now: float) -> Dict[str, str]:
+def retry_headers(status: int, headers: Mapping[str, str], facts: ErrorFacts, now: float) -> Dict[str, str]:
     """retry-after in whole seconds, retry-after-ms, x-should-retry."""
     kept = {}
     if headers.get("x-should-retry") in ("true", "false"):
         kept["x-should-retry"] = headers["x-should-retry"]
     if status not in (429, 500, 502, 504, 529):
         return kept
-    seconds = retry_after(headers, found, now)
+    seconds = retry_after(headers, facts, now)
     if seconds is not None:
         kept["retry-after"] = str(max(1, math.ceil(seconds)))
     if re.fullmatch(r"\d{1,9}(\.\d+)?", headers.get("retry-after-ms", "")) and float(headers["retry-after-ms"]) > 0:
@@ -3163,7 +3163,7 @@ def retry_headers(status: int, headers: Mapping[str, str], found: Refusal, now: 
     return kept
 
 
-def retry_after(headers: Mapping[str, str], found: Refusal, now: float) -> Optional[float]:
+def retry_after(headers: Mapping[str, str], facts: ErrorFacts, now: float) -> Optional[float]:
     """Seconds to wait: from the header, the error's details or message, the reset of a limit that is used up."""
     text = headers.get("retry-after", "")
     if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
@@ -3174,20 +3174,20 @@ def retry_after(headers: Mapping[str, str], found: Refusal, now: float) -> Optio
             return parsedate_to_datetime(text).timestamp() - now
         except (TypeError, ValueError, IndexError, OverflowError):
             pass
-    details = found.fields.get("details")
+    details = facts.fields.get("details")
     for entry in details if isinstance(details, list) else ():
-        seconds = duration(entry.get("retryDelay")) if is_object(entry) else None
+        seconds = parse_duration(entry.get("retryDelay")) if is_object(entry) else None
         if seconds is not None:
             return seconds
-    if found.status != 429:
+    if facts.status != 429:
         return None
-    match = found.says(r"try again in ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)")
-    used_up = [duration(headers.get(f"x-ratelimit-reset-{what}", "")) for what in ("requests", "tokens")
+    match = facts.matches(r"try again in ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)")
+    used_up = [parse_duration(headers.get(f"x-ratelimit-reset-{what}", "")) for what in ("requests", "tokens")
                if headers.get(f"x-ratelimit-remaining-{what}") == "0"]
-    return duration(match[1]) if match else max(filter(None, used_up), default=None)
+    return parse_duration(match[1]) if match else max(filter(None, used_up), default=None)
 
 
-def duration(text: Any) -> Optional[float]:
+def parse_duration(text: Any) -> Optional[float]:
     """Seconds of a duration such as `6m0s`, `1.5s`, `20ms`, `1h2m` or plain seconds; None for anything else."""
     if not isinstance(text, str) or not re.fullmatch(r"(\d{1,12}(\.\d+)?(ms|[dhms])?)+", text):
         return None
@@ -3214,7 +3214,7 @@ def ratelimit_headers(headers: Mapping[str, str], now: float) -> Dict[str, str]:
 
 def reset_time(text: str, now: float) -> str:
     """The moment that a duration or an epoch number stands for, RFC 3339; "" for anything else."""
-    seconds = duration(text)
+    seconds = parse_duration(text)
     if seconds is None or seconds > 10 ** 14:
         return ""
     if seconds > 10 ** 12:
@@ -3226,7 +3226,7 @@ def reset_time(text: str, now: float) -> str:
 
 # ---- context overflow -------------------------------------------------------
 
-class Overflow(NamedTuple):
+class ContextOverflow(NamedTuple):
     """Numbers of tokens that a context error gives; 0 where it does not."""
     prompt: int = 0
     output: int = 0
@@ -3234,20 +3234,20 @@ class Overflow(NamedTuple):
     maximum: int = 0
 
 
-def context_overflow(found: Refusal) -> Optional[Overflow]:
+def context_overflow(facts: ErrorFacts) -> Optional[ContextOverflow]:
     """What an error says of a prompt that does not fit; None where it is about something else."""
-    if found.says(r"tokens per (min|day|hour)|\bTPM\b"):
+    if facts.matches(r"tokens per (min|day|hour)|\bTPM\b"):
         return None
-    prompt, maximum = found.fields.get("n_prompt_tokens"), found.fields.get("n_ctx")
+    prompt, maximum = facts.fields.get("n_prompt_tokens"), facts.fields.get("n_ctx")
     if is_integer(prompt) and is_integer(maximum):
-        return Overflow(prompt=prompt, maximum=maximum)
+        return ContextOverflow(prompt=prompt, maximum=maximum)
     for pattern in OVERFLOW_WORDINGS:
-        match = found.says(pattern.replace("#", NUMBER))
+        match = facts.matches(pattern.replace("#", NUMBER))
         if match:
             numbers = {name: int(re.sub(r"[,_]", "", text)) for name, text in match.groupdict().items() if text}
-            return Overflow(numbers.get("N", 0) + numbers.get("A", 0) + numbers.get("F", 0),
+            return ContextOverflow(numbers.get("N", 0) + numbers.get("A", 0) + numbers.get("F", 0),
                             numbers.get("O", 0), numbers.get("T", 0), numbers.get("M", 0))
-    return Overflow() if re.search(OVERFLOW_WORDS, found.words) else None
+    return ContextOverflow() if re.search(OVERFLOW_WORDS, facts.words) else None
 
 
 NUMBER = r"\d[\d,_]*"
@@ -3292,7 +3292,7 @@ OVERFLOW_WORDINGS = (        # N prompt, O output, T both, M maximum, A and F pa
 )
 
 
-def overflow_message(overflow: Overflow, estimate: int) -> str:
+def overflow_message(overflow: ContextOverflow, estimate: int) -> str:
     """The one wording that makes clients compact the conversation, with numbers that do not contradict."""
     prompt, output, total, maximum = overflow
     if maximum:
@@ -3306,75 +3306,75 @@ def overflow_message(overflow: Overflow, estimate: int) -> str:
 
 # ---- learned adjustments ----------------------------------------------------
 
-class Lesson(NamedTuple):
+class Adjustment(NamedTuple):
     """One row of LESSONS: a refusal, and the one change that answers it.
 
     `finds` gives the lesson's argument, or None where the refusal is another; `change` makes the
     change in the request and says whether anything changed.
     """
     name: str
-    finds: Callable[[Refusal, Json], Any]
+    finds: Callable[[ErrorFacts, Json], Any]
     change: Callable[[Json, Any], bool]
-    is_kept: bool = True                 # remembered for later requests
+    is_remembered: bool = True                 # remembered for later requests
     statuses: Tuple[int, ...] = (400, 422)
 
 
-def lesson_from(status: int, body: bytes, exchange: Exchange) -> Optional[Tuple[Lesson, Any]]:
+def adjustment_for(status: int, body: bytes, translation: Translation) -> Optional[Tuple[Adjustment, Any]]:
     """The first lesson of a refusal that changes the request, already applied to it; else None."""
     try:
-        found = refusal(status, _decoder.decode(body.decode("utf-8", "replace")))
+        facts = error_facts(status, _upstream_decoder.decode(body.decode("utf-8", "replace")))
     except (ValueError, RecursionError):
-        found = Refusal(status, body[:ERROR_TEXT].decode("utf-8", "replace"))
-    own_tools(exchange.body)
-    for lesson in LESSONS:
-        argument = lesson.finds(found, exchange.body) if status in lesson.statuses else None
-        if argument is not None and argument is not False and lesson.change(exchange.body, argument):
-            exchange.estimate = 0
-            return lesson, argument
+        facts = ErrorFacts(status, body[:ERROR_TEXT].decode("utf-8", "replace"))
+    own_tools(translation.body)
+    for adjustment in ADJUSTMENTS:
+        argument = adjustment.finds(facts, translation.body) if status in adjustment.statuses else None
+        if argument is not None and argument is not False and adjustment.change(translation.body, argument):
+            translation.token_estimate = 0
+            return adjustment, argument
     return None
 
 
-def apply_lessons(learned: Mapping[str, Any], exchange: Exchange) -> None:
+def apply_adjustments(learned: Mapping[str, Any], translation: Translation) -> None:
     """Makes the changes that earlier refusals of this model have taught."""
-    own_tools(exchange.body)
-    for lesson in LESSONS:
-        if lesson.name in learned:
-            lesson.change(exchange.body, learned[lesson.name])
+    own_tools(translation.body)
+    for adjustment in ADJUSTMENTS:
+        if adjustment.name in learned:
+            adjustment.change(translation.body, learned[adjustment.name])
 
 
 def own_tools(body: Json) -> None:
     """Lessons change functions: those of a KeptList are other requests' too."""
-    if isinstance(body.get("tools"), KeptList):
+    if isinstance(body.get("tools"), CachedTools):
         body["tools"] = [{**tool, "function": dict(tool["function"])} for tool in body["tools"]]
 
 
 ANY_STATUS = tuple(range(400, 600))
 LOCAL_STATUSES = (400, 404, 422, 500, 501)               # servers of local models refuse by 500, routers by 404
-MAX_LESSONS = 4                                          # re-sends for one client request
+MAX_ADJUSTED_RETRIES = 4                                          # re-sends for one client request
 
 
 def token_field(body: Json) -> str:
     return "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
 
 
-def names_tokens(found: Refusal) -> bool:
+def names_tokens(facts: ErrorFacts) -> bool:
     """Whether a refusal is about the limit of the answer's tokens, under whatever name."""
-    return bool(found.says(r"max_(completion_|output_|new_)?tokens|maximum tokens|maxTokens") or "max_tokens" in found.param
-                or "max_completion_tokens" in found.param)
+    return bool(facts.matches(r"max_(completion_|output_|new_)?tokens|maximum tokens|maxTokens") or "max_tokens" in facts.param
+                or "max_completion_tokens" in facts.param)
 
 
-def number_after(pattern: str) -> Callable[[Refusal, Json], Any]:
-    def finds(found: Refusal, body: Json) -> Any:
-        match = found.says(pattern.replace("#", r"[`'\"]?(\d[\d,_]*)")) if names_tokens(found) else None
-        if match is None or context_overflow(found) is not None:
+def number_after(pattern: str) -> Callable[[ErrorFacts, Json], Any]:
+    def finds(facts: ErrorFacts, body: Json) -> Any:
+        match = facts.matches(pattern.replace("#", r"[`'\"]?(\d[\d,_]*)")) if names_tokens(facts) else None
+        if match is None or context_overflow(facts) is not None:
             return None
         return int(re.sub(r"[,_]", "", match[1]))
     return finds
 
 
-def room_left(found: Refusal, body: Json) -> Any:
+def room_left(facts: ErrorFacts, body: Json) -> Any:
     """The tokens that are left for the answer when the prompt itself does fit."""
-    overflow = context_overflow(found)
+    overflow = context_overflow(facts)
     if overflow is None or not overflow.output or not overflow.maximum or not overflow.prompt:
         return None
     room = overflow.maximum - overflow.prompt - 8
@@ -3407,10 +3407,10 @@ def rename_limit(wanted: str) -> Callable[[Json, Any], bool]:
     return change
 
 
-def named_option(found: Refusal, body: Json) -> Any:
+def named_option(facts: ErrorFacts, body: Json) -> Any:
     """The optional fields of the request that a refusal names."""
-    named = [name for name in OPTIONAL_FIELDS if name in body and found.names(name)]
-    return [name for name in named if name == found.param] or named or None
+    named = [name for name in OPTIONAL_FIELDS if name in body and facts.names_field(name)]
+    return [name for name in named if name == facts.param] or named or None
 
 
 OPTIONAL_FIELDS = ("temperature", "top_p", "stop", "parallel_tool_calls", "reasoning_effort", "reasoning", "thinking",
@@ -3421,8 +3421,8 @@ def drop_options(body: Json, names: Sequence[str]) -> bool:
     return any([body.pop(name, None) is not None for name in names])
 
 
-def supported_efforts(found: Refusal, body: Json) -> Any:
-    match = found.says(r"supported values are:?(.*)") if found.names("reasoning_effort") else None
+def supported_efforts(facts: ErrorFacts, body: Json) -> Any:
+    match = facts.matches(r"supported values are:?(.*)") if facts.names_field("reasoning_effort") else None
     return re.findall(r"['\"`](\w+)['\"`]", match[1]) or None if match else None
 
 
@@ -3448,18 +3448,18 @@ def drop_strict(body: Json, argument: Any) -> bool:
     return any([tool["function"].pop("strict", None) is not None for tool in body.get("tools", ())])
 
 
-def refuses_schema(found: Refusal, body: Json) -> Any:
+def refuses_schema(facts: ErrorFacts, body: Json) -> Any:
     return body.get("tools") and (
-        "invalid_function_parameters" in found.words or re.match(r"tools\[\d+\]\.function\.parameters", found.param)
-        or found.says(r"invalid schema for function|tools[\[.]\d+\]?\.function\.parameters|"
+        "invalid_function_parameters" in facts.words or re.match(r"tools\[\d+\]\.function\.parameters", facts.param)
+        or facts.matches(r"invalid schema for function|tools[\[.]\d+\]?\.function\.parameters|"
                       r"(grammar|json[ _]schema).*(pars|conver|unsupported|unrecognized|invalid)|"
                       r"(pars|conver|unsupported|unrecognized|invalid).*(grammar|json[ _]schema)|"
                       r"function_declarations\[\d+\]\.parameters")) and True
 
 
-def unknown_keywords(found: Refusal, body: Json) -> Any:
+def unknown_keywords(facts: ErrorFacts, body: Json) -> Any:
     """Keywords of schemas that a refusal names (Gemini)."""
-    names = re.findall(r"unknown name ['\"](\w+)['\"] at ['\"]tools\S*parameters", found.message, re.I)
+    names = re.findall(r"unknown name ['\"](\w+)['\"] at ['\"]tools\S*parameters", facts.message, re.I)
     return [name for name in dict.fromkeys(names) if name not in ("type", "properties", "items", "required")] or None
 
 
@@ -3490,8 +3490,8 @@ def free_choice(body: Json, argument: Any) -> bool:
     return is_new
 
 
-def refuses_null_content(found: Refusal, body: Json) -> Any:
-    return re.search(r"\bcontent\b", found.message + " " + found.param) and found.says(
+def refuses_null_content(facts: ErrorFacts, body: Json) -> Any:
+    return re.search(r"\bcontent\b", facts.message + " " + facts.param) and facts.matches(
         r"\bnull\b|\bNone\b|expected (a )?string|field required|valid string|missing field") and True
 
 
@@ -3502,7 +3502,7 @@ def fill_null_content(body: Json, argument: Any) -> bool:
     return bool(empty)
 
 
-def part_tools_from_user(body: Json, argument: Any) -> bool:
+def separate_tool_results(body: Json, argument: Any) -> bool:
     """Puts an assistant message between tool results and the user message after them."""
     messages: List[Json] = []
     for message in body["messages"]:
@@ -3549,9 +3549,9 @@ def drop_carried_reasoning(body: Json, argument: Any) -> bool:
                 for name in ("reasoning_content", "reasoning", "reasoning_details")])
 
 
-def refused_description_length(found: Refusal, body: Json) -> Any:
-    match = found.says(r"maximum length:? (\d+)")
-    is_named = re.search(r"tools[\[.]\d+\]?\.function\.description", found.param + " " + found.message)
+def refused_description_length(facts: ErrorFacts, body: Json) -> Any:
+    match = facts.matches(r"maximum length:? (\d+)")
+    is_named = re.search(r"tools[\[.]\d+\]?\.function\.description", facts.param + " " + facts.message)
     return int(match[1]) if match and is_named else None
 
 
@@ -3562,8 +3562,8 @@ def cut_descriptions(body: Json, limit: int) -> bool:
     return bool(long)
 
 
-def refuses_images(found: Refusal, body: Json) -> Any:
-    return found.says(r"(does not have|without|no) vision|(image|vision|multi-?modal).*(not support|unsupported|unknown variant|not available|text[- ]only)|"
+def refuses_images(facts: ErrorFacts, body: Json) -> Any:
+    return facts.matches(r"(does not have|without|no) vision|(image|vision|multi-?modal).*(not support|unsupported|unknown variant|not available|text[- ]only)|"
                       r"(not support|unsupported|unknown variant|unknown (content )?type|no endpoints found)"
                       r".*(image|vision|multi-?modal)|image_url.*invalid|invalid.*image_url") and True
 
@@ -3579,47 +3579,47 @@ def drop_images(body: Json, argument: Any) -> bool:
     return has_changed
 
 
-def when(test: Callable[[Refusal], Any]) -> Callable[[Refusal, Json], Any]:
+def when(test: Callable[[ErrorFacts], Any]) -> Callable[[ErrorFacts, Json], Any]:
     """A `finds` without an argument to find."""
-    return lambda found, body: True if test(found) else None
+    return lambda facts, body: True if test(facts) else None
 
 
-LESSONS = (
-    Lesson("limit_is_max_completion_tokens", when(lambda found: found.names("max_tokens")
-           and found.says("max_completion_tokens")), rename_limit("max_completion_tokens")),
-    Lesson("limit_is_max_tokens", when(lambda found: found.names("max_completion_tokens")
-           and (found.says(UNKNOWN_FIELD) or re.search(UNKNOWN_FIELD, found.words))), rename_limit("max_tokens")),
-    Lesson("limit_at_most", number_after(
+ADJUSTMENTS = (
+    Adjustment("limit_is_max_completion_tokens", when(lambda facts: facts.names_field("max_tokens")
+           and facts.matches("max_completion_tokens")), rename_limit("max_completion_tokens")),
+    Adjustment("limit_is_max_tokens", when(lambda facts: facts.names_field("max_completion_tokens")
+           and (facts.matches(UNKNOWN_FIELD) or re.search(UNKNOWN_FIELD, facts.words))), rename_limit("max_tokens")),
+    Adjustment("limit_at_most", number_after(
         r"(?:at most|<=|less than or equal to|maximum(?: allowed)?(?: value)? (?:is|of)|cannot exceed|up to|\[\d+, ?|"
         r"between \d+ and|lower than|limit(?: is| of|:)|>(?= ?[\d,_]+,? which is the maximum)) ?#"), lower_limit),
-    Lesson("limit_at_least", number_after(
+    Adjustment("limit_at_least", number_after(
         r"(?:at least|>=|greater than or equal to|minimum value (?:is|of)|\[) ?#"), raise_limit),
-    Lesson("room_left", room_left, lower_limit, is_kept=False, statuses=ANY_STATUS),
-    Lesson("effort_none", when(lambda found: found.says(r"set [`'\"]?reasoning_effort[`'\"]? to [`'\"]?none")),
+    Adjustment("room_left", room_left, lower_limit, is_remembered=False, statuses=ANY_STATUS),
+    Adjustment("effort_none", when(lambda facts: facts.matches(r"set [`'\"]?reasoning_effort[`'\"]? to [`'\"]?none")),
            force_no_effort),
-    Lesson("effort_nearest", supported_efforts, take_nearest_effort),
-    Lesson("options_dropped", named_option, drop_options),
-    Lesson("not_streamed", when(lambda found: found.names("stream")
-           or found.says("stream(ing)? (mode )?is not supported|does not support stream")), stop_streaming),
-    Lesson("strict_dropped", when(lambda found: found.names("strict") or found.says(r"function\.strict")
-           or found.param.endswith("function.strict")), drop_strict),
-    Lesson("keywords_dropped", unknown_keywords, drop_keywords),
-    Lesson("schemas_simplified", refuses_schema, change_schemas(simple_schema), statuses=LOCAL_STATUSES),
-    Lesson("schemas_without_keywords", refuses_schema, change_schemas(plain_schema), statuses=LOCAL_STATUSES),
-    Lesson("tool_choice_auto", when(lambda found: found.names("tool_choice")), free_choice),
-    Lesson("content_never_null", refuses_null_content, fill_null_content),
-    Lesson("assistant_after_tools", when(lambda found: "3230" in found.words
-           or found.says(r"role ['\"]?user['\"]? after role ['\"]?tool")), part_tools_from_user),
-    Lesson("ids_of_nine", when(lambda found: found.says(r"tool[_ ]call[_ ]id.*(length of 9|9 characters)")), shorten_ids),
-    Lesson("json_mode", when(lambda found: found.names("response_format") or found.says(
+    Adjustment("effort_nearest", supported_efforts, take_nearest_effort),
+    Adjustment("options_dropped", named_option, drop_options),
+    Adjustment("not_streamed", when(lambda facts: facts.names_field("stream")
+           or facts.matches("stream(ing)? (mode )?is not supported|does not support stream")), stop_streaming),
+    Adjustment("strict_dropped", when(lambda facts: facts.names_field("strict") or facts.matches(r"function\.strict")
+           or facts.param.endswith("function.strict")), drop_strict),
+    Adjustment("keywords_dropped", unknown_keywords, drop_keywords),
+    Adjustment("schemas_simplified", refuses_schema, change_schemas(simple_schema), statuses=LOCAL_STATUSES),
+    Adjustment("schemas_without_keywords", refuses_schema, change_schemas(plain_schema), statuses=LOCAL_STATUSES),
+    Adjustment("tool_choice_auto", when(lambda facts: facts.names_field("tool_choice")), free_choice),
+    Adjustment("content_never_null", refuses_null_content, fill_null_content),
+    Adjustment("assistant_after_tools", when(lambda facts: "3230" in facts.words
+           or facts.matches(r"role ['\"]?user['\"]? after role ['\"]?tool")), separate_tool_results),
+    Adjustment("ids_of_nine", when(lambda facts: facts.matches(r"tool[_ ]call[_ ]id.*(length of 9|9 characters)")), shorten_ids),
+    Adjustment("json_mode", when(lambda facts: facts.names_field("response_format") or facts.matches(
         r"response_format.*(json_schema|unavailable|not support|must be)")), ask_for_json),
-    Lesson("format_dropped", when(lambda found: found.names("response_format") or found.says(
+    Adjustment("format_dropped", when(lambda facts: facts.names_field("response_format") or facts.matches(
         r"response_format.*(json_object|unavailable|not support|must be)")), drop_format),
-    Lesson("reasoning_not_returned", when(lambda found: any(map(found.names, (
+    Adjustment("reasoning_not_returned", when(lambda facts: any(map(facts.names_field, (
         "reasoning_content", "reasoning", "reasoning_details")))
-        or found.says(r"messages?\W.*\breasoning(_content|_details)?\b")), drop_carried_reasoning),
-    Lesson("descriptions_cut", refused_description_length, cut_descriptions),
-    Lesson("images_left_out", refuses_images, drop_images, statuses=LOCAL_STATUSES),
+        or facts.matches(r"messages?\W.*\breasoning(_content|_details)?\b")), drop_carried_reasoning),
+    Adjustment("descriptions_cut", refused_description_length, cut_descriptions),
+    Adjustment("images_left_out", refuses_images, drop_images, statuses=LOCAL_STATUSES),
 )
 
 
@@ -3651,34 +3651,34 @@ class StreamTranslator:
     it can still be an HTTP status; later it becomes an `error` event and `done`.
     """
 
-    def __init__(self, exchange: Exchange, new_id: NewId, request_id: str = "") -> None:
+    def __init__(self, translation: Translation, new_id: NewId, request_id: str = "") -> None:
         self.started = False
         self.done = False
         self.stop: Json = {}                     # stop_reason and its companions, at the end
         self.usage: Json = {}
         self.error: Optional[ProxyError] = None
         self.finish_reason: Optional[str] = None
-        self._exchange = exchange
+        self._translation = translation
         self._new_id = new_id
         self._request_id = request_id
         self._sse = SSEDecoder()
         self._out: List[str] = []
-        self._queue: Deque[Segment] = deque()
+        self._queue: Deque[PendingBlock] = deque()
         self._blocks = 0                         # blocks started so far: the next one's index
-        self._calls = CallTable()
+        self._calls = ToolCalls()
         self._has_calls = False                  # a tool_use block was started
-        self._filter = TextFilter(exchange)
+        self._filter = TextFilter(translation)
         self._reasoning_kind = ""
         self._choice_index: Any = None
         self._last_choice: Json = {}
         self._refusal = ""
         self._raw_usage: Any = None
         self._tier: Any = None
-        self._known_ids = set(exchange.known_ids)
-        self._written = WrittenText()
+        self._known_ids = set(translation.history_call_ids)
+        self._written = OutputMeter()
         self._kept = 0                           # characters that are collected and not sent
-        self._template = Template()
-        self._unlearned: Optional[Tuple[str, Json, Any]] = None      # the last chunk that was parsed
+        self._template = ChunkPattern()
+        self._last_chunk: Optional[Tuple[str, Json, Any]] = None      # the last chunk that was parsed
         self._opening = ""                       # message_start and a ping, if they have been made ready
 
     # ---- what goes in -------------------------------------------------------
@@ -3689,15 +3689,15 @@ class StreamTranslator:
 
     def feed(self, data: bytes) -> bytes:
         try:
-            if self._unlearned is not None:
+            if self._last_chunk is not None:
                 self._learn()
             text = self._sse.lines(data)
-            alone = self._template.text_alone(text) if self._sse.is_between_events else None
+            alone = self._template.match_read(text) if self._sse.is_between_events else None
             if alone is not None:
-                return self._alone(alone)
+                return self._feed_event(alone)
             for _ in range(BURST_TRIES if len(text) > SHORT_READ else 0):
                 self._learn()
-                rest = self._burst(text) if text else None
+                rest = self._feed_run(text) if text else None
                 if rest is None and len(text) > LONG_READ:   # the next events may be the pattern for those after them
                     events, rest = text[:LONG_READ], text[LONG_READ:]
                     more, border, rest = rest.partition("\n\n")
@@ -3743,7 +3743,7 @@ class StreamTranslator:
         """A sign of life.  Clients stop believing pings in a silent thinking block after minutes."""
         head = self._queue[0] if self._queue else None
         if self.started and not self.done:
-            if isinstance(head, ThinkingSegment) and head.index >= 0 and self._exchange.thinking is Thinking.OMITTED:
+            if isinstance(head, PendingThinking) and head.index >= 0 and self._translation.thinking is ThinkingDisplay.OMITTED:
                 self._out.append(head.prefix + '""}}\n\n')
             else:
                 self._out.append(PING)
@@ -3771,57 +3771,57 @@ class StreamTranslator:
         for payload in payloads:
             if self.done:
                 return
-            if self._unlearned is not None:
+            if self._last_chunk is not None:
                 self._learn()
-            text = template.text_in(payload)
+            text = template.match_event(payload)
             if text is not None:
-                template.sink(self, text)
+                template.target_kind(self, text)
             elif payload == "[DONE]" or payload.strip() == "[DONE]":
                 self._end_of_answer()
             elif payload:
                 self._chunk(payload)
 
-    def _alone(self, text: str) -> bytes:
+    def _feed_event(self, text: str) -> bytes:
         """Translates a chunk that is like the pattern; at once, where it makes the open text block grow."""
         segment = self._queue[0] if len(self._queue) == 1 else None
-        if type(segment) is TextSegment and segment.index >= 0 and not segment.half and self._filter.is_idle \
-                and self._template.sink is StreamTranslator._text and text.isascii() and text:
+        if type(segment) is PendingText and segment.index >= 0 and not segment.high_surrogate and self._filter.is_idle \
+                and self._template.target_kind is StreamTranslator._text and text.isascii() and text:
             self._written.add(text)
             return self._grown(segment, text)
-        self._template.sink(self, text)
+        self._template.target_kind(self, text)
         return self._flushed()
 
-    def _burst(self, text: str) -> Optional[str]:
+    def _feed_run(self, text: str) -> Optional[str]:
         """Translates the run of chunks at the start that differ only in plain text, by one replacement.
 
         Returns the text behind the run; None where there is none.  A fast server's read holds hundreds of
         chunks: this makes them three times as cheap.
         """
         segment = self._queue[0] if len(self._queue) == 1 and self._template.head else None
-        if segment is None or segment.index < 0 or segment.half or not self._sse.is_between_events:
+        if segment is None or segment.index < 0 or segment.high_surrogate or not self._sse.is_between_events:
             return None
-        if self._template.sink is StreamTranslator._text:
-            is_plain = type(segment) is TextSegment and self._filter.is_idle
+        if self._template.target_kind is StreamTranslator._text:
+            is_plain = type(segment) is PendingText and self._filter.is_idle
         else:
-            is_plain = isinstance(segment, Call) and segment is self._template.call and segment.is_in_string()
-        texts, rest = self._template.texts_in(text, isinstance(segment, Call)) if is_plain else ("", "")
+            is_plain = isinstance(segment, PendingToolUse) and segment is self._template.call and segment.is_in_string()
+        texts, rest = self._template.match_run(text, isinstance(segment, PendingToolUse)) if is_plain else ("", "")
         if not texts:
             return None
-        self._written.add(scanstring(texts.replace(BORDER, "") + '"', 0)[0])
+        self._written.add(scanstring(texts.replace(SEPARATOR, "") + '"', 0)[0])
         self._write_deltas(segment, texts)
         return rest
 
     def _chunk(self, payload: str) -> None:
         try:
-            chunk = decoded(_decoder, payload)
+            chunk = decoded(_upstream_decoder, payload)
         except (ValueError, RecursionError):
             chunk = payload
-        if isinstance(chunk, list) and chunk and is_object(chunk[0]) and is_error(chunk[0]):
+        if isinstance(chunk, list) and chunk and is_object(chunk[0]) and is_error_object(chunk[0]):
             chunk = chunk[0]
-        if is_object(chunk) and (is_error(chunk) or isinstance(payload, ErrorData)):
-            raise error_of_object(chunk, self._exchange)
+        if is_object(chunk) and (is_error_object(chunk) or isinstance(payload, ErrorData)):
+            raise error_from_object(chunk, self._translation)
         if isinstance(payload, ErrorData):
-            raise UpstreamError(500, redacted(str(payload), self._exchange.secrets))
+            raise UpstreamError(500, redacted(str(payload), self._translation.secrets))
         if not is_object(chunk):
             raise UpstreamError(502, "The upstream sent a chunk that is not JSON")
         self._begin()
@@ -3832,13 +3832,13 @@ class StreamTranslator:
         if is_object(delta):
             self._delta(delta)
         raise_if_failed(self.finish_reason)
-        self._unlearned = payload, chunk, delta
+        self._last_chunk = payload, chunk, delta
 
     def _learn(self) -> None:
         """Takes the last chunk as the pattern of the next: not before that comes, so that what it said went out at once."""
-        if self._unlearned is not None:
-            self._template.learn(*self._unlearned, self)
-            self._unlearned = None
+        if self._last_chunk is not None:
+            self._template.learn(*self._last_chunk, self)
+            self._last_chunk = None
 
     def _noted(self, chunk: Json) -> Optional[Json]:
         """Keeps what a chunk says beside its text; returns its choice, if it is one of ours."""
@@ -3883,17 +3883,17 @@ class StreamTranslator:
         self._filter.note_reasoning()
         self._end_of_text()
         self._written.add(text)
-        if self._exchange.thinking is not Thinking.HIDDEN:
-            segment = self._last(ThinkingSegment)
-            if isinstance(segment, ThinkingSegment):
-                segment.note(self._reasoning_kind, text, details, self._exchange.thinking)
-                self._keep(len(text) if segment.keeps_text(self._exchange.thinking) else 0)
+        if self._translation.thinking is not ThinkingDisplay.HIDDEN:
+            segment = self._last(PendingThinking)
+            if isinstance(segment, PendingThinking):
+                segment.note(self._reasoning_kind, text, details, self._translation.thinking)
+                self._keep(len(text) if segment.keeps_text(self._translation.thinking) else 0)
             self._grow(segment, text)
 
     def _text(self, text: str) -> None:
         self._written.add(text)
         if self._filter.is_idle:
-            self._grow(self._last(TextSegment), text)
+            self._grow(self._last(PendingText), text)
         else:
             self._spans(self._filter.feed(text))
 
@@ -3905,7 +3905,7 @@ class StreamTranslator:
     @property
     def was_cut(self) -> bool:
         """Whether a stop sequence ended the answer: more of it would still be paid for."""
-        return self._filter.hit is not None
+        return self._filter.matched_stop is not None
 
     def _end_of_text(self) -> None:
         """No text follows directly: what the filter held back can be shown."""
@@ -3915,13 +3915,13 @@ class StreamTranslator:
     def _spans(self, spans: List[Span]) -> None:
         for is_thought, text in spans:
             if not is_thought:
-                self._grow(self._last(TextSegment), text)
-            elif self._exchange.thinking is not Thinking.HIDDEN:
-                segment = self._last(ThinkingSegment)
-                if isinstance(segment, ThinkingSegment):
-                    segment.note("n", text, None, self._exchange.thinking)
+                self._grow(self._last(PendingText), text)
+            elif self._translation.thinking is not ThinkingDisplay.HIDDEN:
+                segment = self._last(PendingThinking)
+                if isinstance(segment, PendingThinking):
+                    segment.note("n", text, None, self._translation.thinking)
                 self._grow(segment, text)
-        if self._filter.hit is not None:
+        if self._filter.matched_stop is not None:
             self._end()
 
     def _call(self, entry: Json) -> None:
@@ -3931,21 +3931,21 @@ class StreamTranslator:
         call, is_new = self._calls.find(entry)
         if call is None:
             return
-        if is_new and not (self._exchange.is_single_call and len(self._calls.all) > 1):
+        if is_new and not (self._translation.is_single_call and len(self._calls.all) > 1):
             self._queue.append(call)
             self._advance()
         arguments = fragment_arguments(entry)
         if arguments:
             self._arguments(call, arguments)
 
-    def _arguments(self, call: Call, arguments: str) -> None:
+    def _arguments(self, call: PendingToolUse, arguments: str) -> None:
         self._written.add(arguments)
         text = call.accept(arguments)
         if call.is_raw:
             self._keep(len(arguments))
         if text and call in self._queue:
             self._grow(call, text)
-        if call.state is CallState.CLOSED:
+        if call.state is ArgumentsState.CLOSED:
             self._advance()
 
     def _more_arguments(self, arguments: str) -> None:
@@ -3955,7 +3955,7 @@ class StreamTranslator:
 
     # ---- segments -----------------------------------------------------------
 
-    def _last(self, kind: Type[Segment]) -> Segment:
+    def _last(self, kind: Type[PendingBlock]) -> PendingBlock:
         """The last segment if it is of that kind, else a new one behind it."""
         if self._queue and type(self._queue[-1]) is kind:
             return self._queue[-1]
@@ -3964,9 +3964,9 @@ class StreamTranslator:
         self._advance()
         return segment
 
-    def _grow(self, segment: Segment, text: str) -> None:
-        if segment.held or segment.index < 0 or segment is not self._queue[0]:
-            segment.held.append(text)
+    def _grow(self, segment: PendingBlock, text: str) -> None:
+        if segment.pending_text or segment.index < 0 or segment is not self._queue[0]:
+            segment.pending_text.append(text)
             self._keep(len(text))
             if segment is self._queue[0]:
                 self._send_held(segment)
@@ -3983,46 +3983,46 @@ class StreamTranslator:
             self._stop(head)
             self._queue.popleft()
 
-    def _send_held(self, head: Segment) -> None:
-        if head.held and head.may_start():
+    def _send_held(self, head: PendingBlock) -> None:
+        if head.pending_text and head.may_start():
             if head.index < 0:
                 self._start(head)
-            text = "".join(head.held)
-            head.held = []
+            text = "".join(head.pending_text)
+            head.pending_text = []
             self._keep(-len(text))
             self._send(head, text)
 
     def _keep(self, size: int) -> None:
         """Bounds what is in memory of an answer.  Raises UpstreamError."""
         self._kept += size
-        if self._kept > KEPT_ANSWER:
-            raise UpstreamError(502, f"The upstream's answer is larger than {KEPT_ANSWER >> 20} MiB")
+        if self._kept > MAX_BUFFERED_ANSWER:
+            raise UpstreamError(502, f"The upstream's answer is larger than {MAX_BUFFERED_ANSWER >> 20} MiB")
 
-    def _start(self, segment: Segment) -> None:
+    def _start(self, segment: PendingBlock) -> None:
         segment.index = self._blocks
         self._blocks += 1
-        if isinstance(segment, Call):
+        if isinstance(segment, PendingToolUse):
             self._has_calls = True
             segment.client_id = client_id(segment.id, segment.extra, self._known_ids, self._new_id)
             self._known_ids.update(filter(None, (segment.id, segment.client_id)))
-        block = segment.block(self._exchange)
+        block = segment.block(self._translation)
         segment.prefix = delta_prefix(segment.index, segment.delta_type, segment.delta_field)
         self._write_start(segment, block)
 
-    def _send(self, segment: Segment, text: str) -> None:
-        if isinstance(segment, ThinkingSegment) and self._exchange.thinking is Thinking.OMITTED:
+    def _send(self, segment: PendingBlock, text: str) -> None:
+        if isinstance(segment, PendingThinking) and self._translation.thinking is ThinkingDisplay.OMITTED:
             return
-        if segment.half or not text.isascii():
-            text = segment.half + text
-            segment.half = ""
+        if segment.high_surrogate or not text.isascii():
+            text = segment.high_surrogate + text
+            segment.high_surrogate = ""
             if "\ud800" <= text[-1] <= "\udbff":         # its other half may be in the next fragment
-                segment.half, text = text[-1], text[:-1]
+                segment.high_surrogate, text = text[-1], text[:-1]
         if text:
             self._write_delta(segment, text)
 
-    def _stop(self, segment: Segment) -> None:
+    def _stop(self, segment: PendingBlock) -> None:
         """The end of a segment: its block's stop, after what was still held of it."""
-        if isinstance(segment, Call):
+        if isinstance(segment, PendingToolUse):
             rest = segment.rest(stop_class(self.finish_reason) == "max_tokens")
             if rest is None:
                 return                                   # cut off: half a call must not run
@@ -4032,9 +4032,9 @@ class StreamTranslator:
                 self._send(segment, rest)
         if segment.index < 0:
             return                                       # only white space: no block at all
-        if segment.half:
+        if segment.high_surrogate:
             self._write_delta(segment, "\ufffd")
-            segment.half = ""
+            segment.high_surrogate = ""
         self._write_stop(segment)
 
     # ---- the end ------------------------------------------------------------
@@ -4046,7 +4046,7 @@ class StreamTranslator:
         self._end()
 
     def _end(self) -> None:
-        if self._filter.hit is None:
+        if self._filter.matched_stop is None:
             raise_if_failed(self.finish_reason)
             spans = self._filter.finish()
             if spans:
@@ -4056,16 +4056,16 @@ class StreamTranslator:
         is_cut = stop_class(self.finish_reason) in ("max_tokens", "refusal")
         for segment in list(self._queue):
             self._send_held(segment)
-            if isinstance(segment, Call):
+            if isinstance(segment, PendingToolUse):
                 if not segment.name:
                     raise UpstreamError(502, "The upstream's answer has a tool call without a name")
-                if segment.state is CallState.OPEN and not segment.is_raw and not is_cut:
+                if segment.state is ArgumentsState.OPEN and not segment.is_raw and not is_cut:
                     raise UpstreamError(502, "The upstream ended inside a tool call")
             self._stop(segment)
             self._queue.popleft()
-        self.stop = stop_fields(self.finish_reason, self._has_calls, self._refusal, self._filter.hit,
-                                named_stop(self._last_choice, self._exchange))
-        self.usage = anthropic_usage(self._raw_usage, self._tier, self._exchange, self._written.tokens)
+        self.stop = stop_fields(self.finish_reason, self._has_calls, self._refusal, self._filter.matched_stop,
+                                reported_stop(self._last_choice, self._translation))
+        self.usage = anthropic_usage(self._raw_usage, self._tier, self._translation, self._written.tokens)
         self._end_events()
 
     def _fail(self, error: ProxyError) -> None:
@@ -4086,30 +4086,30 @@ class StreamTranslator:
         self._out.append(self._opening if self._opening and not message_id else self._message_start(message_id))
 
     def _message_start(self, message_id: str) -> str:
-        message = message_object(self._exchange, self._new_id, [], stop_object(None), {
-            "input_tokens": self._exchange.input_estimate(), "cache_creation_input_tokens": 0,
+        message = message_object(self._translation, self._new_id, [], stop_object(None), {
+            "input_tokens": self._translation.input_estimate(), "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": 0, "output_tokens": 0})
         if message_id:
             message["id"] = message_id
         return sse_event("message_start", {"type": "message_start", "message": message}) + PING
 
-    def _write_start(self, segment: Segment, block: Json) -> None:
+    def _write_start(self, segment: PendingBlock, block: Json) -> None:
         self._out.append(block_start(segment.index, block))
 
-    def _write_delta(self, segment: Segment, text: str) -> None:
+    def _write_delta(self, segment: PendingBlock, text: str) -> None:
         self._out.append(segment.prefix + quoted(text) + "}}\n\n")
 
-    def _grown(self, segment: Segment, text: str) -> bytes:
+    def _grown(self, segment: PendingBlock, text: str) -> bytes:
         """The event for more ASCII text of the open block, when nothing else waits to be sent."""
         return f"{segment.prefix}{quote(text)}}}}}\n\n".encode("ascii")
 
-    def _write_deltas(self, segment: Segment, texts: str) -> None:
+    def _write_deltas(self, segment: PendingBlock, texts: str) -> None:
         """Deltas of texts that stand as JSON string contents with BORDER between them."""
         joint = '"}}\n\n' + segment.prefix + '"'
-        self._out.append(segment.prefix + '"' + texts.replace(BORDER, joint) + '"}}\n\n')
+        self._out.append(segment.prefix + '"' + texts.replace(SEPARATOR, joint) + '"}}\n\n')
 
-    def _write_stop(self, segment: Segment) -> None:
-        if isinstance(segment, ThinkingSegment):
+    def _write_stop(self, segment: PendingBlock) -> None:
+        if isinstance(segment, PendingThinking):
             self._out.append(delta_prefix(segment.index, "signature_delta", "signature")
                              + quote(segment.signature()) + "}}\n\n")
         self._out.append(block_stop(segment.index))
@@ -4120,14 +4120,14 @@ class StreamTranslator:
         self._out += sse_event("message_delta", {"type": "message_delta", "delta": self.stop, "usage": usage}), MESSAGE_STOP
 
 
-class MessageCollector(StreamTranslator):
+class MessageWriter(StreamTranslator):
     """The same machine for a client that wants no stream: blocks are collected into one message.
 
     Errors are always raised: no byte has gone to the client.
     """
 
-    def __init__(self, exchange: Exchange, new_id: NewId, request_id: str = "") -> None:
-        super().__init__(exchange, new_id, request_id)
+    def __init__(self, translation: Translation, new_id: NewId, request_id: str = "") -> None:
+        super().__init__(translation, new_id, request_id)
         self._content: List[Json] = []
         self._texts: List[List[str]] = []
 
@@ -4135,35 +4135,35 @@ class MessageCollector(StreamTranslator):
         """The message, once `done`."""
         content = []
         for block, texts in zip(self._content, self._texts):
-            text = repaired("".join(texts))
+            text = well_formed_text("".join(texts))
             value: Any = text
             if block["type"] == "tool_use":
                 value = tool_input(text, self.stop["stop_reason"] == "max_tokens")
             if value is not None:                            # None: cut off, half a call must not run
                 content.append({**block, "input" if block["type"] == "tool_use" else block["type"]: value})
-        return message_object(self._exchange, self._new_id, content, self.stop, self.usage)
+        return message_object(self._translation, self._new_id, content, self.stop, self.usage)
 
     def _begin(self, message_id: str = "") -> None:
         self.started = True
 
-    def _write_start(self, segment: Segment, block: Json) -> None:
+    def _write_start(self, segment: PendingBlock, block: Json) -> None:
         self._content.append(block)
         self._texts.append([])
 
-    def _write_delta(self, segment: Segment, text: str) -> None:
+    def _write_delta(self, segment: PendingBlock, text: str) -> None:
         self._keep(len(text))
         self._texts[segment.index].append(text)
 
-    def _grown(self, segment: Segment, text: str) -> bytes:
+    def _grown(self, segment: PendingBlock, text: str) -> bytes:
         self._write_delta(segment, text)
         return b""
 
-    def _write_deltas(self, segment: Segment, texts: str) -> None:
+    def _write_deltas(self, segment: PendingBlock, texts: str) -> None:
         self._keep(len(texts))
-        self._texts[segment.index].append(json.loads('"' + texts.replace(BORDER, "") + '"'))
+        self._texts[segment.index].append(json.loads('"' + texts.replace(SEPARATOR, "") + '"'))
 
-    def _write_stop(self, segment: Segment) -> None:
-        if isinstance(segment, ThinkingSegment):
+    def _write_stop(self, segment: PendingBlock) -> None:
+        if isinstance(segment, PendingThinking):
             self._content[segment.index]["signature"] = segment.signature()
 
     def _end_events(self) -> None:
@@ -4174,20 +4174,20 @@ class MessageCollector(StreamTranslator):
         raise error
 
 
-KEPT_ANSWER = 67108864                   # characters of an answer in memory at once, as of one in plain JSON
+MAX_BUFFERED_ANSWER = 67108864                   # characters of an answer in memory at once, as of one in plain JSON
 
 
 # ---- segments ---------------------------------------------------------------
 
-class Segment:
+class PendingBlock:
     """A block in the making.  `held` is what cannot be sent yet."""
 
     delta_type, delta_field = "text_delta", "text"
 
     def __init__(self) -> None:
         self.index = -1                  # of its block; -1 while that has not started
-        self.held: List[str] = []
-        self.half = ""                   # a high surrogate that waits for its partner
+        self.pending_text: List[str] = []
+        self.high_surrogate = ""                   # a high surrogate that waits for its partner
         self.prefix = ""                 # its delta events up to the text
 
     def is_complete(self) -> bool:
@@ -4197,22 +4197,22 @@ class Segment:
     def may_start(self) -> bool:
         return True
 
-    def block(self, exchange: Exchange) -> Json:
+    def block(self, translation: Translation) -> Json:
         """The content_block of its start event."""
         raise NotImplementedError
 
 
-class TextSegment(Segment):
+class PendingText(PendingBlock):
     """Visible text.  White space alone makes no block."""
 
     def may_start(self) -> bool:
-        return self.index >= 0 or any(not text.isspace() for text in self.held)
+        return self.index >= 0 or any(not text.isspace() for text in self.pending_text)
 
-    def block(self, exchange: Exchange) -> Json:
+    def block(self, translation: Translation) -> Json:
         return {"type": "text", "text": ""}
 
 
-class ThinkingSegment(Segment):
+class PendingThinking(PendingBlock):
     """Reasoning.  Its signature carries back to the upstream what the client does not see."""
 
     delta_type, delta_field = "thinking_delta", "thinking"
@@ -4223,23 +4223,23 @@ class ThinkingSegment(Segment):
         self._hidden: List[str] = []
         self._details: List[Json] = []
 
-    def block(self, exchange: Exchange) -> Json:
+    def block(self, translation: Translation) -> Json:
         return {"type": "thinking", "thinking": "", "signature": ""}
 
-    def keeps_text(self, thinking: Thinking) -> bool:
+    def keeps_text(self, thinking: ThinkingDisplay) -> bool:
         """Whether the text has to wait for the signature."""
-        return self._kind == "d" or (thinking is Thinking.OMITTED and self._kind in ("c", "r"))
+        return self._kind == "d" or (thinking is ThinkingDisplay.OMITTED and self._kind in ("c", "r"))
 
-    def note(self, kind: str, text: str, details: Any, thinking: Thinking) -> None:
+    def note(self, kind: str, text: str, details: Any, thinking: ThinkingDisplay) -> None:
         self._kind = kind
-        if thinking is Thinking.OMITTED and kind in ("c", "r"):
+        if thinking is ThinkingDisplay.OMITTED and kind in ("c", "r"):
             self._hidden.append(text)
         for entry in details if isinstance(details, list) and kind == "d" else ():
             if is_object(entry):
                 join_detail(self._details, entry)
 
     def signature(self) -> str:
-        payload = json_text(self._details) if self._kind == "d" else repaired("".join(self._hidden))
+        payload = json_text(self._details) if self._kind == "d" else well_formed_text("".join(self._hidden))
         return carrier_signature(self._kind, payload)
 
 
@@ -4256,14 +4256,14 @@ def join_detail(details: List[Json], entry: Json) -> None:
             last[key] = value
 
 
-class CallState(enum.Enum):
+class ArgumentsState(enum.Enum):
     """How far the arguments of a call have come."""
     NONE = 0             # no character of them yet
     OPEN = 1
     CLOSED = 2           # the JSON object is complete
 
 
-class Call(Segment):
+class PendingToolUse(PendingBlock):
     """A tool call.  Its arguments are followed only to know where their JSON object ends."""
 
     delta_type, delta_field = "input_json_delta", "partial_json"
@@ -4274,7 +4274,7 @@ class Call(Segment):
         self.name = ""
         self.client_id = ""
         self.extra: Any = None
-        self.state = CallState.NONE
+        self.state = ArgumentsState.NONE
         self.is_raw = False              # the arguments are not an object: collected, repaired at the end
         self._unsent = ""                # `{` and the white space after it, or all of a raw value
         self._raw: List[str] = []
@@ -4285,32 +4285,32 @@ class Call(Segment):
         self._blanks = 0                 # white space in a row outside strings
 
     def is_complete(self) -> bool:
-        return self.state is CallState.CLOSED and self.name != ""
+        return self.state is ArgumentsState.CLOSED and self.name != ""
 
     def is_in_string(self) -> bool:
         """Whether plain characters pass without changing anything."""
-        return self._in_string and not self._is_escaped and not self.held
+        return self._in_string and not self._is_escaped and not self.pending_text
 
     def may_start(self) -> bool:
         return self.name != ""
 
-    def block(self, exchange: Exchange) -> Json:
+    def block(self, translation: Translation) -> Json:
         return {"type": "tool_use", "id": self.client_id,
-                "name": client_tool_name(self.name, exchange.tool_names), "input": {}}
+                "name": client_tool_name(self.name, translation.tool_names), "input": {}}
 
     def accept(self, text: str) -> str:
         """What of a fragment of arguments can be sent now.  Raises UpstreamError for an endless blank."""
         if self._in_string and not self._is_escaped and not IN_STRING.search(text):
             return text                                          # the usual fragment
-        if self.state is CallState.CLOSED:
+        if self.state is ArgumentsState.CLOSED:
             if self._is_filled or not text.lstrip(BLANKS).startswith("{"):
                 return ""                                        # a brace too many, or all of it again
-            self.state, self._unsent = CallState.NONE, ""        # a gateway's {} before the real one
-        if self.state is CallState.NONE:
+            self.state, self._unsent = ArgumentsState.NONE, ""        # a gateway's {} before the real one
+        if self.state is ArgumentsState.NONE:
             text = self._without_lead(text)
             if not text:
                 return ""
-            self.state = CallState.OPEN
+            self.state = ArgumentsState.OPEN
             self.is_raw = text[0] != "{"
         if self.is_raw:
             self._raw.append(text)
@@ -4335,7 +4335,7 @@ class Call(Segment):
             return text
         self._unsent += text
         inside = self._unsent[1:].strip(BLANKS)
-        if not inside or (inside == "}" and self.state is CallState.CLOSED):
+        if not inside or (inside == "}" and self.state is ArgumentsState.CLOSED):
             return self.accept(rest) if rest.strip(BLANKS) else ""
         self._is_filled = True
         return self._unsent
@@ -4365,7 +4365,7 @@ class Call(Segment):
             else:
                 self._depth += 1 if sign in "{[" else -1
                 if self._depth == 0:
-                    self.state = CallState.CLOSED
+                    self.state = ArgumentsState.CLOSED
                     return "".join(done) + text[start:place], text[place:]
 
     def _count_blanks(self, text: str) -> None:
@@ -4389,29 +4389,29 @@ IN_STRING = re.compile(r'["\\\x00-\x1f]')
 OUT_OF_STRING = re.compile(r'["{}\[\]]')
 
 
-class CallTable:
+class ToolCalls:
     """The calls of an answer, and which of them a fragment belongs to.
 
     Servers number calls by index, by id, by both or by neither, and each in its own way.
     """
 
     def __init__(self) -> None:
-        self.all: List[Call] = []
-        self._by_id: Dict[str, Call] = {}
-        self._by_index: Dict[Any, Call] = {}
+        self.all: List[PendingToolUse] = []
+        self._by_id: Dict[str, PendingToolUse] = {}
+        self._by_index: Dict[Any, PendingToolUse] = {}
 
-    def find(self, entry: Json) -> Tuple[Optional[Call], bool]:
+    def find(self, entry: Json) -> Tuple[Optional[PendingToolUse], bool]:
         """(the call that a fragment means, whether it is new); (None, False) for one that means none."""
         function = entry.get("function") if is_object(entry.get("function")) else {}
         name = function["name"] if is_name(function.get("name")) else ""
         call_id = entry["id"] if is_name(entry.get("id")) else ""
         index = entry.get("index") if is_number(entry.get("index")) else None
-        call = self._known(index, call_id, name)
+        call = self._matching_call(index, call_id, name)
         is_new = call is None and (index is not None or name != "" or fragment_arguments(entry) != "")
         if is_new:
             if len(self.all) >= MAX_CALLS:
                 raise UpstreamError(502, f"The upstream's answer has more than {MAX_CALLS} tool calls")
-            call = Call()
+            call = PendingToolUse()
             self.all.append(call)
         if call is None:
             return None, False
@@ -4420,31 +4420,31 @@ class CallTable:
             call.extra = entry["extra_content"]
         return call, is_new
 
-    def _known(self, index: Any, call_id: str, name: str) -> Optional[Call]:
+    def _matching_call(self, index: Any, call_id: str, name: str) -> Optional[PendingToolUse]:
         if call_id in self._by_id:
             return self._by_id[call_id]
         if index is None:
             last = self.all[-1] if self.all else None
             if not name or last is None:
                 return last if not name else None
-            goes_on = last.state is CallState.OPEN and last.name == name and not (last.id and call_id)
+            goes_on = last.state is ArgumentsState.OPEN and last.name == name and not (last.id and call_id)
             return last if goes_on else None
         call = self._by_index.get(index)
         if call is None:
             return None
         if call_id and call.id and name:
-            return call if call.state is CallState.OPEN and call.name == name else None
-        is_next = name != "" and call.state is CallState.CLOSED and not (call_id and call.id)
+            return call if call.state is ArgumentsState.OPEN and call.name == name else None
+        is_next = name != "" and call.state is ArgumentsState.CLOSED and not (call_id and call.id)
         return None if is_next else call
 
-    def _note(self, call: Call, is_new: bool, index: Any, call_id: str, name: str) -> None:
+    def _note(self, call: PendingToolUse, is_new: bool, index: Any, call_id: str, name: str) -> None:
         if index is not None and (is_new or index not in self._by_index):
             self._by_index[index] = call
         if call_id and not call.id and call.index < 0:
             call.id = call_id
         if call_id and call.id == call_id:
             self._by_id[call_id] = call
-        if name and name != call.name and (call.state is CallState.NONE or not call.name):
+        if name and name != call.name and (call.state is ArgumentsState.NONE or not call.name):
             call.name += name
 
 
@@ -4573,7 +4573,7 @@ def is_whole(data: str) -> bool:
     return data == "[DONE]" or (data[:1] == "[" and data[-1:] == "]" and data.count("[") == data.count("]"))
 
 
-class Template:
+class ChunkPattern:
     """Passes the text of successive chunks on without parsing each: three times the chunks a second.
 
     The chunks of one stream mostly differ in nothing but their text.  `learn` splits a parsed chunk
@@ -4586,11 +4586,11 @@ class Template:
         self.head = ""                           # a chunk up to its text, opening quote included
         self.tail = ""                           # and from the closing quote on
         self.first = self.last = ""              # the same of the event around it
-        self.sink: Callable[[StreamTranslator, str], None] = StreamTranslator._text
-        self.call: Optional[Call] = None         # whose arguments the text is
+        self.target_kind: Callable[[StreamTranslator, str], None] = StreamTranslator._text
+        self.call: Optional[PendingToolUse] = None         # whose arguments the text is
         self._tries = 8                          # streams whose chunks all differ stop trying
 
-    def text_in(self, payload: str) -> Optional[str]:
+    def match_event(self, payload: str) -> Optional[str]:
         """The text of a chunk that is like the pattern; None for any other."""
         head = self.head
         if not head or not payload.startswith(head):
@@ -4604,7 +4604,7 @@ class Template:
         self._tries = 8
         return text
 
-    def text_alone(self, text: str) -> Optional[str]:
+    def match_read(self, text: str) -> Optional[str]:
         """The text of the one event that a slow server's read holds, if it is like the pattern: half the time."""
         if not self.head or not text.startswith(self.first) or not text.endswith(self.last):
             return None
@@ -4614,24 +4614,24 @@ class Template:
             return None
         return found if end == len(text) - len(self.last) else None
 
-    def texts_in(self, text: str, ends_at_escape: bool) -> Tuple[str, str]:
+    def match_run(self, text: str, ends_at_escape: bool) -> Tuple[str, str]:
         """(the texts of the events at the start that are like the pattern, as JSON writes them, BORDER between;
         what is behind them); ("", "") where there are none or their texts are not plain.
 
         `ends_at_escape`: only up to the first backslash, as in JSON inside JSON that one can end a string.
         """
         first, last = self.first, '"' + self.last
-        if not text.startswith(first) or BORDER in text:
+        if not text.startswith(first) or SEPARATOR in text:
             return "", ""
-        joined = BORDER.join(text.split(last + first))       # half the time of replace(), which searches twice
+        joined = SEPARATOR.join(text.split(last + first))       # half the time of replace(), which searches twice
         texts, end, rest = joined[len(first):].partition(last)
         if ends_at_escape and "\\" in texts:
-            cut = max(texts.rfind(BORDER, 0, texts.index("\\")), 0)
+            cut = max(texts.rfind(SEPARATOR, 0, texts.index("\\")), 0)
             texts, rest = texts[:cut], first + texts[cut + 1:] + end + rest
         plain = PLAIN_ESCAPE.sub("", texts) if "\\" in texts else texts
-        if not texts or not end or NOT_PLAIN.search(plain) or texts[:1] == BORDER or texts[-1:] == BORDER or BORDER + BORDER in texts:
+        if not texts or not end or NOT_PLAIN.search(plain) or texts[:1] == SEPARATOR or texts[-1:] == SEPARATOR or SEPARATOR + SEPARATOR in texts:
             return "", ""
-        return texts if texts.isascii() else NOT_ASCII.sub(_escaped, texts), rest.replace(BORDER, last + first)
+        return texts if texts.isascii() else NOT_ASCII.sub(_escaped, texts), rest.replace(SEPARATOR, last + first)
 
     def learn(self, payload: str, chunk: Json, delta: Any, translator: StreamTranslator) -> None:
         """Takes a chunk as the pattern of those after it, if it carries one text and nothing else."""
@@ -4644,14 +4644,14 @@ class Template:
         for match in re.finditer(f'"{key}"\\s*:\\s*"', payload):
             try:
                 text, end = scanstring(payload, match.end())
-                other = _decoder.decode(payload[:match.end()] + '?"' + payload[end:])
+                other = _upstream_decoder.decode(payload[:match.end()] + '?"' + payload[end:])
             except ValueError:
                 continue
             original, holder[key] = holder[key], "?"
             is_proven = text == original and other == chunk
             holder[key] = original
             if is_proven:
-                self.head, self.tail, self.sink = payload[:match.end()], payload[end:], sink
+                self.head, self.tail, self.target_kind = payload[:match.end()], payload[end:], sink
                 self.first, self.last = "data: " + self.head, self.tail + "\n\n"
                 return
 
@@ -4678,7 +4678,7 @@ class Template:
 BURST_TRIES = 5                          # looks at one read: each takes as long as copying it
 SHORT_READ = 600                         # characters, two events: a run of one is dearer than one by itself
 LONG_READ = 3000                         # characters, a dozen events: with less each by itself is as fast
-BORDER = "\x01"                          # stands in no JSON text
+SEPARATOR = "\x01"                          # stands in no JSON text
 NOT_PLAIN = re.compile(r'["\\\x00\x02-\x1f\x7f]')
 NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 PLAIN_ESCAPE = re.compile(r'\\["\\bfnrt]')     # escapes that are written the same way again
@@ -4686,7 +4686,7 @@ TEXT_CARRIERS = ("content", "reasoning_content", "reasoning", "reasoning_details
                  "function_call")
 
 
-class WrittenText:
+class OutputMeter:
     """The size of what was generated, for when the upstream gives no usage.
 
     The first part is kept and counted exactly as a prompt is; the rest is taken to be like it.
@@ -4750,7 +4750,7 @@ def block_events(index: int, block: Json) -> List[str]:
 
 def quoted(text: str) -> str:
     """A JSON string, without half a surrogate pair."""
-    return quote(repaired(text))
+    return quote(well_formed_text(text))
 
 
 def _escaped(match: Match[str]) -> str:
@@ -4796,15 +4796,15 @@ class Response(NamedTuple):
     headers: Headers = {}
 
 
-def known_request(head: bytes) -> Optional[Request]:
+def cached_request_head(head: bytes) -> Optional[Request]:
     """The Request in a head that was parsed before, or in one that differs from it by its length alone; else None.
 
     A client's heads hardly ever differ in more, and looking one up takes a fifth of the time of parsing it.
     """
     length = CONTENT_LENGTH.search(head)
     if length is None:
-        return KNOWN_HEADS.get((head, None))
-    request = KNOWN_HEADS.get((head[:length.start(1)], head[length.end(1):]))
+        return HEAD_CACHE.get((head, None))
+    request = HEAD_CACHE.get((head[:length.start(1)], head[length.end(1):]))
     if request is None:
         return None
     method, path, query, headers, is_http11, authority = request
@@ -4815,14 +4815,14 @@ def parse_request_head(head: bytes) -> Request:
     """The Request in a head that ends before its empty line.  Raises ProtocolError.  [RFC 9112 3]"""
     request = parsed_request_head(head)
     if len(head) <= KNOWN_HEAD_SIZE:
-        if len(KNOWN_HEADS) >= MAX_KNOWN_HEADS:
-            KNOWN_HEADS.clear()
+        if len(HEAD_CACHE) >= MAX_KNOWN_HEADS:
+            HEAD_CACHE.clear()
         length = CONTENT_LENGTH.search(head)
-        KNOWN_HEADS[(head[:length.start(1)], head[length.end(1):]) if length else (head, None)] = request
+        HEAD_CACHE[(head[:length.start(1)], head[length.end(1):]) if length else (head, None)] = request
     return request
 
 
-KNOWN_HEADS: Dict[Tuple[bytes, Optional[bytes]], Request] = {}       # by what stands before and behind the length
+HEAD_CACHE: Dict[Tuple[bytes, Optional[bytes]], Request] = {}       # by what stands before and behind the length
 MAX_KNOWN_HEADS = 64                     # clients, and the kinds of request that each makes
 KNOWN_HEAD_SIZE = 2048                   # bytes; Claude Code's are about 800
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: ?([0-9]{1,18})(?=\r\n|$)", re.I)
@@ -5395,7 +5395,7 @@ def last_hour(minutes: Iterable[Json], now: float) -> List[Json]:
     return hour
 
 
-class Board:
+class SharedCounters:
     """Memory that workers share: each writes what it has counted into its own slot, all can read all.
 
     A slot is a sequence number, odd while it is being written, a length, and JSON.
@@ -5456,25 +5456,25 @@ METRICS = {
 # turn of the loop writes goes out when it is over, but for the chunks of a stream.
 
 
-class TimedOut(Exception):
+class ReadTimeout(Exception):
     """The peer was silent for too long."""
 
 
-class Timeout(NamedTuple):
+class TimeLimit(NamedTuple):
     """How long an answer may take, and the setting that says so."""
     seconds: float
     setting: str
 
 
-class WatchedProtocol(asyncio.StreamReaderProtocol):
+class ConnectionProtocol(asyncio.StreamReaderProtocol):
     """Tells at once when the peer closes, also while nobody reads: asyncio's streams do not."""
 
-    on_gone: Optional[Callable[[], None]] = None     # called when it does, while somebody wants to know
-    on_stray: Optional[Callable[[], None]] = None    # called for whatever happens, while nothing should
+    on_disconnect: Optional[Callable[[], None]] = None     # called when it does, while somebody wants to know
+    on_unexpected: Optional[Callable[[], None]] = None    # called for whatever happens, while nothing should
     on_data: Optional[Callable[[bytes], None]] = None    # takes what comes, in place of the reader
     waiter: Optional[asyncio.Future] = None          # waits until on_data has had enough
-    fault: Optional[Exception] = None                # what broke the connection
-    is_flooded = False                               # the peer sent far ahead: what is over MAX_AHEAD is lost
+    connection_error: Optional[Exception] = None                # what broke the connection
+    exceeded_read_ahead = False                               # the peer sent far ahead: what is over MAX_AHEAD is lost
     _ahead = 0
 
     def __init__(self, reader: asyncio.StreamReader, on_connection: Optional[Callable[..., Any]] = None,
@@ -5484,20 +5484,20 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
 
     def watch(self, on_gone: Callable[[], None]) -> None:
         """While watched, what the peer sends is bounded, since a paused transport would not see its end."""
-        self.on_gone = on_gone
+        self.on_disconnect = on_gone
         self._ahead = 0
 
     def data_received(self, data: bytes) -> None:
         if self.on_data is not None:
             self.on_data(data)
             return
-        if self.on_stray is not None:
-            self.on_stray()
+        if self.on_unexpected is not None:
+            self.on_unexpected()
             return
-        if self.on_gone is not None:
+        if self.on_disconnect is not None:
             self._ahead += len(data)
-            if self._ahead > MAX_AHEAD:
-                self.is_flooded = True
+            if self._ahead > MAX_READ_AHEAD:
+                self.exceeded_read_ahead = True
                 return
         self._reader.feed_data(data)
 
@@ -5508,13 +5508,13 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
         # As an end and not as an exception, which would hide what had been read before it.
-        self.fault = exc
+        self.connection_error = exc
         super().connection_lost(None)
         self._tell_of_end()
 
     def _tell_of_end(self) -> None:
         self.end_wait()
-        for tell in (self.on_gone, self.on_stray):
+        for tell in (self.on_disconnect, self.on_unexpected):
             if tell is not None:
                 tell()
 
@@ -5527,7 +5527,7 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
         finally:
             self.on_data = self.waiter = None
 
-    def hand_over(self, data: bytes) -> None:
+    def deliver(self, data: bytes) -> None:
         """Gives what comes to the waiter itself, which takes a third of the way through the reader's buffer."""
         if len(data) > READ_SIZE or self.waiter is None or self.waiter.done():
             self.end_wait()
@@ -5545,10 +5545,10 @@ class WatchedProtocol(asyncio.StreamReaderProtocol):
                 self.waiter.set_exception(error)
 
 
-MAX_AHEAD = 65536                        # bytes that a client may send before its answer has ended
+MAX_READ_AHEAD = 65536                        # bytes that a client may send before its answer has ended
 
 
-async def within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
+async def with_timeout(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
     """What `work` returns.  Raises TimedOut when it has not after so many seconds.
 
     As wait_for, which up to Python 3.11 needs a task for it: a sixth of what a connection costs.
@@ -5567,7 +5567,7 @@ async def within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
     except asyncio.CancelledError:
         if not late or (hasattr(task, "uncancel") and task.uncancel() > others):
             raise                                        # somebody else has cancelled it, or has too
-        raise TimedOut from None
+        raise ReadTimeout from None
     finally:
         timer.cancel()
 
@@ -5587,26 +5587,26 @@ class ByteStream:
         self._due: Optional[float] = None
         self._watchdog: Optional[asyncio.TimerHandle] = None
 
-    def expect(self, due: float) -> None:
+    def set_deadline(self, due: float) -> None:
         """From now on a read that still waits at this time of the loop's clock raises TimedOut."""
         self._due = due
         if self._watchdog is None or self._watchdog.when() > due + 0.001:
             if self._watchdog is not None:
                 self._watchdog.cancel()
-            self._watchdog = self._loop.call_at(due, self._look)
+            self._watchdog = self._loop.call_at(due, self._check_deadline)
 
-    def relax(self) -> None:
+    def clear_deadline(self) -> None:
         """No deadline: nothing is expected of the peer."""
         self._due = None
 
-    def _look(self) -> None:
+    def _check_deadline(self) -> None:
         self._watchdog = None
         if self._due is not None:
             if self._loop.time() >= self._due - 0.001:
-                self._reader.set_exception(TimedOut())
+                self._reader.set_exception(ReadTimeout())
                 self._protocol.end_wait()
             else:
-                self._watchdog = self._loop.call_at(self._due, self._look)
+                self._watchdog = self._loop.call_at(self._due, self._check_deadline)
 
     async def read(self) -> bytes:
         """The bytes that are there, or the next to come; b"" at the end.  Raises TimedOut, OSError.
@@ -5618,11 +5618,11 @@ class ByteStream:
             return data
         protocol = self._protocol
         if not self._has_news():
-            data = await protocol.wait(protocol.hand_over)
+            data = await protocol.wait(protocol.deliver)
             if data:
                 return data
         data = await self._reader.read(READ_SIZE)
-        if not data and protocol.fault is not None:
+        if not data and protocol.connection_error is not None:
             raise ConnectionResetError("the connection was reset")
         return data
 
@@ -5648,33 +5648,33 @@ class ByteStream:
             except Exception as error:
                 protocol.end_wait(error)
 
-        if self.has_pushed or self._has_news() or self.transport.is_closing():
+        if self.has_unread or self._has_news() or self.transport.is_closing():
             return
-        self.expect(clock() + seconds)
+        self.set_deadline(clock() + seconds)
         try:
             await protocol.wait(hand_on)
         finally:
-            self.relax()
+            self.clear_deadline()
 
     def _has_news(self) -> bool:
         """Whether the reader has something to tell: bytes, the end, or an error.  There is no public way to ask."""
         return bool(self._reader._buffer or self._reader._eof or self._reader._exception)    # type: ignore[attr-defined]
 
-    def take_pushed(self) -> bytes:
+    def take_unread(self) -> bytes:
         """What was given back, without waiting."""
         data, self._pushed = self._pushed, b""
         return data
 
-    def push(self, data: bytes) -> None:
+    def unread(self, data: bytes) -> None:
         """Gives bytes back: they are read next."""
         self._pushed = data + self._pushed if self._pushed else data
 
     @property
-    def has_pushed(self) -> bool:
+    def has_unread(self) -> bool:
         return bool(self._pushed)
 
     @property
-    def has_unread(self) -> bool:
+    def has_buffered(self) -> bool:
         """Whether bytes have come that nobody has read."""
         return bool(self._pushed or self._reader._buffer)    # type: ignore[attr-defined]   # there is no public way
 
@@ -5715,7 +5715,7 @@ class ByteStream:
         self.transport.write(data)
 
     @property
-    def unsent(self) -> int:
+    def unsent_bytes(self) -> int:
         """Bytes that the peer has not taken yet."""
         return len(self._gathered) + self.transport.get_write_buffer_size()
 
@@ -5724,7 +5724,7 @@ class ByteStream:
         self.flush()
         if self.transport.is_closing():
             raise ConnectionResetError("the connection is closed")
-        if self.unsent > WRITE_BUFFER:
+        if self.unsent_bytes > WRITE_BUFFER:
             await self._writer.drain()
 
     def now(self) -> float:
@@ -5768,7 +5768,7 @@ def request_head_end(data: bytes, searched: int) -> int:
     Empty lines before the request line must have been cut.  [RFC 9112 2.2]
     """
     end = data.find(b"\r\n\r\n", searched)
-    if data and TOKEN.match(data) is None:
+    if data and HTTP_TOKEN.match(data) is None:
         raise ProtocolError(400, "The request line is malformed: is this TLS? http:// is spoken here")
     head = data if end < 0 else data[:end + 4]
     line_end = head.find(b"\r\n")
@@ -5812,7 +5812,7 @@ def response_head_end(data: bytes, searched: int) -> int:
 class Connection:
     """One connection to the upstream."""
     stream: ByteStream
-    protocol: WatchedProtocol
+    protocol: ConnectionProtocol
     is_reused: bool = False
     tunnel: Optional[Connection] = None              # the connection under its TLS: collected, it would be closed
     idle_since: float = 0.0              # time.time(): that clock goes on while a laptop sleeps
@@ -5843,7 +5843,7 @@ class Upstream:
         return len(self._idle)
 
     async def send(self, method: str, path: str, body: bytes, key: str, is_streamed: bool,
-                   timeout: Timeout, meanwhile: Optional[Callable[[], Any]] = None) -> Reply:
+                   timeout: TimeLimit, on_sent: Optional[Callable[[], Any]] = None) -> UpstreamResponse:
         """Sends one request and waits for the head of its answer, which must come within `timeout`.
 
         `meanwhile` is called once the request has been sent.  Raises UpstreamError.
@@ -5855,13 +5855,13 @@ class Upstream:
                 self._heads.clear()
             head = self._heads[method, path, key, is_streamed] = self._request_head(method, path, key, is_streamed)
         request = head + (b"\r\n" if method == "GET" else b"Content-Length: %d\r\n\r\n" % len(body))
-        connection = self._pooled() or await self._connected(due)
+        connection = self._take_idle() or await self._open_in_time(due)
         try:
-            return await self._exchanged(connection, request, body, due, timeout, meanwhile)
+            return await self._send_and_read_head(connection, request, body, due, timeout, on_sent)
         except ConnectionLost as error:
-            if not connection.is_reused or error.answered:
+            if not connection.is_reused or error.has_response:
                 raise
-        return await self._exchanged(await self._connected(due), request, body, due, timeout, meanwhile)
+        return await self._send_and_read_head(await self._open_in_time(due), request, body, due, timeout, on_sent)
 
     def _request_head(self, method: str, path: str, key: str, is_streamed: bool) -> bytes:
         """The head of a request but for its length: nothing of the client's goes into it.  [RFC 9112 3.2]"""
@@ -5882,10 +5882,10 @@ class Upstream:
 
     # ---- connections --------------------------------------------------------
 
-    def _pooled(self) -> Optional[Connection]:
+    def _take_idle(self) -> Optional[Connection]:
         while self._idle:
             connection = self._idle.pop()
-            connection.protocol.on_stray = None
+            connection.protocol.on_unexpected = None
             if 0 <= time.time() - connection.idle_since < IDLE_TIME and not connection.stream.is_gone():
                 connection.is_reused = True
                 self._metrics.add("upstream_connections_reused_total")
@@ -5895,17 +5895,17 @@ class Upstream:
 
     def release(self, connection: Connection) -> None:
         """Takes a connection back whose answer has been read to its end."""
-        if connection.stream.is_gone() or connection.stream.has_unread:
+        if connection.stream.is_gone() or connection.stream.has_buffered:
             connection.stream.abort()
             return
-        connection.stream.relax()
+        connection.stream.clear_deadline()
         connection.idle_since = time.time()
-        connection.protocol.on_stray = lambda: self._drop(connection)
+        connection.protocol.on_unexpected = lambda: self._discard_idle(connection)
         self._idle.append(connection)
         if self._reaper is None:
             self._reaper = self._loop.call_later(IDLE_TIME / 4, self._reap)
 
-    def _drop(self, connection: Connection) -> None:
+    def _discard_idle(self, connection: Connection) -> None:
         """Whatever happens on an idle connection makes it useless."""
         if connection in self._idle:
             self._idle.remove(connection)
@@ -5925,16 +5925,16 @@ class Upstream:
             self._reaper.cancel()
             self._reaper = None
 
-    async def _connected(self, due: float) -> Connection:
+    async def _open_in_time(self, due: float) -> Connection:
         """A new connection, TLS and the outgoing proxy's tunnel included.  Raises UpstreamError."""
         seconds = min(due - self._loop.time(), CONNECT_TIME, self._settings.request_timeout)
         is_connected = False
         try:
-            connection = await within(max(seconds, 0.001), self._connect())
+            connection = await with_timeout(max(seconds, 0.001), self._connect())
             is_connected = True
             self._metrics.add("upstream_connections_opened_total")
             return connection
-        except TimedOut:
+        except ReadTimeout:
             raise UpstreamError(504, f"The upstream did not answer within {seconds:.3g} s: no connection to "
                                 f"{self.host}:{self.port} (REQUEST_TIMEOUT)") from None
         except (OSError, EOFError, ProtocolError) as error:
@@ -5944,19 +5944,19 @@ class Upstream:
 
     async def _connect(self) -> Connection:
         if self._proxy is None:
-            return await self._opened(self.host, self.port, self._tls)
-        connection = await self._opened(self._proxy.hostname or "", self._proxy.port or 80, None)
+            return await self._open_socket(self.host, self.port, self._tls)
+        connection = await self._open_socket(self._proxy.hostname or "", self._proxy.port or 80, None)
         if self._tls is not None:
             try:
-                return await self._tunnelled(connection)
+                return await self._open_tunnel(connection)
             except BaseException:
                 connection.stream.abort()
                 raise
         return connection
 
-    async def _opened(self, host: str, port: int, tls: Optional[ssl.SSLContext]) -> Connection:
+    async def _open_socket(self, host: str, port: int, tls: Optional[ssl.SSLContext]) -> Connection:
         reader = asyncio.StreamReader(READ_SIZE, self._loop)
-        protocol = WatchedProtocol(reader, loop=self._loop)
+        protocol = ConnectionProtocol(reader, loop=self._loop)
         options: Json = {"ssl": tls, "server_hostname": self.host} if tls else {}
         try:
             ipaddress.ip_address(host)
@@ -5966,7 +5966,7 @@ class Upstream:
         writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
         return Connection(ByteStream(reader, writer), protocol)
 
-    async def _tunnelled(self, connection: Connection) -> Connection:
+    async def _open_tunnel(self, connection: Connection) -> Connection:
         """TLS through the outgoing proxy's CONNECT.  [RFC 9110 9.3.6]"""
         name = f"[{self.host}]" if ":" in self.host else self.host
         target = f"{name}:{self.port}"
@@ -5979,7 +5979,7 @@ class Upstream:
         if not 200 <= status < 300 or rest:
             raise OSError(f"the outgoing proxy answered {status} to CONNECT")
         reader = asyncio.StreamReader(READ_SIZE, self._loop)
-        protocol = WatchedProtocol(reader, loop=self._loop)
+        protocol = ConnectionProtocol(reader, loop=self._loop)
         transport = await self._loop.start_tls(connection.stream.transport, protocol, self._tls,
                                                server_hostname=self.host)
         protocol.connection_made(transport)
@@ -5988,20 +5988,20 @@ class Upstream:
 
     # ---- request and answer -------------------------------------------------
 
-    async def _exchanged(self, connection: Connection, request: bytes, body: bytes, due: float,
-                         timeout: Timeout, meanwhile: Optional[Callable[[], Any]]) -> Reply:
+    async def _send_and_read_head(self, connection: Connection, request: bytes, body: bytes, due: float,
+                         timeout: TimeLimit, on_sent: Optional[Callable[[], Any]]) -> UpstreamResponse:
         stream = connection.stream
         has_answered = False
         try:
-            stream.expect(due)
+            stream.set_deadline(due)
             if len(body) <= WRITE_PIECE:
                 stream.write(request + body)             # what the socket does not take waits in a bounded buffer
-                if meanwhile is not None:
+                if on_sent is not None:
                     stream.flush()
-                    meanwhile()
+                    on_sent()
                 start, is_sent = await stream.read(), True
             else:
-                start, is_sent = await self._large_write(stream, request, body, meanwhile)
+                start, is_sent = await self._write_large(stream, request, body, on_sent)
             has_answered = bool(start)
             while True:
                 end = response_head_end(start, 0)
@@ -6011,14 +6011,14 @@ class Upstream:
                     break                                # 1xx are skipped  [RFC 9110 15.2]
                 if status == 101:
                     raise ProtocolError(502, "an upgrade that nobody asked for")
-            stream.relax()
-            return Reply(self, connection, status, headers, start, is_http11 and is_sent, timeout, due)
+            stream.clear_deadline()
+            return UpstreamResponse(self, connection, status, headers, start, is_http11 and is_sent, timeout, due)
         except BaseException as error:
             stream.abort()
             raise exchange_error(error, self, has_answered, timeout) from None
 
-    async def _large_write(self, stream: ByteStream, request: bytes, body: bytes,
-                           meanwhile: Optional[Callable[[], Any]]) -> Tuple[bytes, bool]:
+    async def _write_large(self, stream: ByteStream, request: bytes, body: bytes,
+                           on_sent: Optional[Callable[[], Any]]) -> Tuple[bytes, bool]:
         """Sends a large body in pieces, as the upstream takes them.
 
         Returns (the first bytes of the answer, whether all was sent): it may answer before it has read all.
@@ -6039,8 +6039,8 @@ class Upstream:
                     await asyncio.gather(draining, return_exceptions=True)
             else:
                 is_sent = True
-            if meanwhile is not None:
-                meanwhile()
+            if on_sent is not None:
+                on_sent()
             return await reading, is_sent
         finally:
             reading.cancel()
@@ -6054,14 +6054,14 @@ WRITE_PIECE = 262144                     # bytes of a large body at a time
 LAST_BYTES_WAIT = 1.0                    # seconds for what follows [DONE]
 
 
-class Reply:
+class UpstreamResponse:
     """The upstream's answer: its head is here, its body comes by read().
 
     The body must be whole at `due`, loop time; with `is_live` each read may take `timeout` anew.
     """
 
     def __init__(self, upstream: Upstream, connection: Connection, status: int, headers: Headers, start: bytes,
-                 is_http11: bool, timeout: Timeout, due: float) -> None:
+                 is_http11: bool, timeout: TimeLimit, due: float) -> None:
         self.timeout = timeout
         self.is_live = False
         self._due = due
@@ -6095,9 +6095,9 @@ class Reply:
                 else:
                     data, self._start = self._start, b""
                     if not data:
-                        stream.expect(stream.now() + self.timeout.seconds if self.is_live else self._due)
+                        stream.set_deadline(stream.now() + self.timeout.seconds if self.is_live else self._due)
                         data = await stream.read()
-                        stream.relax()               # while the client does not read, nobody waits for the upstream
+                        stream.clear_deadline()               # while the client does not read, nobody waits for the upstream
                         if not data:
                             return self._ended()
                     data = body.feed(data)
@@ -6149,7 +6149,7 @@ class Reply:
 
     async def finish(self) -> None:
         """Reads the few bytes after the last event, so that the connection can be used again."""
-        self.timeout = Timeout(LAST_BYTES_WAIT, "")
+        self.timeout = TimeLimit(LAST_BYTES_WAIT, "")
         self.is_live = True
         try:
             for _ in range(4):
@@ -6175,18 +6175,18 @@ class Reply:
         if connection is not None:
             connection.stream.abort()
 
-    def hang_up(self) -> None:
+    def abandon(self) -> None:
         """Ends the answer here: a read that waits sees the end of the connection."""
         self._stream.transport.abort()
 
 
-def exchange_error(error: BaseException, upstream: Upstream, has_answered: bool, timeout: Timeout) -> BaseException:
+def exchange_error(error: BaseException, upstream: Upstream, has_answered: bool, timeout: TimeLimit) -> BaseException:
     """The UpstreamError for what went wrong on a connection; what is not about it as it is."""
-    if isinstance(error, TimedOut):
+    if isinstance(error, ReadTimeout):
         return UpstreamError(504, f"The upstream did not answer within {timeout.seconds:g} s ({timeout.setting})")
     if isinstance(error, ProtocolError):
         broken = ConnectionLost(502, "The upstream broke HTTP: " + error.message[:1].lower() + error.message[1:])
-        broken.answered = True           # it did: that request is not sent again
+        broken.has_response = True           # it did: that request is not sent again
         return broken
     if isinstance(error, zlib.error):
         return UpstreamError(502, "The upstream's compressed answer is damaged")
@@ -6197,7 +6197,7 @@ def exchange_error(error: BaseException, upstream: Upstream, has_answered: bool,
     else:
         lost = ConnectionLost(502, f"Cannot connect to {upstream.host}:{upstream.port}: "
                               "the connection was closed before an answer")
-    lost.answered = has_answered
+    lost.has_response = has_answered
     return lost
 
 
@@ -6236,12 +6236,12 @@ SYSTEM_ROOTS = "/etc/ssl/cert.pem"       # macOS's own: python.org's builds star
 def outgoing_proxy(settings: Settings, host: str) -> Optional[SplitResult]:
     """The proxy that leads to a host, or None.  This machine is never behind one."""
     proxy = settings.https_proxy if settings.openai_base_url.scheme == "https" else settings.http_proxy
-    if proxy is None or is_loopback(host) or any(is_exempt(host, entry) for entry in settings.no_proxy):
+    if proxy is None or is_loopback(host) or any(bypasses_proxy(host, entry) for entry in settings.no_proxy):
         return None
     return proxy
 
 
-def is_exempt(host: str, entry: str) -> bool:
+def bypasses_proxy(host: str, entry: str) -> bool:
     """Whether a NO_PROXY entry (name, .suffix, address, network or *) covers a host."""
     entry = entry.lower().lstrip("*.") if entry != "*" else entry
     try:
@@ -6280,15 +6280,15 @@ class Transaction:
         self.first_token: Optional[float] = None
         self.is_shut_down = False                # the proxy ends before the answer does
         self.extra_headers: Headers = {}         # CORS, for every answer to this request
-        self.facts: Json = {}                    # for the log
+        self.log_fields: Json = {}                    # for the log
         self.secrets: Tuple[str, ...] = ()
         self._stream = stream
         self.body_size = 0
-        self.is_wide = False                     # much of the body is beyond ASCII
+        self.is_mostly_non_ascii = False                     # much of the body is beyond ASCII
         self._waits_for_100 = "expect" in request.headers and request.is_http11
 
     def note(self, **facts: Any) -> None:
-        self.facts.update(facts)
+        self.log_fields.update(facts)
 
     def has_begun(self) -> bool:
         """Whether the answer's head is out: errors can then only be told inside the stream."""
@@ -6300,7 +6300,7 @@ class Transaction:
         """The body as a JSON object.  Raises ProxyError."""
         data = await self._read_body(limit)
         text = request_text(data)
-        self.is_wide = len(data) > len(text) * 1.2
+        self.is_mostly_non_ascii = len(data) > len(text) * 1.2
         del data                                 # of a large body no more stands in memory than must
         value = request_value(text)
         if not is_object(value):
@@ -6308,10 +6308,10 @@ class Transaction:
         return value
 
     async def _read_body(self, limit: int) -> Union[bytes, bytearray]:
-        if self._waits_for_100 and not self._stream.has_pushed and not self.body.done:
+        if self._waits_for_100 and not self._stream.has_unread and not self.body.done:
             self._stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._waits_for_100 = False
-        data: Union[bytes, bytearray] = b"" if self.body.done else self.body.feed(self._stream.take_pushed())
+        data: Union[bytes, bytearray] = b"" if self.body.done else self.body.feed(self._stream.take_unread())
         while not self.body.done:
             if len(data) > limit:
                 raise too_large(limit)
@@ -6320,23 +6320,23 @@ class Transaction:
         if len(data) > limit:
             raise too_large(limit)
         if self.body.rest:
-            self._stream.push(self.body.rest)            # the next request, sent ahead
+            self._stream.unread(self.body.rest)            # the next request, sent ahead
             self.body.rest = b""
         self.body_size = len(data)
         return data
 
     async def _body_piece(self) -> bytes:
-        if not self._stream.has_pushed:
-            self._stream.expect(self._stream.now() + BODY_SILENCE)
+        if not self._stream.has_unread:
+            self._stream.set_deadline(self._stream.now() + BODY_READ_TIME)
         try:
             data = await self._stream.read()
-        except TimedOut:
-            raise ProtocolError(408, f"The request's body was silent for {BODY_SILENCE:g} s") from None
+        except ReadTimeout:
+            raise ProtocolError(408, f"The request's body was silent for {BODY_READ_TIME:g} s") from None
         except OSError:
-            raise ClientGone from None
-        self._stream.relax()
+            raise ClientDisconnected from None
+        self._stream.clear_deadline()
         if not data:
-            raise ClientGone
+            raise ClientDisconnected
         return self.body.feed(data)
 
     def may_skip_body(self) -> bool:
@@ -6348,7 +6348,7 @@ class Transaction:
         while not self.body.done:
             await self._body_piece()
         if self.body.rest:
-            self._stream.push(self.body.rest)
+            self._stream.unread(self.body.rest)
             self.body.rest = b""
 
     # ---- the answer, as a stream --------------------------------------------
@@ -6358,7 +6358,7 @@ class Transaction:
         self.send_now(events, is_last)
         await self.drain()
 
-    def is_behind(self) -> bool:
+    def has_unsent(self) -> bool:
         """Whether the client has not taken all yet that send_now() sent."""
         return self._stream.transport.get_write_buffer_size() > 0
 
@@ -6366,7 +6366,7 @@ class Transaction:
         try:
             await self._stream.drain()
         except OSError:
-            raise ClientGone from None
+            raise ClientDisconnected from None
 
     def send_now(self, events: bytes, is_last: bool = False, now: float = 0.0) -> None:
         """The same without waiting: one write for all of it.  `now` is the loop's time, if the caller has it."""
@@ -6393,12 +6393,12 @@ class Transaction:
     def watch_client(self) -> None:
         """From now on the task of this request is cancelled when the client closes.  Raises ClientGone."""
         if self._stream.is_gone():
-            raise ClientGone
+            raise ClientDisconnected
         self._watch()
 
-    def is_clogged(self) -> bool:
+    def is_over_write_limit(self) -> bool:
         """Whether the client takes nothing at the moment."""
-        return self._stream.unsent > WRITE_BUFFER
+        return self._stream.unsent_bytes > WRITE_BUFFER
 
     def keeps_alive(self) -> bool:
         return self.request.keeps_alive() and not self.is_shut_down
@@ -6409,7 +6409,7 @@ def too_large(limit: int) -> ProxyError:
 
 
 LARGE_BODY = 1048576                     # bytes
-BODY_SILENCE = 60.0                      # seconds without a byte of a request's body
+BODY_READ_TIME = 60.0                      # seconds without a byte of a request's body
 SKIPPED_BODY = 65536                     # bytes of an unread body that are read away to keep a connection
 
 
@@ -6431,7 +6431,7 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 class App:
     """What all requests share: settings, upstream, what was learned, what is counted."""
 
-    def __init__(self, settings: Settings, page: str = "", board: Optional[Board] = None, slot: int = 0) -> None:
+    def __init__(self, settings: Settings, page: str = "", board: Optional[SharedCounters] = None, slot: int = 0) -> None:
         self.metrics = Metrics()
         self.history = History()
         self.board = board                       # where several workers add up what they count
@@ -6440,34 +6440,34 @@ class App:
         self.in_flight = 0
         self.is_draining = False
         self.began = time.time()
-        self.lessons: Dict[str, Dict[str, Any]] = {}         # mapped model -> lesson's name -> argument
+        self.adjustments: Dict[str, Dict[str, Any]] = {}         # mapped model -> lesson's name -> argument
         self.tasks: Set[asyncio.Task] = set()
         self.truncation_warned: Set[str] = set()
-        self.known_hosts: Set[str] = set()                   # values of Host that passed check_host, which takes 5 us
+        self.accepted_hosts: Set[str] = set()                   # values of Host that passed check_host, which takes 5 us
         self.pid = os.getpid() if board is None else os.getppid()
         self.loop = asyncio.get_running_loop()
         self.new_id = RandomIds()
         self._is_published = True
         self.upstream: Upstream = None       # type: ignore[assignment]   # set by use()
-        self.use(settings)
+        self.apply_settings(settings)
 
-    def use(self, settings: Settings) -> None:
+    def apply_settings(self, settings: Settings) -> None:
         """Takes settings, at the start and on SIGHUP; running requests go on with the old ones."""
         upstream = Upstream(settings, self.metrics)
         if self.upstream is not None:
             self.upstream.close()
         self.settings, self.upstream = settings, upstream
-        self.lessons.clear()
-        self.known_hosts.clear()
-        self.silence = Timeout(settings.stream_timeout, "STREAM_TIMEOUT")
-        self.whole = Timeout(settings.request_timeout, "REQUEST_TIMEOUT")
+        self.adjustments.clear()
+        self.accepted_hosts.clear()
+        self.stream_limit = TimeLimit(settings.stream_timeout, "STREAM_TIMEOUT")
+        self.request_limit = TimeLimit(settings.request_timeout, "REQUEST_TIMEOUT")
         self.secrets = tuple(settings.secrets())
 
-    def learned(self, model: str) -> Dict[str, Any]:
+    def adjustments_for(self, model: str) -> Dict[str, Any]:
         """The lessons of a model, oldest models forgotten first."""
-        if model not in self.lessons and len(self.lessons) >= LEARNED_MODELS:
-            del self.lessons[next(iter(self.lessons))]
-        return self.lessons.setdefault(model, {})
+        if model not in self.adjustments and len(self.adjustments) >= LEARNED_MODELS:
+            del self.adjustments[next(iter(self.adjustments))]
+        return self.adjustments.setdefault(model, {})
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Runs work that nobody waits for; kept until it ends, or it could be collected before."""
@@ -6475,7 +6475,7 @@ class App:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    def count(self, request: Optional[Json]) -> None:
+    def record_request(self, request: Optional[Json]) -> None:
         """Keeps a request for the status page, and lets the other workers know, soon."""
         if request is not None:
             self.history.add(request)
@@ -6486,19 +6486,19 @@ class App:
     def publish(self) -> None:
         self._is_published = True
         if self.board is not None:
-            self.board.write(self.slot, self.counts())
+            self.board.write(self.slot, self.snapshot())
 
-    def counts(self) -> Json:
+    def snapshot(self) -> Json:
         """All that this worker has counted, and how it is."""
         return {"sums": self.metrics.sums, "in_flight": self.in_flight, "idle": self.upstream.idle_count,
-                "recent": list(self.history.recent), "minutes": list(self.history.minutes), "lessons": self.lessons}
+                "recent": list(self.history.recent), "minutes": list(self.history.minutes), "lessons": self.adjustments}
 
-    def all_counts(self) -> List[Json]:
+    def all_snapshots(self) -> List[Json]:
         """The counts of all workers, this one's first."""
         others = [self.board.read(slot) for slot in range(self.board.slots) if slot != self.slot] if self.board else []
-        return [self.counts(), *filter(None, others)]
+        return [self.snapshot(), *filter(None, others)]
 
-    def inherit(self) -> None:
+    def restore_counters(self) -> None:
         """Goes on counting where a worker that died in this slot had stopped."""
         found = self.board.read(self.slot) if self.board is not None else {}
         for name, series in found.get("sums", {}).items():
@@ -6531,10 +6531,10 @@ class RandomIds:
 async def respond(app: App, tx: Transaction) -> Optional[Response]:
     """The answer to a request.  Every exception ends here, but the client's going."""
     try:
-        return await handled(app, tx)
+        return await dispatch(app, tx)
     except ProxyError as error:
         return error_response(app, tx, error)
-    except ClientGone:
+    except ClientDisconnected:
         raise
     except asyncio.CancelledError:
         if not tx.is_shut_down:
@@ -6543,7 +6543,7 @@ async def respond(app: App, tx: Transaction) -> Optional[Response]:
     except Exception as error:
         log_internal_error(app, tx, error)
         if tx.has_begun():
-            raise ClientGone from None           # a second head would be read as part of the stream
+            raise ClientDisconnected from None           # a second head would be read as part of the stream
         return error_response(app, tx, ProxyError(500, "Internal error"))
 
 
@@ -6557,7 +6557,7 @@ def log_internal_error(app: App, tx: Transaction, error: Exception) -> None:
 
 def error_response(app: App, tx: Transaction, error: ProxyError) -> Response:
     """An error as an answer; also what the log says of it."""
-    tx.note(outcome=error.outcome, error=error.log_text[:300])
+    tx.note(outcome=error.outcome, error=error.log_message[:300])
     if isinstance(error, UpstreamError):
         tx.note(upstream_status=error.upstream_status)
     if tx.is_shut_down:
@@ -6568,14 +6568,14 @@ def error_response(app: App, tx: Transaction, error: ProxyError) -> Response:
     return Response(error.status, json_bytes(error_fields(error, tx.id)), headers=headers)
 
 
-async def handled(app: App, tx: Transaction) -> Optional[Response]:
+async def dispatch(app: App, tx: Transaction) -> Optional[Response]:
     request, settings = tx.request, app.settings
     check_origin(tx, settings)
     if request.method == "OPTIONS":
         return preflight(tx)
-    if request.authority not in app.known_hosts:
-        if check_host(request, settings) and len(app.known_hosts) < KNOWN_HOSTS:
-            app.known_hosts.add(request.authority)
+    if request.authority not in app.accepted_hosts:
+        if check_host(request, settings) and len(app.accepted_hosts) < KNOWN_HOSTS:
+            app.accepted_hosts.add(request.authority)
     check_key(request, settings)
     route = ROUTES.get(request.path) or (ROUTES["/v1/models/"] if request.path.startswith("/v1/models/") else None)
     if route is None:
@@ -6637,12 +6637,12 @@ def is_own_origin(origin: str) -> bool:
 
 def preflight(tx: Transaction) -> Response:
     """[Fetch: CORS preflight]"""
-    asked = tx.request.headers.get("access-control-request-headers", "")
+    wanted = tx.request.headers.get("access-control-request-headers", "")
     headers = {"allow": "GET, HEAD, POST, OPTIONS"}
     if tx.extra_headers:
         headers.update({"access-control-allow-methods": "GET, HEAD, POST, OPTIONS", "access-control-max-age": "600"})
-        if asked and re.fullmatch(r"[A-Za-z0-9_, -]*", asked):
-            headers["access-control-allow-headers"] = asked
+        if wanted and re.fullmatch(r"[A-Za-z0-9_, -]*", wanted):
+            headers["access-control-allow-headers"] = wanted
     return Response(204, b"", "", headers)
 
 
@@ -6729,62 +6729,62 @@ def upstream_key(request: Request, settings: Settings) -> str:
 
 # ---- POST /v1/messages ------------------------------------------------------
 
-async def messages(app: App, tx: Transaction) -> Optional[Response]:
+async def create_message(app: App, tx: Transaction) -> Optional[Response]:
     """Translate, send, translate back.  [Anthropic: Messages]"""
     key = upstream_key(tx.request, app.settings)
     session = tx.request.headers.get("x-claude-code-session-id", "")
-    asked = await tx.json(app.settings.max_request_size)
+    params = await tx.json(app.settings.max_request_size)
     if tx.body_size > LARGE_BODY:
         await asyncio.sleep(0)               # each step of work on a large body holds all other streams for up to 0.2 s
-    exchange = translated(asked, app.settings, session)
+    translation = checked_translation(params, app.settings, session)
     if tx.body_size > LARGE_BODY:
         await asyncio.sleep(0)
-    exchange.is_wide = tx.is_wide and tx.body_size > LARGE_BODY
-    prepare(app, tx, exchange, key, session)
-    recording = Recording(tx, exchange, asked, app.settings) if app.settings.record_dir else None
-    del asked                            # a large request stands in memory once, as the upstream's
+    translation.is_mostly_non_ascii = tx.is_mostly_non_ascii and tx.body_size > LARGE_BODY
+    prepare_exchange(app, tx, translation, key, session)
+    recording = Recording(tx, translation, params, app.settings) if app.settings.record_dir else None
+    del params                            # a large request stands in memory once, as the upstream's
     try:
-        return await answered(app, tx, exchange, key, recording)
+        return await call_and_relay(app, tx, translation, key, recording)
     finally:
         if recording is not None:
             recording.save()
 
 
-async def answered(app: App, tx: Transaction, exchange: Exchange, key: str,
+async def call_and_relay(app: App, tx: Transaction, translation: Translation, key: str,
                    recording: Optional[Recording]) -> Optional[Response]:
     """Asks the upstream and brings its answer to the client."""
-    if exchange.is_empty:
-        return await whole_answer(app, tx, exchange, empty_message(exchange, app.new_id))
+    if translation.is_empty:
+        return await whole_answer(app, tx, translation, empty_message(translation, app.new_id))
     translator: Optional[StreamTranslator] = None
 
     def make_translator() -> None:
         nonlocal translator
-        translator = StreamTranslator(exchange, app.new_id, tx.id)
+        translator = StreamTranslator(translation, app.new_id, tx.id)
         translator.make_ready()
 
     try:
-        reply = await ask_upstream(app, tx, exchange, key, make_translator if exchange.is_streamed else None)
-    except NothingGenerated:
-        return await whole_answer(app, tx, exchange, empty_message(exchange, app.new_id))
+        reply = await call_upstream(app, tx, translation, key, make_translator if translation.is_streamed else None)
+    except OutputLimitReached:
+        return await whole_answer(app, tx, translation, empty_message(translation, app.new_id))
     limits = ratelimit_headers(reply.headers, time.time())
     if limits:
         tx.extra_headers = {**tx.extra_headers, **limits}
     if recording is not None:
         recording.answered(reply)
     start, message = b"", None
-    if not exchange.is_streamed:
+    if not translation.is_streamed:
         try:
-            start = await first_bytes(reply)
+            start = await read_start(reply)
             if not is_event_stream(reply.claims_events, start):
-                message = await whole_message(app, exchange, reply, start)
+                message = await whole_message(app, translation, reply, start)
         except BaseException:
             reply.close()
             raise
     if message is not None:
         reply.close()
-        return await whole_answer(app, tx, exchange, message)
-    kind = StreamTranslator if exchange.is_streamed else MessageCollector
-    relay = Relay(app, tx, exchange, reply, recording, translator or kind(exchange, app.new_id, tx.id), start)
+        return await whole_answer(app, tx, translation, message)
+    kind = StreamTranslator if translation.is_streamed else MessageWriter
+    relay = Relay(app, tx, translation, reply, recording, translator or kind(translation, app.new_id, tx.id), start)
     try:
         return await relay.run()
     finally:
@@ -6792,56 +6792,56 @@ async def answered(app: App, tx: Transaction, exchange: Exchange, key: str,
 
 
 @lru_cache(maxsize=256)
-def shown_model(name: str) -> str:
+def model_for_log(name: str) -> str:
     """A model's name for the log: the client chose it, and could have put anything there."""
     return redacted(name, ())[:200]
 
 
-def translated(asked: Json, settings: Settings, session: str = "", is_counting: bool = False) -> Exchange:
+def checked_translation(params: Json, settings: Settings, session: str = "", is_counting: bool = False) -> Translation:
     """openai_request for a body from outside, whose numbers and depth can be beyond what JSON may hold."""
     try:
-        return openai_request(asked, settings, session, is_counting)
+        return translation_of(params, settings, session, is_counting)
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ProxyError(400, f"{NOT_JSON}: {what}") from None
 
 
-class NothingGenerated(Exception):
+class OutputLimitReached(Exception):
     """The upstream used up max_tokens before the first visible token: an answer without content."""
 
 
-def prepare(app: App, tx: Transaction, exchange: Exchange, key: str, session: str) -> None:
+def prepare_exchange(app: App, tx: Transaction, translation: Translation, key: str, session: str) -> None:
     """What of a request the log, the redaction and the lessons of earlier ones need."""
-    exchange.secrets = tx.secrets = (*app.secrets, *((key,) if len(key) >= 8 and key not in app.secrets else ()))
-    tx.note(model=shown_model(exchange.asked_model), upstream_model=shown_model(exchange.profile.model),
-            stream=exchange.is_streamed)
+    translation.secrets = tx.secrets = (*app.secrets, *((key,) if len(key) >= 8 and key not in app.secrets else ()))
+    tx.note(model=model_for_log(translation.requested_model), upstream_model=model_for_log(translation.profile.model),
+            stream=translation.is_streamed)
     if session:
-        tx.note(session=redacted(session, exchange.secrets)[:100])
-    if exchange.dropped:
-        log(logging.INFO, "dropped", request_id=tx.id, names=", ".join(exchange.dropped)[:300])
-    if exchange.profile.model in app.lessons:
-        apply_lessons(app.lessons[exchange.profile.model], exchange)
+        tx.note(session=redacted(session, translation.secrets)[:100])
+    if translation.dropped_fields:
+        log(logging.INFO, "dropped", request_id=tx.id, names=", ".join(translation.dropped_fields)[:300])
+    if translation.profile.model in app.adjustments:
+        apply_adjustments(app.adjustments[translation.profile.model], translation)
 
 
-async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str,
-                       meanwhile: Optional[Callable[[], Any]]) -> Reply:
+async def call_upstream(app: App, tx: Transaction, translation: Translation, key: str,
+                       on_sent: Optional[Callable[[], Any]]) -> UpstreamResponse:
     """The upstream's 2xx answer.  A refusal that teaches something changes the request, which is sent again.
 
     `meanwhile` is called each time that the request has been sent, or as much of it as the upstream wanted.
     """
     tx.watch_client()
     loop = app.loop
-    for tries_left in range(MAX_LESSONS, -1, -1):
-        is_streamed = exchange.body.get("stream") is True
-        silence, whole = app.silence, app.whole
+    for tries_left in range(MAX_ADJUSTED_RETRIES, -1, -1):
+        is_streamed = translation.body.get("stream") is True
+        silence, whole = app.stream_limit, app.request_limit
         began = loop.time()
         reply = await app.upstream.send(
-            "POST", "/chat/completions", body_bytes(exchange), key, is_streamed,
-            silence if is_streamed and exchange.is_streamed else whole, meanwhile)
+            "POST", "/chat/completions", encoded_body(translation), key, is_streamed,
+            silence if is_streamed and translation.is_streamed else whole, on_sent)
         app.metrics.observe("upstream_seconds", loop.time() - began)
-        tx.facts["upstream_status"] = reply.status
+        tx.log_fields["upstream_status"] = reply.status
         if "x-request-id" in reply.headers:
-            tx.facts["upstream_request_id"] = reply.headers["x-request-id"]
+            tx.log_fields["upstream_request_id"] = reply.headers["x-request-id"]
         if 200 <= reply.status < 300:
             if is_streamed:
                 reply.timeout, reply.is_live = silence, True
@@ -6849,38 +6849,38 @@ async def ask_upstream(app: App, tx: Transaction, exchange: Exchange, key: str,
         body = await reply.read_all(ERROR_BODY, is_cut=True)
         reply.close()
         if reached_output_limit(reply.status, body):
-            raise NothingGenerated
-        taught = lesson_from(reply.status, body, exchange) if tries_left else None
+            raise OutputLimitReached
+        taught = adjustment_for(reply.status, body, translation) if tries_left else None
         if taught is None:
-            error = upstream_error(reply.status, reply.headers, body, exchange, time.time())
+            error = upstream_error(reply.status, reply.headers, body, translation, time.time())
             if error.is_context_overflow:
                 log(logging.INFO, "context_overflow", request_id=tx.id, upstream_status=reply.status, told=error.message)
             raise error
-        remember(app, tx, exchange, *taught)
+        remember_adjustment(app, tx, translation, *taught)
     raise AssertionError("unreachable")
 
 
-def body_bytes(exchange: Exchange) -> bytes:
+def encoded_body(translation: Translation) -> bytes:
     try:
-        data = utf8_json_bytes(exchange.body) if exchange.is_wide else body_json(exchange.body)
-        exchange.sent_bytes = len(data)
+        data = utf8_json_bytes(translation.body) if translation.is_mostly_non_ascii else body_json(translation.body)
+        translation.sent_bytes = len(data)
         return data
     except ValueError as error:
         raise ProxyError(400, f"{NOT_JSON}: {error}") from None
 
 
-def remember(app: App, tx: Transaction, exchange: Exchange, lesson: Lesson, argument: Any) -> None:
+def remember_adjustment(app: App, tx: Transaction, translation: Translation, lesson: Adjustment, argument: Any) -> None:
     app.metrics.add("upstream_resends_total")
-    if not lesson.is_kept:
+    if not lesson.is_remembered:
         return
-    learned = app.learned(exchange.profile.model)
+    learned = app.adjustments_for(translation.profile.model)
     known = learned.get(lesson.name)
     if isinstance(argument, list) and isinstance(known, list):
         argument = known + [item for item in argument if item not in known]
     learned[lesson.name] = argument
-    log(logging.INFO, "learned", request_id=tx.id, upstream_model=exchange.profile.model, adjustment=lesson.name,
+    log(logging.INFO, "learned", request_id=tx.id, upstream_model=translation.profile.model, adjustment=lesson.name,
         value=argument if argument is not True else None,
-        message=f"{exchange.profile.model}: {lesson.name.replace('_', ' ')}, from now on")
+        message=f"{translation.profile.model}: {lesson.name.replace('_', ' ')}, from now on")
 
 
 ERROR_BODY = 1048576                     # bytes of an error's body that are looked at
@@ -6890,8 +6890,8 @@ ANSWER_BODY = 67108864                   # bytes of a whole answer: 64 MiB
 class Recording:
     """One exchange as it went over the wire, for a report of a fault: RECORD_DIR has a file of each."""
 
-    def __init__(self, tx: Transaction, exchange: Exchange, asked: Json, settings: Settings) -> None:
-        self._secrets = exchange.secrets
+    def __init__(self, tx: Transaction, translation: Translation, params: Json, settings: Settings) -> None:
+        self._secrets = translation.secrets
         self._began = time.time()
         self._size = 0
         self._folder = settings.record_dir
@@ -6901,10 +6901,10 @@ class Recording:
             "settings": {"OPENAI_BASE_URL": settings.openai_base_url._replace(query="").geturl(),
                          **{f"CLAUDE_{family.upper()}_MODEL": name for family, name in model_map(settings).items()}},
             "session_id": tx.request.headers.get("x-claude-code-session-id", ""),
-            "client_request": asked, "upstream_request": exchange.body, "upstream_status": 0,
+            "client_request": params, "upstream_request": translation.body, "upstream_status": 0,
             "upstream_headers": {}, "upstream": [], "events": []}
 
-    def answered(self, reply: Reply) -> None:
+    def answered(self, reply: UpstreamResponse) -> None:
         reply.record = lambda data: self.add("upstream", data)
         kept = ("content-type", "content-encoding", "transfer-encoding", "retry-after", "x-request-id")
         self.fields["upstream_status"] = reply.status
@@ -6944,19 +6944,19 @@ RECORDED_NAME = re.compile(r"\d{8}T\d{6}-req_\w{24}\.json")
 class Relay:
     """Carries one answer from the upstream to the client, and keeps the client awake meanwhile."""
 
-    def __init__(self, app: App, tx: Transaction, exchange: Exchange, reply: Reply,
+    def __init__(self, app: App, tx: Transaction, translation: Translation, reply: UpstreamResponse,
                  recording: Optional[Recording], translator: StreamTranslator, start: bytes) -> None:
         self._recording = recording
         self._start = start
         self._last_events = b""              # of the end, still to be sent
         self._app = app
         self._tx = tx
-        self._exchange = exchange
+        self._translation = translation
         self._reply = reply
         self._loop = app.loop
         self._translator = translator
         self._last_read = self._loop.time()
-        self._timer = self._loop.call_later(FIRST_CHUNK_WAIT, self._tick) if exchange.is_streamed else None
+        self._timer = self._loop.call_later(FIRST_CHUNK_WAIT, self._tick) if translation.is_streamed else None
 
     async def run(self) -> Optional[Response]:
         """The whole answer, or None when it was sent as events.  Raises ProxyError while it can be an HTTP status."""
@@ -6966,7 +6966,7 @@ class Relay:
             if not self._tx.has_begun():
                 raise
             await self._send(self._translator.fail(error))
-        except ClientGone:
+        except ClientDisconnected:
             raise
         except Exception as error:
             if not self._tx.has_begun():
@@ -6983,10 +6983,10 @@ class Relay:
         return None
 
     async def _run(self) -> Optional[Response]:
-        start = self._start or await first_bytes(self._reply)
+        start = self._start or await read_start(self._reply)
         if not self._start and not is_event_stream(self._reply.claims_events, start):
-            message = await whole_message(self._app, self._exchange, self._reply, start)
-            return await whole_answer(self._app, self._tx, self._exchange, message, self._translator)
+            message = await whole_message(self._app, self._translation, self._reply, start)
+            return await whole_answer(self._app, self._tx, self._translation, message, self._translator)
         self._last_read = self._loop.time()
         translator, reply, feed = self._translator, self._reply, self._translator.feed
         events = feed(start)
@@ -6996,12 +6996,12 @@ class Relay:
             if translator.finish_reason is None:             # else comments could keep a finished answer open
                 self._last_read = self._loop.time()
             try:
-                if self._exchange.is_streamed:
+                if self._translation.is_streamed:
                     await reply.pump(self._pass_on)
                     events, self._last_events = self._last_events, b""
                     if translator.done:
                         continue
-                    if self._tx.is_behind():
+                    if self._tx.has_unsent():
                         await self._tx.drain()
                 data = await reply.read()
             except UpstreamError as error:
@@ -7009,7 +7009,7 @@ class Relay:
                 continue
             events = feed(data) if data else translator.finish()
         self._note()
-        if isinstance(translator, MessageCollector):
+        if isinstance(translator, MessageWriter):
             return json_response(translator.answer())
         await self._send(events)
         return None
@@ -7027,7 +7027,7 @@ class Relay:
             if tx.first_token is None:
                 self._note_first_token()
             tx.send_now(events, False, now)
-        return tx.is_behind()
+        return tx.has_unsent()
 
     def _note_first_token(self) -> None:
         if self._tx.first_token is None and self._translator.has_content:
@@ -7038,18 +7038,18 @@ class Relay:
         if self._recording is not None:
             self._recording.add("events", events)
         self._tx.send_now(events, is_last=self._translator.done)
-        if self._tx.is_behind():
+        if self._tx.has_unsent():
             await self._tx.drain()
 
     def _tick(self) -> None:
         """Once there was nothing to do for long: the start, a sign of life, or the end of an endless end."""
         translator, tx, now = self._translator, self._tx, self._loop.time()
         if translator.finish_reason is not None and now - self._last_read >= LAST_CHUNK_WAIT:
-            self._reply.hang_up()                        # [DONE] will not come any more
+            self._reply.abandon()                        # [DONE] will not come any more
             return
         if not tx.has_begun():
             tx.send_now(translator.begin())
-        elif now - tx.last_write >= PING_INTERVAL - 0.01 and not tx.is_clogged():
+        elif now - tx.last_write >= PING_INTERVAL - 0.01 and not tx.is_over_write_limit():
             tx.send_now(translator.ping())
         next_time = max(now + 0.1, min(tx.last_write + PING_INTERVAL, self._last_read + LAST_CHUNK_WAIT))
         self._timer = self._loop.call_at(next_time if next_time > now + 0.1 else now + 1, self._tick)
@@ -7059,12 +7059,12 @@ class Relay:
         translator, tx = self._translator, self._tx
         if translator.error is not None:
             tx.note(outcome="upstream_error" if isinstance(translator.error, UpstreamError) else "shutdown",
-                    error=translator.error.log_text[:300])
+                    error=translator.error.log_message[:300])
             return
         usage = translator.usage
         tx.note(stop_reason=translator.stop.get("stop_reason"), **{name: usage.get(name) for name in (
             "input_tokens", "output_tokens", "cache_read_input_tokens")})
-        warn_of_truncation(self._app, self._exchange, usage)
+        warn_of_truncation(self._app, self._translation, usage)
 
     def close(self) -> None:
         """Gives the connection back, or closes it if the answer has not been read to its end."""
@@ -7082,7 +7082,7 @@ PING_INTERVAL = 10.0                     # seconds without an event: watchdogs o
 LAST_CHUNK_WAIT = 10.0                   # seconds from the finish reason to the end that must follow
 
 
-async def first_bytes(reply: Reply) -> bytes:
+async def read_start(reply: UpstreamResponse) -> bytes:
     """What tells events from JSON: the first byte that is not a blank, or a whole line of JSON.
 
     Raises UpstreamError for an empty body.
@@ -7100,21 +7100,21 @@ async def first_bytes(reply: Reply) -> bytes:
     return start
 
 
-async def whole_message(app: App, exchange: Exchange, reply: Reply, start: bytes) -> Json:
+async def whole_message(app: App, translation: Translation, reply: UpstreamResponse, start: bytes) -> Json:
     """The message of an answer in plain JSON, whether it was to be a stream or not.  Raises UpstreamError."""
     body = start if reply.is_complete else start + await reply.read_all(ANSWER_BODY)
     try:
-        completion = decoded(_decoder, body.decode("utf-8", "replace").lstrip("\ufeff").strip())
+        completion = decoded(_upstream_decoder, body.decode("utf-8", "replace").lstrip("\ufeff").strip())
     except (ValueError, RecursionError):
-        message = described_answer(reply.status, {}, body) if body.lstrip()[:1] == b"<" else ""
+        message = response_summary(reply.status, {}, body) if body.lstrip()[:1] == b"<" else ""
         raise UpstreamError(502, "The upstream's answer is not JSON"
-                            + (": " + redacted(message, exchange.secrets) if message else "")) from None
-    if isinstance(completion, list) and completion and is_object(completion[0]) and is_error(completion[0]):
+                            + (": " + redacted(message, translation.secrets) if message else "")) from None
+    if isinstance(completion, list) and completion and is_object(completion[0]) and is_error_object(completion[0]):
         completion = completion[0]
-    if is_object(completion) and is_error(completion):
-        raise error_of_object(completion, exchange)
-    message = anthropic_message(completion, exchange, app.new_id)
-    warn_of_truncation(app, exchange, message["usage"])
+    if is_object(completion) and is_error_object(completion):
+        raise error_from_object(completion, translation)
+    message = anthropic_message(completion, translation, app.new_id)
+    warn_of_truncation(app, translation, message["usage"])
     return message
 
 
@@ -7128,31 +7128,31 @@ def is_event_stream(claims: bool, start: bytes) -> bool:
     return claims or re.match(rb"(data|event|id|retry)?:", start) is not None
 
 
-async def whole_answer(app: App, tx: Transaction, exchange: Exchange, message: Json,
+async def whole_answer(app: App, tx: Transaction, translation: Translation, message: Json,
                        translator: Optional[StreamTranslator] = None) -> Optional[Response]:
     """A message that is there as a whole, in the form that the client asked for."""
     usage = message["usage"]
     tx.note(stop_reason=message["stop_reason"], **{name: usage[name] for name in (
         "input_tokens", "output_tokens", "cache_read_input_tokens")})
-    if not exchange.is_streamed:
+    if not translation.is_streamed:
         return json_response(message)
-    translator = translator or StreamTranslator(exchange, app.new_id, tx.id)
+    translator = translator or StreamTranslator(translation, app.new_id, tx.id)
     await tx.send(translator.message(message), is_last=True)
     return None
 
 
-def warn_of_truncation(app: App, exchange: Exchange, usage: Json) -> None:
+def warn_of_truncation(app: App, translation: Translation, usage: Json) -> None:
     """Ollama and its like cut long prompts without a word: the token count gives them away."""
-    if exchange.profile.host != "other":
+    if translation.profile.host_class != "other":
         return
     prompt = usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["cache_creation_input_tokens"]
-    if prompt * MANY_BYTES > exchange.sent_bytes or exchange.profile.model in app.truncation_warned:
+    if prompt * MANY_BYTES > translation.sent_bytes or translation.profile.model in app.truncation_warned:
         return
-    estimate = exchange.input_estimate()
+    estimate = translation.input_estimate()
     if estimate >= TRUNCATION_PROMPT and 0 < prompt * 2 < estimate:
-        app.truncation_warned.add(exchange.profile.model)
-        log(logging.WARNING, "prompt_truncated", upstream_model=exchange.profile.model, prompt_tokens=prompt, estimate=estimate,
-            message=f"{exchange.profile.model} saw {prompt} tokens of a prompt of about {estimate}: the server has cut "
+        app.truncation_warned.add(translation.profile.model)
+        log(logging.WARNING, "prompt_truncated", upstream_model=translation.profile.model, prompt_tokens=prompt, estimate=estimate,
+            message=f"{translation.profile.model} saw {prompt} tokens of a prompt of about {estimate}: the server has cut "
             "it. Raise its context window (Ollama: OLLAMA_CONTEXT_LENGTH=65536)")
 
 
@@ -7168,16 +7168,16 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 async def count_tokens(app: App, tx: Transaction) -> Response:
     """POST /v1/messages/count_tokens: computed here, without the upstream.  [Anthropic: count tokens]"""
-    asked = await tx.json(app.settings.max_request_size)
-    exchange = translated(asked, app.settings, is_counting=True)
-    tx.note(model=shown_model(exchange.asked_model), upstream_model=shown_model(exchange.profile.model))
-    body_bytes(exchange)
-    tokens = exchange.input_estimate()
+    params = await tx.json(app.settings.max_request_size)
+    translation = checked_translation(params, app.settings, is_counting=True)
+    tx.note(model=model_for_log(translation.requested_model), upstream_model=model_for_log(translation.profile.model))
+    encoded_body(translation)
+    tokens = translation.input_estimate()
     tx.note(input_tokens=tokens)
     return json_response({"input_tokens": tokens})
 
 
-async def models(app: App, tx: Transaction) -> Response:
+async def list_models(app: App, tx: Transaction) -> Response:
     """GET /v1/models: the current Claude names, so that clients' pickers work.  [Anthropic: list models]"""
     query = dict(parse_qsl(tx.request.query, keep_blank_values=True))
     limit = query.get("limit", "20")
@@ -7201,7 +7201,7 @@ async def models(app: App, tx: Transaction) -> Response:
                           "first_id": page[0] if page else None, "last_id": page[-1] if page else None})
 
 
-async def model(app: App, tx: Transaction) -> Response:
+async def get_model(app: App, tx: Transaction) -> Response:
     """GET /v1/models/{id}"""
     name = unquote(tx.request.path[len("/v1/models/"):])
     settings = app.settings
@@ -7212,7 +7212,7 @@ async def model(app: App, tx: Transaction) -> Response:
 
 
 def model_object(name: str, settings: Settings) -> Json:
-    mapped = mapped_model(name, settings)
+    mapped = upstream_model(name, settings)
     line, version = CLAUDE_MODELS.get(name, ("", ""))
     shown = f"Claude {line.capitalize()} {version}" if line else name
     return {"type": "model", "id": name, "display_name": f"{shown} ({mapped})", "created_at": "1970-01-01T00:00:00Z",
@@ -7230,19 +7230,19 @@ CLAUDE_MODELS = {
 def health_fields(app: App, status: str) -> Json:
     return {"status": status, "service": "aiapiproxy", "version": __version__, "timestamp": rfc3339(time.time()),
             "uptime_seconds": round(time.time() - app.began, 3),
-            "in_flight": sum(counts["in_flight"] for counts in app.all_counts()) if app.board else app.in_flight,
+            "in_flight": sum(counts["in_flight"] for counts in app.all_snapshots()) if app.board else app.in_flight,
             "pid": app.pid}
 
 
-async def health(app: App, tx: Transaction) -> Response:
+async def get_health(app: App, tx: Transaction) -> Response:
     return json_response(health_fields(app, "ok"))
 
 
-async def health_live(app: App, tx: Transaction) -> Response:
+async def get_liveness(app: App, tx: Transaction) -> Response:
     return json_response(health_fields(app, "alive"))
 
 
-async def health_ready(app: App, tx: Transaction) -> Response:
+async def get_readiness(app: App, tx: Transaction) -> Response:
     """Whether a load balancer should send requests here."""
     reason = unready_reason(app)
     if reason:
@@ -7260,10 +7260,10 @@ def unready_reason(app: App) -> str:
     return ""
 
 
-async def metrics(app: App, tx: Transaction) -> Response:
+async def get_metrics(app: App, tx: Transaction) -> Response:
     """GET /metrics  [Prometheus: text format 0.0.4]"""
-    workers = app.all_counts()
-    sums = summed(counts["sums"] for counts in workers)
+    workers = app.all_snapshots()
+    sums = merged_sums(counts["sums"] for counts in workers)
     python = ".".join(map(str, sys.version_info[:3]))
     sums["build_info"] = {f'version="{__version__}",python="{python}"': 1}
     sums["uptime_seconds"] = {"": round(time.time() - app.began, 3)}
@@ -7277,7 +7277,7 @@ async def metrics(app: App, tx: Transaction) -> Response:
     return Response(200, rendered_metrics(sums), "text/plain; version=0.0.4; charset=utf-8")
 
 
-def summed(parts: Iterable[Mapping[str, Mapping[str, float]]]) -> Dict[str, Dict[str, float]]:
+def merged_sums(parts: Iterable[Mapping[str, Mapping[str, float]]]) -> Dict[str, Dict[str, float]]:
     """The sums of several workers as one."""
     total: Dict[str, Dict[str, float]] = {}
     for sums in parts:
@@ -7288,12 +7288,12 @@ def summed(parts: Iterable[Mapping[str, Mapping[str, float]]]) -> Dict[str, Dict
     return total
 
 
-async def status(app: App, tx: Transaction) -> Response:
+async def get_status(app: App, tx: Transaction) -> Response:
     """GET /status: what the status page shows.  Never a prompt, never a key."""
-    settings, workers = app.settings, app.all_counts()
+    settings, workers = app.settings, app.all_snapshots()
     recent = sorted((request for counts in workers for request in counts["recent"]),
                     key=lambda request: request["time"], reverse=True)[:RECENT_REQUESTS]
-    requests = summed(counts["sums"] for counts in workers).get("requests_total", {})
+    requests = merged_sums(counts["sums"] for counts in workers).get("requests_total", {})
     api = {labels: amount for labels, amount in requests.items() if 'route="/v1/messages"' in labels}
     reason = unready_reason(app)
     return json_response({
@@ -7329,7 +7329,7 @@ def token_hint(settings: Settings) -> str:
     return "YOUR_UPSTREAM_KEY" if settings.passes_keys_on else "any"
 
 
-async def front(app: App, tx: Transaction) -> Response:
+async def get_front_page(app: App, tx: Transaction) -> Response:
     """GET /: the status page for a browser, a few words of JSON for anything else."""
     if app.page and "text/html" in tx.request.headers.get("accept", ""):
         return Response(200, app.page.encode("utf-8"), "text/html; charset=utf-8", {
@@ -7349,16 +7349,16 @@ class Route(NamedTuple):
 
 
 ROUTES = {
-    "/v1/messages": Route("POST", messages, True),
+    "/v1/messages": Route("POST", create_message, True),
     "/v1/messages/count_tokens": Route("POST", count_tokens, True),
-    "/v1/models": Route("GET", models, True),
-    "/v1/models/": Route("GET", model, True),
-    "/health": Route("GET", health),
-    "/health/live": Route("GET", health_live),
-    "/health/ready": Route("GET", health_ready),
-    "/metrics": Route("GET", metrics),
-    "/status": Route("GET", status),
-    "/": Route("GET", front),
+    "/v1/models": Route("GET", list_models, True),
+    "/v1/models/": Route("GET", get_model, True),
+    "/health": Route("GET", get_health),
+    "/health/live": Route("GET", get_liveness),
+    "/health/ready": Route("GET", get_readiness),
+    "/metrics": Route("GET", get_metrics),
+    "/status": Route("GET", get_status),
+    "/": Route("GET", get_front_page),
 }
 
 
@@ -7375,7 +7375,7 @@ ROUTES = {
 class Server:
     """Listens, serves connections, and ends them in an orderly way."""
 
-    def __init__(self, settings: Settings, page: str = "", board: Optional[Board] = None, slot: int = 0) -> None:
+    def __init__(self, settings: Settings, page: str = "", board: Optional[SharedCounters] = None, slot: int = 0) -> None:
         self._settings = settings
         self._page = page
         self._board = board
@@ -7389,7 +7389,7 @@ class Server:
         """Raises OSError where an address cannot be listened on."""
         self._loop = asyncio.get_running_loop()
         self.app = App(self._settings, self._page, self._board, self._slot)
-        self.app.inherit()
+        self.app.restore_counters()
         sockets = sockets or listening_sockets(self._settings)
         self.port = sockets[0].getsockname()[1]
         for item in sockets:
@@ -7397,9 +7397,9 @@ class Server:
             self._listeners.append(await self._loop.create_server(self._protocol, sock=item, backlog=1))
             item.listen(BACKLOG)
 
-    def _protocol(self) -> WatchedProtocol:
+    def _protocol(self) -> ConnectionProtocol:
         reader = asyncio.StreamReader(READ_SIZE, self._loop)
-        return WatchedProtocol(reader, self._serve, self._loop)
+        return ConnectionProtocol(reader, self._serve, self._loop)
 
     async def drain(self, seconds: float) -> None:
         """Stops listening, lets running requests end for so long, then ends them with an error."""
@@ -7434,21 +7434,21 @@ class Server:
         try:
             while await self._serve_request(stream, protocol, client, task):
                 pass
-        except (OSError, ClientGone, ProtocolError, asyncio.CancelledError):
+        except (OSError, ClientDisconnected, ProtocolError, asyncio.CancelledError):
             pass                                             # the peer went, or the server ends
         finally:
-            protocol.on_gone = None
+            protocol.on_disconnect = None
             self._tasks.discard(task)
             stream.close()
 
-    async def _serve_request(self, stream: ByteStream, protocol: WatchedProtocol, client: str,
+    async def _serve_request(self, stream: ByteStream, protocol: ConnectionProtocol, client: str,
                              task: asyncio.Task) -> bool:
         """Answers one request.  Returns whether the connection can take another."""
         request_id = "req_" + self.app.new_id(24)
         try:
             request = await self._next_request(stream)
         except ProtocolError as error:
-            await self._refuse(stream, error, request_id, client)
+            await self._reject(stream, error, request_id, client)
             return False
         if request is None:
             return False
@@ -7457,10 +7457,10 @@ class Server:
         try:
             response = await respond(self.app, tx)
             is_kept = self._finish_answer(stream, tx, response)
-            protocol.on_gone = None
-            if tx.is_clogged() or stream.transport.is_closing():
+            protocol.on_disconnect = None
+            if tx.is_over_write_limit() or stream.transport.is_closing():
                 await stream.drain()
-        except (asyncio.CancelledError, ClientGone, OSError):
+        except (asyncio.CancelledError, ClientDisconnected, OSError):
             tx.note(outcome="shutdown" if tx.is_shut_down else "client_gone")
             raise
         except ProtocolError as error:                       # the body broke HTTP
@@ -7468,19 +7468,19 @@ class Server:
             is_kept = False
         finally:
             del self._active[tx]
-            self._account(tx)
+            self._finish_exchange(tx)
         if is_kept:
             if not tx.body.done:
                 await tx.skip_body()
         elif not tx.body.done and not self.app.is_draining:
-            await linger(stream)
-        return is_kept and not self.app.is_draining and not protocol.is_flooded
+            await lingering_close(stream)
+        return is_kept and not self.app.is_draining and not protocol.exceeded_read_ahead
 
     async def _next_request(self, stream: ByteStream) -> Optional[Request]:
         """The head of the next request; None when there will be none.  Raises ProtocolError."""
         if self.app.is_draining:
             return None
-        stream.expect(self._loop.time() + IDLE_KEEP_ALIVE)
+        stream.set_deadline(self._loop.time() + IDLE_KEEP_ALIVE)
         try:
             data = b""
             while data in (b"", b"\r"):
@@ -7490,24 +7490,24 @@ class Server:
                 data += more
                 while data.startswith(b"\r\n"):             # empty lines before a request  [RFC 9112 2.2]
                     data = data[2:]
-        except TimedOut:
+        except ReadTimeout:
             return None
         end = data.find(b"\r\n\r\n")
-        request = known_request(data[:end]) if end >= 0 else None
+        request = cached_request_head(data[:end]) if end >= 0 else None
         if request is not None:
-            stream.relax()
-            stream.push(data[end + 4:])
+            stream.clear_deadline()
+            stream.unread(data[end + 4:])
             return request
         if end < 0:
-            stream.expect(self._loop.time() + HEAD_TIME)
+            stream.set_deadline(self._loop.time() + HEAD_TIME)
         try:
             head, rest = await stream.head(request_head_end, data)
-        except TimedOut:
+        except ReadTimeout:
             raise ProtocolError(408, f"The request head did not come within {HEAD_TIME:g} s") from None
         except EOFError:
             return None
-        stream.relax()
-        stream.push(rest)
+        stream.clear_deadline()
+        stream.unread(rest)
         return parse_request_head(head[:-4])
 
     def _finish_answer(self, stream: ByteStream, tx: Transaction, response: Optional[Response]) -> bool:
@@ -7536,16 +7536,16 @@ class Server:
         tx.bytes_out = len(data)
         stream.write(data)
 
-    async def _refuse(self, stream: ByteStream, error: ProtocolError, request_id: str, client: str) -> None:
+    async def _reject(self, stream: ByteStream, error: ProtocolError, request_id: str, client: str) -> None:
         """Answers a head that is not one, and closes."""
         tx = Transaction(stream, Request("-", "-", "", {}, True, ""), request_id, client, int)
         self._write(stream, tx, error_response(self.app, tx, error), False)
-        self._account(tx)
-        await linger(stream)
+        self._finish_exchange(tx)
+        await lingering_close(stream)
 
-    def _account(self, tx: Transaction) -> None:
+    def _finish_exchange(self, tx: Transaction) -> None:
         """The request's line in the log, and its part of the metrics."""
-        request, facts, metrics = tx.request, tx.facts, self.app.metrics
+        request, facts, metrics = tx.request, tx.log_fields, self.app.metrics
         duration = self._loop.time() - tx.began
         outcome = facts.get("outcome", "ok")
         status = tx.status or 499                            # as nginx has it: the client went before an answer
@@ -7563,7 +7563,7 @@ class Server:
                     metrics.add("tokens_total", labels, facts.get(name) or 0)
         first = None if tx.first_token is None else round((tx.first_token - tx.began) * 1000, 1)
         duration_ms = round(duration * 1000, 1)
-        self.app.count(None if path != "/v1/messages" else {
+        self.app.record_request(None if path != "/v1/messages" else {
             "time": time.time(), "status": status, "outcome": outcome, "ttft_ms": first, "duration_ms": duration_ms,
             "session": facts.get("session", ""), "error": facts.get("error", ""), "model": facts.get("model"),
             "upstream_model": facts.get("upstream_model"), "input_tokens": facts.get("input_tokens"),
@@ -7583,7 +7583,7 @@ class Server:
             outcome=outcome)
 
 
-async def linger(stream: ByteStream) -> None:
+async def lingering_close(stream: ByteStream) -> None:
     """Closes so that the answer arrives: a socket closed with unread bytes would reset the connection.
 
     [RFC 9112 9.6]
@@ -7592,10 +7592,10 @@ async def linger(stream: ByteStream) -> None:
     end = stream.now() + LINGER_TIME
     try:
         while stream.now() < end:
-            stream.expect(min(end, stream.now() + LINGER_SILENCE))
+            stream.set_deadline(min(end, stream.now() + LINGER_READ_TIME))
             if not await stream.read():
                 break
-    except (TimedOut, OSError):
+    except (ReadTimeout, OSError):
         pass
 
 
@@ -7627,7 +7627,7 @@ BACKLOG = 2048                           # connections that wait to be accepted
 IDLE_KEEP_ALIVE = 75.0                   # seconds between two requests, as nginx
 HEAD_TIME = 30.0                         # seconds from a head's first byte to its last
 LINGER_TIME = 30.0                       # seconds in all that an answered client may go on sending
-LINGER_SILENCE = 5.0                     # seconds without a byte from it
+LINGER_READ_TIME = 5.0                     # seconds without a byte from it
 CLOSING_STATUSES = (408, 413, 414, 431)  # after these the connection's state is not known for sure
 TOKEN_KINDS = {"input": "input_tokens", "output": "output_tokens", "cache_read": "cache_read_input_tokens"}
 
@@ -7659,9 +7659,9 @@ class DemoUpstream:
         self._server = await asyncio.get_running_loop().create_server(self._protocol, "127.0.0.1", 0)
         return self._server.sockets[0].getsockname()[1]
 
-    def _protocol(self) -> WatchedProtocol:
+    def _protocol(self) -> ConnectionProtocol:
         loop = asyncio.get_running_loop()
-        return WatchedProtocol(asyncio.StreamReader(READ_SIZE, loop), self._serve, loop)
+        return ConnectionProtocol(asyncio.StreamReader(READ_SIZE, loop), self._serve, loop)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -7690,11 +7690,11 @@ class DemoUpstream:
         if request.path.endswith("/models"):
             await self._send_json(stream, {"object": "list", "data": [{"id": DEMO_MODEL, "object": "model"}]})
             return
-        asked = json.loads(body)
-        message = demo_message(asked)
+        params = json.loads(body)
+        message = demo_message(params)
         finish = "tool_calls" if "tool_calls" in message else "stop"
-        usage = {"prompt_tokens": estimated_request_tokens(asked), "completion_tokens": estimated_tokens(str(message))}
-        if not asked.get("stream"):
+        usage = {"prompt_tokens": estimated_request_tokens(params), "completion_tokens": estimated_tokens(str(message))}
+        if not params.get("stream"):
             await self._send_json(stream, {"object": "chat.completion", "model": DEMO_MODEL, "usage": usage,
                                            "choices": [{"index": 0, "message": message, "finish_reason": finish}]})
             return
@@ -7720,9 +7720,9 @@ class DemoUpstream:
         await stream.drain()
 
 
-def demo_message(asked: Json) -> Json:
+def demo_message(params: Json) -> Json:
     """What the demo says to a conversation: the assistant message of its answer."""
-    last = asked["messages"][-1]
+    last = params["messages"][-1]
     if last["role"] == "tool":
         return {"role": "assistant", "content": "This is the demo of aiapiproxy: the tool has answered "
                 f"“{str(last['content'])[:200]}”. Set OPENAI_API_KEY and OPENAI_BASE_URL to talk to a real model."}
@@ -7730,8 +7730,8 @@ def demo_message(asked: Json) -> Json:
     text = content if isinstance(content, str) else " ".join(
         part.get("text", "") for part in content or () if is_object(part))
     text = re.sub(r"(?s)<system-reminder>.*?</system-reminder>", "", text)       # Claude Code's own words
-    tools = [tool["function"] for tool in asked.get("tools", ())]
-    choice = asked.get("tool_choice")
+    tools = [tool["function"] for tool in params.get("tools", ())]
+    choice = params.get("tool_choice")
     asked_name = choice["function"]["name"] if is_object(choice) else ""
     wanted = [tool for tool in tools if tool["name"] == asked_name or re.search(rf"\b{re.escape(tool['name'])}\b", text)]
     if not wanted and (choice == "required" or re.search(r"\b(tool|function)s?\b", text, re.I)):
@@ -7742,7 +7742,7 @@ def demo_message(asked: Json) -> Json:
             "id": "call_demo_" + RandomIds()(8), "type": "function",
             "function": {"name": wanted[0]["name"], "arguments": json_text(arguments)}}]}
     return {"role": "assistant", "content": "Hello from the demo of aiapiproxy. No model has read this: your request of "
-            f"{len(asked['messages'])} message(s) was translated to Chat Completions, answered by a built-in upstream "
+            f"{len(params['messages'])} message(s) was translated to Chat Completions, answered by a built-in upstream "
             "word by word, and translated back. Set OPENAI_API_KEY and OPENAI_BASE_URL to talk to a real model."}
 
 
@@ -8075,24 +8075,24 @@ poll()
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """The program.  Returns its exit code: 0, 1 could not serve, 2 usage, 78 unusable configuration."""
-    options = given_options(sys.argv[1:] if arguments is None else arguments)
+    options = parse_options(sys.argv[1:] if arguments is None else arguments)
     if options.replay:
         return replay(options.replay)
     try:
-        settings, warnings = configuration(options)
+        settings, warnings = load_configuration(options)
     except ConfigError as error:
         for problem in error.problems:
-            complain(problem)
+            print_error(problem)
         return EX_CONFIG
     if options.env:
-        print("\n".join(shell_lines(settings, authority(settings, settings.server_port))))
+        print("\n".join(shell_lines(settings, url_authority(settings, settings.server_port))))
         return 0
     if options.check:
-        return asyncio.run(check(settings, warnings))
+        return asyncio.run(run_check(settings, warnings))
     try:
         sockets = listening_sockets(settings)
     except OSError as error:
-        complain(listen_problem(error, settings), settings.log_format)
+        print_error(listen_problem(error, settings), settings.log_format)
         return 1
     files = start_logging(settings)
     for event, facts in warnings:
@@ -8100,9 +8100,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     gc.freeze()                          # what is there now stays: nobody needs to look at it again, workers share it
     gc.enable()
     if settings.workers > 1:
-        return Supervisor(Worker(settings, sockets, options, files)).run()
+        return Supervisor(ServeOptions(settings, sockets, options, files)).run()
     try:
-        asyncio.run(run(Worker(settings, sockets, options, files)))
+        asyncio.run(serve(ServeOptions(settings, sockets, options, files)))
     except KeyboardInterrupt:
         pass
     return 0
@@ -8119,7 +8119,7 @@ class Options(NamedTuple):
     replay: Optional[str] = None
 
 
-def given_options(arguments: List[str]) -> Options:
+def parse_options(arguments: List[str]) -> Options:
     # A service has no arguments, and starts 10 ms earlier without argparse.
     return Options(**vars(command_line().parse_args(arguments))) if arguments else Options()
 
@@ -8167,7 +8167,7 @@ def port_argument(text: str) -> int:
 EX_CONFIG = 78                           # sysexits.h
 
 
-def complain(problem: str, log_format: str = "") -> None:
+def print_error(problem: str, log_format: str = "") -> None:
     """One line on stderr, in the format that the log would have."""
     line = f"aiapiproxy: {problem}"
     if (log_format or os.environ.get("LOG_FORMAT", "")).lower() == "json":
@@ -8178,10 +8178,10 @@ def complain(problem: str, log_format: str = "") -> None:
         pass
 
 
-Warning_ = Tuple[str, Json]              # an event of the log, and its facts
+StartWarning = Tuple[str, Json]              # an event of the log, and its facts
 
 
-def configuration(options: Options) -> Tuple[Settings, List[Warning_]]:
+def load_configuration(options: Options) -> Tuple[Settings, List[StartWarning]]:
     """The settings, and what the log should say about where they came from.  Raises ConfigError."""
     path = options.env_file or next((path for path in ENV_FILES if os.path.exists(path)), "")
     dotenv, warnings = read_env_file(path, bool(options.env_file)) if path else ({}, [])
@@ -8195,7 +8195,7 @@ def configuration(options: Options) -> Tuple[Settings, List[Warning_]]:
                          claude_sonnet_model=DEMO_MODEL, claude_opus_model=DEMO_MODEL)
     settings = load_settings(os.environ, dotenv, **overrides)
     check_certificates(settings)
-    for name, near in unknown_names([*dotenv, *(name for name in os.environ if name.startswith(OWN_PREFIXES))]):
+    for name, near in misspelled_names([*dotenv, *(name for name in os.environ if name.startswith(OWN_PREFIXES))]):
         warnings.append(("unknown_setting", {"message": f"{name} is not a setting: is {near} meant?"}))
     return settings, warnings
 
@@ -8213,7 +8213,7 @@ def check_certificates(settings: Settings) -> None:
 
 def host_option(text: str) -> Tuple[str, ...]:
     try:
-        return host_list(text)
+        return parse_hosts(text)
     except ValueError as error:
         raise ConfigError([f"--host {error}"]) from None
 
@@ -8223,9 +8223,9 @@ OWN_PREFIXES = ("SERVER_", "OPENAI_", "CLAUDE_", "REQUEST_", "STREAM_", "LOG_", 
                 "MAX_", "WORKERS", "UPSTREAM_", "PID_")
 
 
-def read_env_file(path: str, is_demanded: bool) -> Tuple[Dict[str, str], List[Warning_]]:
+def read_env_file(path: str, is_demanded: bool) -> Tuple[Dict[str, str], List[StartWarning]]:
     """The variables of a file, and the warnings about it.  Raises ConfigError for a demanded one that can't be read."""
-    warnings: List[Warning_] = []
+    warnings: List[StartWarning] = []
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             text = file.read(ENV_FILE_SIZE)
@@ -8258,19 +8258,19 @@ def listen_problem(error: OSError, settings: Settings) -> str:
 
 
 @dataclass(eq=False, repr=False)
-class Worker:
+class ServeOptions:
     """What a process that serves was given; alone, or one of several under a Supervisor."""
     settings: Settings
     sockets: List[socket.socket]
     options: Options
     files: List[LogFile]
-    board: Optional[Board] = None
+    board: Optional[SharedCounters] = None
     slot: int = 0
     lifeline: int = -1                   # a pipe that ends with the supervisor; -1: there is none
     ready: Callable[[], Any] = int       # called once signals are handled
 
 
-async def run(worker: Worker) -> None:
+async def serve(worker: ServeOptions) -> None:
     """Serves until a signal asks for the end; a worker also ends when its supervisor is gone."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_fault)
@@ -8315,25 +8315,25 @@ async def run(worker: Worker) -> None:
             remove_pid_file(settings.pid_file)
 
 
-def reload(worker: Worker, server: Server, demo_url: Optional[SplitResult]) -> None:
+def reload(worker: ServeOptions, server: Server, demo_url: Optional[SplitResult]) -> None:
     """SIGHUP: log files anew, and the settings; a bad file leaves the old ones in force."""
     for file in worker.files:
         file.reopen_if_moved()
     old = server.app.settings
     try:
-        asked, warnings = configuration(worker.options)
-        fresh = started_as(asked, old)
+        wanted, warnings = load_configuration(worker.options)
+        fresh = with_fixed_settings(wanted, old)
     except ConfigError as error:
         log(logging.ERROR, "reload_failed", message="the old settings stay: " + "; ".join(error.problems))
         return
     for event, facts in warnings:
         log(logging.WARNING, event, **facts)
     for name in ("server_host", "server_port", "workers"):
-        if getattr(asked, name) != getattr(fresh, name):
+        if getattr(wanted, name) != getattr(fresh, name):
             log(logging.WARNING, "reloaded", message=f"{name.upper()} takes effect at the next start")
     if demo_url is not None:
         fresh = replace(fresh, openai_base_url=demo_url)
-    server.app.use(fresh)
+    server.app.apply_settings(fresh)
     LOG.setLevel(fresh.log_level)
     log(logging.INFO, "reloaded", message="settings read again")
 
@@ -8341,7 +8341,7 @@ def reload(worker: Worker, server: Server, demo_url: Optional[SplitResult]) -> N
 WARM_UP = 0.5                            # seconds after the start
 
 
-def started_as(fresh: Settings, old: Settings) -> Settings:
+def with_fixed_settings(fresh: Settings, old: Settings) -> Settings:
     """New settings, but for what cannot change while the process runs.  Raises ConfigError."""
     settings = replace(fresh, server_host=old.server_host, server_port=old.server_port, workers=old.workers)
     check_exposure(settings)
@@ -8357,7 +8357,7 @@ def log_loop_fault(loop: asyncio.AbstractEventLoop, context: Json) -> None:
     log(logging.DEBUG, "connection_fault", error=f"{type(error).__name__}: {error}" if error else context.get("message"))
 
 
-def authority(settings: Settings, port: int) -> str:
+def url_authority(settings: Settings, port: int) -> str:
     """The host and port under which a client on this machine reaches the proxy."""
     host = settings.server_host[0]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
@@ -8366,7 +8366,7 @@ def authority(settings: Settings, port: int) -> str:
 
 def start_facts(settings: Settings, port: int, is_demo: bool) -> Json:
     """What the first line of the log tells: where, to whom, which models, and how to point a client here."""
-    address = "http://" + authority(settings, port)
+    address = "http://" + url_authority(settings, port)
     models = model_map(settings)
     upstream = "the built-in demo" if is_demo else settings.hostname
     shown = ", ".join(f"{family} → {name}" for family, name in models.items())
@@ -8401,9 +8401,9 @@ class Supervisor:
     is refused.  Signals go on to all workers; when the parent dies, they end.
     """
 
-    def __init__(self, template: Worker) -> None:
+    def __init__(self, template: ServeOptions) -> None:
         self._settings = template.settings
-        self._board = Board(self._settings.workers)
+        self._board = SharedCounters(self._settings.workers)
         lifeline, self._held_end = os.pipe()
         self._template = replace(template, board=self._board, lifeline=lifeline)
         self._workers: Dict[int, int] = {}                   # process id -> slot
@@ -8444,7 +8444,7 @@ class Supervisor:
             os.close(self._held_end)
             for number in signals:
                 signal.signal(number, signal.SIG_DFL)
-            asyncio.run(run(replace(self._template, slot=slot, ready=lambda: signal.pthread_sigmask(
+            asyncio.run(serve(replace(self._template, slot=slot, ready=lambda: signal.pthread_sigmask(
                 signal.SIG_UNBLOCK, signals))))
             code = 0
         finally:
@@ -8465,8 +8465,8 @@ class Supervisor:
             for file in self._template.files:
                 file.reopen_if_moved()
             try:                                             # for workers that are started from now on
-                fresh, _ = configuration(self._template.options)
-                self._template.settings = started_as(fresh, self._settings)
+                fresh, _ = load_configuration(self._template.options)
+                self._template.settings = with_fixed_settings(fresh, self._settings)
             except ConfigError:
                 pass                                         # the workers tell it
         elif self._is_stopping:
@@ -8489,7 +8489,7 @@ WORKER_PAUSE = 1.0                       # seconds between two starts of workers
 
 # ---- --check and --replay ---------------------------------------------------
 
-class Findings:
+class CheckReport:
     """The lines of --check: ok, warn or fail, and what to do."""
 
     def __init__(self) -> None:
@@ -8502,9 +8502,9 @@ class Findings:
         print(f"{colour}{level:5}{chr(27) + '[0m' if colour else ''} {CONTROL.sub(' ', text)}", flush=True)
 
 
-async def check(settings: Settings, warnings: List[Warning_]) -> int:
+async def run_check(settings: Settings, warnings: List[StartWarning]) -> int:
     """--check: tries all that serving will need.  Returns 1 where something has failed."""
-    findings = Findings()
+    findings = CheckReport()
     check_settings(settings, warnings, findings)
     try:
         app = App(settings)
@@ -8514,11 +8514,11 @@ async def check(settings: Settings, warnings: List[Warning_]) -> int:
     await check_upstream(app, findings)
     await check_running(app, findings)
     app.upstream.close()
-    findings.add("ok", "Claude Code: " + "; ".join(shell_lines(settings, authority(settings, settings.server_port))))
+    findings.add("ok", "Claude Code: " + "; ".join(shell_lines(settings, url_authority(settings, settings.server_port))))
     return 1 if findings.has_failed else 0
 
 
-def check_settings(settings: Settings, warnings: List[Warning_], findings: Findings) -> None:
+def check_settings(settings: Settings, warnings: List[StartWarning], findings: CheckReport) -> None:
     findings.add("ok", f"configuration: listens on {', '.join(settings.server_host)} port {settings.server_port}, "
                  f"upstream {settings.openai_base_url._replace(query='').geturl()}")
     for _, facts in warnings:
@@ -8528,7 +8528,7 @@ def check_settings(settings: Settings, warnings: List[Warning_], findings: Findi
     else:
         findings.add("ok", f"OPENAI_API_KEY is set (…{settings.openai_api_key[-4:]})")
     for family, name in model_map(settings).items():
-        base = model_profile(name, settings.host).base
+        base = model_profile(name, settings.host_class).base_name
         window = next((size for pattern, size in SMALL_WINDOWS if re.match(pattern, base)), None)
         if window is not None:
             findings.add("warn", f"CLAUDE_{family.upper()}_MODEL {name} has a window of {window} tokens: too small for "
@@ -8538,7 +8538,7 @@ def check_settings(settings: Settings, warnings: List[Warning_], findings: Findi
 SMALL_WINDOWS = ((r"gpt-4$|gpt-4-0[36]", 8192), (r"gpt-4-32k", 32768), (r"gpt-3\.5", 16385))
 
 
-async def check_upstream(app: App, findings: Findings) -> None:
+async def check_upstream(app: App, findings: CheckReport) -> None:
     """DNS, TCP, TLS, the key, and the three models."""
     upstream, settings = app.upstream, app.settings
     proxy = outgoing_proxy(settings, upstream.host)
@@ -8549,7 +8549,7 @@ async def check_upstream(app: App, findings: Findings) -> None:
     except OSError:
         findings.add("fail", f"DNS: {host} cannot be resolved: check OPENAI_BASE_URL{' and HTTPS_PROXY' if proxy else ''}")
         return
-    timeout = Timeout(settings.request_timeout, "REQUEST_TIMEOUT")
+    timeout = TimeLimit(settings.request_timeout, "REQUEST_TIMEOUT")
     try:
         reply = await upstream.send("GET", "/models", b"", settings.openai_api_key or "none", False, timeout)
         body = await reply.read_all(ANSWER_BODY)
@@ -8570,28 +8570,28 @@ async def check_upstream(app: App, findings: Findings) -> None:
         check_models(settings, body, findings)
 
 
-def check_models(settings: Settings, body: bytes, findings: Findings) -> None:
+def check_models(settings: Settings, body: bytes, findings: CheckReport) -> None:
     try:
-        listed = {entry["id"] for entry in _decoder.decode(body.decode("utf-8", "replace"))["data"]}
+        ids = {entry["id"] for entry in _upstream_decoder.decode(body.decode("utf-8", "replace"))["data"]}
     except (ValueError, KeyError, TypeError, RecursionError):
         findings.add("warn", "the upstream's list of models is not understood")
         return
     for family, name in model_map(settings).items():
-        if listed & {name, name + ":latest", "models/" + name}:
+        if ids & {name, name + ":latest", "models/" + name}:
             findings.add("ok", f"CLAUDE_{family.upper()}_MODEL {name} is there")
         else:
-            findings.add("fail", f"CLAUDE_{family.upper()}_MODEL {name} is not among the upstream's {len(listed)} models")
+            findings.add("fail", f"CLAUDE_{family.upper()}_MODEL {name} is not among the upstream's {len(ids)} models")
 
 
-async def check_running(app: App, findings: Findings) -> None:
+async def check_running(app: App, findings: CheckReport) -> None:
     """What a proxy that runs with this configuration says of itself."""
     settings = app.settings
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.server_host[0], settings.server_host[0])
-    here = authority(settings, settings.server_port)
+    here = url_authority(settings, settings.server_port)
     local = Upstream(replace(settings, openai_base_url=urlsplit(f"http://{here}"), upstream_headers=()), app.metrics)
     try:
-        reply = await local.send("GET", "/status", b"", "".join(settings.proxy_api_key[:1]) or "none", False, Timeout(2, ""))
-        found = _decoder.decode((await reply.read_all(ANSWER_BODY)).decode("utf-8", "replace"))
+        reply = await local.send("GET", "/status", b"", "".join(settings.proxy_api_key[:1]) or "none", False, TimeLimit(2, ""))
+        found = _upstream_decoder.decode((await reply.read_all(ANSWER_BODY)).decode("utf-8", "replace"))
         findings.add("ok", f"aiapiproxy {found['version']} runs on {host} port {settings.server_port}, {found['requests']:g} requests so far")
         for entry in found["adjustments"]:
             findings.add("ok", f"it has learned of {entry['model']}: {entry['adjustment']} {entry['value']}".rstrip())
@@ -8608,16 +8608,16 @@ def replay(path: str) -> int:
         with open(path, encoding="utf-8") as file:
             recorded = json.load(file)
         settings = load_settings(recorded["settings"])
-        exchange = openai_request(recorded["client_request"], settings, recorded["session_id"])
+        translation = translation_of(recorded["client_request"], settings, recorded["session_id"])
         pieces = [data.encode("latin-1") for _, data in recorded["upstream"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
-        complain(f"--replay {path}: not a recorded exchange ({type(error).__name__}: {error})")
+        print_error(f"--replay {path}: not a recorded exchange ({type(error).__name__}: {error})")
         return 1
     except ProxyError as error:
-        complain(f"--replay {path}: {error.message}")
+        print_error(f"--replay {path}: {error.message}")
         return 1
-    exchange.is_streamed = True
-    translator = StreamTranslator(exchange, RandomIds(), recorded["request_id"])
+    translation.is_streamed = True
+    translator = StreamTranslator(translation, RandomIds(), recorded["request_id"])
     try:
         claims_events = "event-stream" in recorded["upstream_headers"].get("content-type", "").lower()
         if is_event_stream(claims_events, b"".join(pieces[:1])):
@@ -8625,10 +8625,10 @@ def replay(path: str) -> int:
                 sys.stdout.write(translator.feed(piece).decode())
             sys.stdout.write(translator.finish().decode())
         else:
-            completion = _decoder.decode(b"".join(pieces).decode("utf-8", "replace"))
-            sys.stdout.write(translator.message(anthropic_message(completion, exchange, RandomIds())).decode())
+            completion = _upstream_decoder.decode(b"".join(pieces).decode("utf-8", "replace"))
+            sys.stdout.write(translator.message(anthropic_message(completion, translation, RandomIds())).decode())
     except (ProxyError, ValueError, RecursionError) as error:
-        complain(f"--replay {path}: {error}")
+        print_error(f"--replay {path}: {error}")
         return 1
     return 0
 

@@ -166,12 +166,12 @@ def response_format(schema, strict):
 def sent(asked, host="openai", session_id=""):
     """What goes upstream, as the upstream reads it; checked for what must hold of every request."""
     before = copy.deepcopy(asked)
-    exchange = aiapiproxy.openai_request(asked, SETTINGS[host], session_id)
+    exchange = aiapiproxy.translation_of(asked, SETTINGS[host], session_id)
     assert asked == before, "the client's own objects are never changed"
     body = json.loads(aiapiproxy.json_bytes(exchange.body).decode("ascii"))
     check_conversation(body["messages"])
     read = aiapiproxy.request_value(json.dumps(asked))  # as the server does it
-    again = aiapiproxy.openai_request(read, SETTINGS[host], session_id)
+    again = aiapiproxy.translation_of(read, SETTINGS[host], session_id)
     assert json.loads(aiapiproxy.body_json(again.body)) == body
     return body
 
@@ -235,7 +235,7 @@ def readable(made):
 
 def answered(answer, asked, host="openai"):
     """The Anthropic message made of a completion, ids and signatures readable."""
-    exchange = aiapiproxy.openai_request(asked, SETTINGS[host])
+    exchange = aiapiproxy.translation_of(asked, SETTINGS[host])
     message = aiapiproxy.anthropic_message(answer, exchange, new_ids())
     aiapiproxy.json_bytes(message).decode("ascii")
     message["content"] = [{name: readable(value) if name in ("id", "signature") else value
@@ -421,7 +421,7 @@ def every_split(raw):
 
 
 def check_stream(raw, want, asked, host="openai"):
-    exchange = aiapiproxy.openai_request(asked, SETTINGS[host])
+    exchange = aiapiproxy.translation_of(asked, SETTINGS[host])
     seen = None
     for pieces in every_split(raw):
         out = streamed(pieces, exchange)
@@ -484,41 +484,41 @@ def test_broken_json_around_known_tools_is_told_with_its_place(text):
 def test_of_many_different_tools_only_a_few_are_kept():
     for place in range(40):
         aiapiproxy.request_value('{"tools":' + MANY.replace("tool_0", f"tool_x{place}") + "}")
-    assert len(aiapiproxy.KNOWN_TOOLS) == aiapiproxy.MAX_KNOWN_TOOLS
-    kept = [tools.text for tools in aiapiproxy.KNOWN_TOOLS]
+    assert len(aiapiproxy.TOOLS_CACHE) == aiapiproxy.MAX_KNOWN_TOOLS
+    kept = [tools.text for tools in aiapiproxy.TOOLS_CACHE]
     aiapiproxy.request_value('{"tools":[]}')
-    assert kept == [tools.text for tools in aiapiproxy.KNOWN_TOOLS]
+    assert kept == [tools.text for tools in aiapiproxy.TOOLS_CACHE]
 
 
 def test_of_tools_of_many_values_fewer_are_kept():
     for place in range(10):
         text = compact([{f"x{place}": 0}] * (aiapiproxy.KNOWN_TOOLS_VALUES // 3))
         assert len(aiapiproxy.request_value('{"tools":' + text + "}")["tools"]) > 1000
-        assert 1 <= len(aiapiproxy.KNOWN_TOOLS) <= 8 and aiapiproxy.KNOWN_TOOLS[0].text == text
-    assert len(aiapiproxy.KNOWN_TOOLS) == 2
+        assert 1 <= len(aiapiproxy.TOOLS_CACHE) <= 8 and aiapiproxy.TOOLS_CACHE[0].text == text
+    assert len(aiapiproxy.TOOLS_CACHE) == 2
     aiapiproxy.request_value('{"tools":' + compact([0] * aiapiproxy.KNOWN_TOOLS_VALUES) + "}")
-    assert aiapiproxy.KNOWN_TOOLS == []
+    assert aiapiproxy.TOOLS_CACHE == []
 
 
 def test_what_one_model_was_taught_about_tools_does_not_reach_another():
     asked = compact(R(tools=[T("f", {**STRICT, "description": "long " * 300}, strict=True)]))
-    exchanges = [aiapiproxy.openai_request(aiapiproxy.request_value(asked), SETTINGS["openai"]) for _ in range(3)]
+    exchanges = [aiapiproxy.translation_of(aiapiproxy.request_value(asked), SETTINGS["openai"]) for _ in range(3)]
     before = aiapiproxy.body_json(exchanges[0].body)
     refusal = b'{"error":{"message":"Unknown parameter: tools[0].function.strict","param":"tools[0].function.strict"}}'
-    assert aiapiproxy.lesson_from(400, refusal, exchanges[1])[0].name == "strict_dropped"
+    assert aiapiproxy.adjustment_for(400, refusal, exchanges[1])[0].name == "strict_dropped"
     assert "strict" not in exchanges[1].body["tools"][0]["function"]
     assert aiapiproxy.body_json(exchanges[2].body) == before
-    aiapiproxy.apply_lessons({"strict_dropped": True}, exchanges[2])
+    aiapiproxy.apply_adjustments({"strict_dropped": True}, exchanges[2])
     assert b'"strict"' not in aiapiproxy.body_json(exchanges[2].body)
-    again = aiapiproxy.openai_request(aiapiproxy.request_value(asked), SETTINGS["openai"])
+    again = aiapiproxy.translation_of(aiapiproxy.request_value(asked), SETTINGS["openai"])
     assert aiapiproxy.body_json(again.body) == before
 
 
 def test_known_tools_cost_their_estimated_tokens_each_time():
-    plain = aiapiproxy.openai_request(R(tools=MANY_TOOLS), SETTINGS["local"]).input_estimate()
+    plain = aiapiproxy.translation_of(R(tools=MANY_TOOLS), SETTINGS["local"]).input_estimate()
     for _ in range(2):
-        known = aiapiproxy.openai_request(aiapiproxy.request_value(compact(R(tools=MANY_TOOLS))), SETTINGS["local"])
-        assert isinstance(known.body["tools"], aiapiproxy.KeptList) and known.input_estimate() == plain
+        known = aiapiproxy.translation_of(aiapiproxy.request_value(compact(R(tools=MANY_TOOLS))), SETTINGS["local"])
+        assert isinstance(known.body["tools"], aiapiproxy.CachedTools) and known.input_estimate() == plain
 
 
 # ============================================================================
@@ -531,7 +531,7 @@ SCHEMA = '{"type":"object","properties":{}}'
 def test_estimate_of_a_request():
     def estimate(*messages, **members):
         asked = R(list(messages), **members)
-        return aiapiproxy.estimated_request_tokens(aiapiproxy.openai_request(asked, SETTINGS["openai"]).body)
+        return aiapiproxy.estimated_request_tokens(aiapiproxy.translation_of(asked, SETTINGS["openai"]).body)
 
     tokens = aiapiproxy.estimated_tokens
     assert estimate(U("Hi")) == 8
@@ -1436,14 +1436,14 @@ REJECTED = [
 @table(REJECTED)
 def test_rejected(given, want):
     with pytest.raises(aiapiproxy.ProxyError) as caught:
-        aiapiproxy.openai_request(given, SETTINGS["openai"])
+        aiapiproxy.translation_of(given, SETTINGS["openai"])
     assert (caught.value.status, caught.value.kind, caught.value.message) == (400, "invalid_request_error",
                                                                               want)
 
 
 def test_a_rejected_thread_tells_the_client_how_to_go_on():
     with pytest.raises(aiapiproxy.ProxyError) as caught:
-        aiapiproxy.openai_request(R(thread={"type": "create"}), SETTINGS["openai"])
+        aiapiproxy.translation_of(R(thread={"type": "create"}), SETTINGS["openai"])
     assert caught.value.details == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 
 
@@ -1526,7 +1526,7 @@ def test_a_conversation_only_grows_at_its_end(host):
     def request(messages):
         asked = R(messages, model="claude-opus-5-5", system=[billing(len(messages)), txt("S")],
                   tools=[T("f"), T("my.tool")], thinking=ADAPTIVE)
-        return aiapiproxy.openai_request(asked, SETTINGS[host]).body
+        return aiapiproxy.translation_of(asked, SETTINGS[host]).body
 
     ends = [at + 1 for at, turn in enumerate(TURNS) if turn["role"] != "assistant"
             and TURNS[at + 1:at + 2] and TURNS[at + 1]["role"] == "assistant"]
@@ -1544,7 +1544,7 @@ def test_a_conversation_only_grows_at_its_end(host):
                          ["call_1", "functions.get:0", "x" * 65, "toolu_r123456_abc", "toolu_xyz", "\u00e9",
                           "a b", "chatcmpl-tool-" + "0" * 32, "toolu_01A09q90qw90lq917835lq9"])
 def test_an_id_comes_back_to_the_upstream_as_it_was(id):
-    exchange = aiapiproxy.openai_request(R(), SETTINGS["local"])
+    exchange = aiapiproxy.translation_of(R(), SETTINGS["local"])
     answer = completion({"content": None, "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
     blocks = aiapiproxy.anthropic_message(answer, exchange, new_ids())["content"]
     assert all(re.fullmatch(r"[a-zA-Z0-9_-]+", block["id"]) for block in blocks)
@@ -1569,7 +1569,7 @@ def test_a_name_comes_back_to_the_client_as_it_was(name):
                          ids=["reasoning_content", "reasoning"])
 def test_reasoning_comes_back_to_the_upstream_as_it_was(reasoning, display):
     asked = R(thinking={"type": "adaptive", "display": display})
-    exchange = aiapiproxy.openai_request(asked, SETTINGS["local"])
+    exchange = aiapiproxy.translation_of(asked, SETTINGS["local"])
     answer = completion({"content": "x", "tool_calls": [call("call_1")], **reasoning}, "tool_calls")
     for blocks in (aiapiproxy.anthropic_message(answer, exchange, new_ids())["content"],
                    blocks_of(streamed([sse([chunk(answer["choices"][0]["message"], "tool_calls"), D])],
@@ -1915,7 +1915,7 @@ NO_RETRY = {"x-should-retry": "false"}
 def failed(status, body, headers=None, asked=None, settings=SETTINGS["openai"]):
     """The error that the client gets for this answer of the upstream."""
     raw = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-    exchange = aiapiproxy.openai_request(asked or R(), settings)
+    exchange = aiapiproxy.translation_of(asked or R(), settings)
     return aiapiproxy.upstream_error(status, headers or {}, raw, exchange, NOON)
 
 
@@ -2436,24 +2436,24 @@ def test_an_event_named_error_is_one():
 
 def test_an_error_tells_what_the_upstream_said():
     raw = streamed([sse([c("x"), {"error": {"message": "out of luck", "code": 500}}])],
-                   aiapiproxy.openai_request(R(), SETTINGS["openai"]))
+                   aiapiproxy.translation_of(R(), SETTINGS["openai"]))
     assert events(raw)[-1]["error"] == {"type": "api_error", "message": "out of luck"}
 
 
 def test_a_line_without_end_is_an_error():
-    exchange = aiapiproxy.openai_request(R(), SETTINGS["openai"])
+    exchange = aiapiproxy.translation_of(R(), SETTINGS["openai"])
     assert printed(streamed([sse([c("x")]), b"data: " + b" " * (16 << 20) + b"  "], exchange)) == BROKEN
 
 
 def test_endless_white_space_in_arguments_is_an_error():
-    exchange = aiapiproxy.openai_request(R(), SETTINGS["openai"])
+    exchange = aiapiproxy.translation_of(R(), SETTINGS["openai"])
     blank = k(0, None, None, " " * 100)
     out = printed(streamed([sse([k(0, "call_1", "f", '{"a":1,')] + [blank] * 6)], exchange))
     assert out.startswith(TOOL + ' 0j`{"a":1,`') and out.endswith(" ERR(api_error)")
 
 
 def test_white_space_in_a_string_may_be_long():
-    exchange = aiapiproxy.openai_request(R(), SETTINGS["openai"])
+    exchange = aiapiproxy.translation_of(R(), SETTINGS["openai"])
     long = f'{{"a":"{" " * 600}"}}'
     out = printed(streamed([sse([k(0, "call_1", "f", long)] + ARGS_DONE)], exchange))
     assert out == f"{TOOL} 0j`{long}` 0- MD(tool_use) ME"
@@ -2465,7 +2465,7 @@ def test_white_space_in_a_string_may_be_long():
 ], ids=["thinking", "no thinking"])
 def test_thinking_in_the_text_however_it_is_cut(asked, want):
     text = "<think>r</think>\n\nx"
-    exchange = aiapiproxy.openai_request(asked, SETTINGS["local"])
+    exchange = aiapiproxy.translation_of(asked, SETTINGS["local"])
     for at in range(len(text) + 1):
         blocks = blocks_of(streamed([sse([c(text[:at]), c(text[at:])] + STOP)], exchange))
         assert [(name, value) for block in blocks for name, value in block.items() if name != "type"] == want
@@ -2485,7 +2485,7 @@ def test_details_of_reasoning_are_joined_in_the_signature():
               {"type": "reasoning.text", "index": 0, "text": "b",
                "signature": "s"}]
     raw = streamed([sse([chunk({"reasoning_details": [each]}) for each in pieces] + [WHOLE] + ARGS_DONE)],
-                   aiapiproxy.openai_request(R(thinking=ADAPTIVE), SETTINGS["openrouter"]))
+                   aiapiproxy.translation_of(R(thinking=ADAPTIVE), SETTINGS["openrouter"]))
     (block, _) = blocks_of(raw)
     kind, details = re.fullmatch(r"aap1\.(.)\.\((.*)\)", readable(block["signature"])).groups()
     assert (block["thinking"], kind) == ("ab", "d")
@@ -2510,7 +2510,7 @@ AT_ONCE = [  # each chunk, and what it gives before the next one comes
 @table(AT_ONCE, "steps")
 def test_what_comes_goes_at_once(steps):
     asked = R(thinking=ADAPTIVE, stop_sequences=["STOP"])
-    translator = aiapiproxy.StreamTranslator(aiapiproxy.openai_request(asked, SETTINGS["openai"]), new_ids())
+    translator = aiapiproxy.StreamTranslator(aiapiproxy.translation_of(asked, SETTINGS["openai"]), new_ids())
     for given, want in steps:
         out = translator.feed(sse([given])).decode()
         found = [notation(json.loads(data)) for data in re.findall(r"^data: (.*)$", out, re.M)]
@@ -2538,7 +2538,7 @@ STREAM_USAGES = [
 
 @table(STREAM_USAGES, "chunks, want")
 def test_usage_of_a_stream(chunks, want):
-    found = events(streamed([sse(chunks)], aiapiproxy.openai_request(R(), SETTINGS["openai"])))
+    found = events(streamed([sse(chunks)], aiapiproxy.translation_of(R(), SETTINGS["openai"])))
     assert found[0]["message"]["usage"]["input_tokens"] == 8
     assert found[-2]["usage"] == want
 
@@ -2546,13 +2546,13 @@ def test_usage_of_a_stream(chunks, want):
 @table([("its own words", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP, "I cannot."),
         ("the filter's", [c("x"), f("content_filter"), D], FILTERED)])
 def test_explanation_of_a_refusal(given, want):
-    found = events(streamed([sse(given)], aiapiproxy.openai_request(R(), SETTINGS["openai"])))
+    found = events(streamed([sse(given)], aiapiproxy.translation_of(R(), SETTINGS["openai"])))
     assert found[-2]["delta"] == {"stop_reason": "refusal", "stop_sequence": None,
                                   "stop_details": {"type": "refusal", "category": None, "explanation": want}}
 
 
 def test_a_stream_names_the_asked_model():
-    exchange = aiapiproxy.openai_request(R(model="claude-sonnet-5-5[1m]"), SETTINGS["openai"])
+    exchange = aiapiproxy.translation_of(R(model="claude-sonnet-5-5[1m]"), SETTINGS["openai"])
     assert events(streamed([SIMPLE], exchange))[0]["message"]["model"] == "claude-sonnet-5-5[1m]"
 
 
@@ -2569,7 +2569,7 @@ CHUNKS = [ROLE, c("x"), c("\n"), c("END"), c("\ud83d"), r("r"), WHOLE, BEGIN, RE
 def test_an_odd_stream_keeps_to_the_order_of_events():
     """Chunks in any order, some of them spoiled: printed() checks what every stream must keep to."""
     dice = random.Random(1)
-    exchanges = [aiapiproxy.openai_request(R(**members), SETTINGS[host]) for host, members in (
+    exchanges = [aiapiproxy.translation_of(R(**members), SETTINGS[host]) for host, members in (
         ("openai", {"thinking": ADAPTIVE}), ("local", {"thinking": OMITTED}), ("local", ENDING),
         ("openai", ONE_CALL_AT_MOST))]
     for _ in range(3000):
@@ -4022,16 +4022,16 @@ def test_a_known_head_is_read_as_the_first_time(fields):
         try:
             want = aiapiproxy.parsed_request_head(head)
         except aiapiproxy.ProtocolError:
-            assert aiapiproxy.known_request(head) is None
+            assert aiapiproxy.cached_request_head(head) is None
             continue
-        assert aiapiproxy.parse_request_head(head) == want == aiapiproxy.known_request(head)
+        assert aiapiproxy.parse_request_head(head) == want == aiapiproxy.cached_request_head(head)
 
 
 def test_a_head_without_a_length_is_never_taken_for_one_with_it():
     start = b"POST /v1/messages HTTP/1.1\r\nHost: a\r\n"
     for name in (b"content-length:", b"content-length: "):
         assert aiapiproxy.parse_request_head(start + name + b"5").headers["content-length"] == "5"
-        assert aiapiproxy.known_request(start + name) is None
+        assert aiapiproxy.cached_request_head(start + name) is None
         with pytest.raises(aiapiproxy.ProtocolError):
             aiapiproxy.parse_request_head(start + name)
 
@@ -4040,8 +4040,8 @@ def test_of_many_different_heads_only_a_few_are_kept():
     for place in range(200):
         aiapiproxy.parse_request_head(b"GET /%d HTTP/1.1\r\nHost: a" % place)
     aiapiproxy.parse_request_head(b"GET /long HTTP/1.1\r\nHost: a\r\nX: " + b"y" * aiapiproxy.KNOWN_HEAD_SIZE)
-    assert len(aiapiproxy.KNOWN_HEADS) <= aiapiproxy.MAX_KNOWN_HEADS
-    assert not any(b"/long" in key[0] for key in aiapiproxy.KNOWN_HEADS)
+    assert len(aiapiproxy.HEAD_CACHE) <= aiapiproxy.MAX_KNOWN_HEADS
+    assert not any(b"/long" in key[0] for key in aiapiproxy.HEAD_CACHE)
 
 
 @table([
@@ -4208,7 +4208,7 @@ def test_HEAD_is_GET_without_a_body(path):
 ])
 def test_a_client_that_stops(given, want, monkeypatch):
     monkeypatch.setattr(aiapiproxy, "HEAD_TIME", 0.1)
-    monkeypatch.setattr(aiapiproxy, "BODY_SILENCE", 0.1)
+    monkeypatch.setattr(aiapiproxy, "BODY_READ_TIME", 0.1)
 
     async def scenario():
         async with bare() as server, Wire(server.port) as wire:
@@ -4223,7 +4223,7 @@ def test_a_client_that_stops(given, want, monkeypatch):
 
 def test_a_head_that_drips_is_cut_and_a_body_that_drips_is_not(monkeypatch):
     monkeypatch.setattr(aiapiproxy, "HEAD_TIME", 0.2)
-    monkeypatch.setattr(aiapiproxy, "BODY_SILENCE", 0.2)
+    monkeypatch.setattr(aiapiproxy, "BODY_READ_TIME", 0.2)
 
     async def drip(wire, data):
         for byte in data:
@@ -4450,7 +4450,7 @@ def with_block(block):
 def check_is_served_or_refused(request):
     """Translated, or refused by a sentence that names a field: never anything else."""
     try:
-        exchange = aiapiproxy.openai_request(request, SETTINGS["openai"])
+        exchange = aiapiproxy.translation_of(request, SETTINGS["openai"])
         aiapiproxy.json_bytes(exchange.body)
         exchange.input_estimate()
     except aiapiproxy.ProxyError as error:
@@ -4533,7 +4533,7 @@ class NotedTransport(asyncio.Transport):
 def noted_stream():
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(aiapiproxy.READ_SIZE, loop)
-    protocol = aiapiproxy.WatchedProtocol(reader, loop=loop)
+    protocol = aiapiproxy.ConnectionProtocol(reader, loop=loop)
     transport = NotedTransport(protocol)
     return aiapiproxy.ByteStream(reader, asyncio.StreamWriter(transport, protocol, reader, loop)), protocol, transport
 
@@ -4552,7 +4552,7 @@ def test_what_a_turn_of_the_loop_writes_goes_out_together(steps, at_once, later)
         stream, _, transport = noted_stream()
         stream.write(b"a")
         stream.write(b"b")
-        assert stream.unsent == 2
+        assert stream.unsent_bytes == 2
         for step in steps:
             done = getattr(stream, step)(*[b"c"] * step.startswith("write"))
             if asyncio.iscoroutine(done):
@@ -5090,12 +5090,12 @@ def test_a_host_that_swallows_packets_is_given_up():
 
 
 @table([
-    ("alone", False, "TimedOut"),
-    ("and a cancellation in the same turn", True, "CancelledError" if sys.version_info >= (3, 11) else "TimedOut"),
+    ("alone", False, "ReadTimeout"),
+    ("and a cancellation in the same turn", True, "CancelledError" if sys.version_info >= (3, 11) else "ReadTimeout"),
 ], "is_cancelled, want")
 def test_a_time_limit_that_ends(is_cancelled, want):
     async def scenario():
-        task = asyncio.ensure_future(aiapiproxy.within(0, asyncio.sleep(10)))
+        task = asyncio.ensure_future(aiapiproxy.with_timeout(0, asyncio.sleep(10)))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         if is_cancelled:
@@ -5114,8 +5114,8 @@ def test_a_large_request_that_is_cancelled_in_the_turn_that_its_connection_dies_
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
             settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url})
             upstream = aiapiproxy.Upstream(settings, aiapiproxy.Metrics())
-            connection = await upstream._connected(asyncio.get_running_loop().time() + 5)
-            sending = asyncio.ensure_future(upstream._large_write(connection.stream, b"", bytes(20_000_000), None))
+            connection = await upstream._open_in_time(asyncio.get_running_loop().time() + 5)
+            sending = asyncio.ensure_future(upstream._write_large(connection.stream, b"", bytes(20_000_000), None))
             await asyncio.sleep(0)
             connection.stream.abort()
             sending.cancel()
@@ -5428,7 +5428,7 @@ def test_a_client_that_reads_nothing_slows_the_upstream_and_is_not_cut():
                     await asyncio.sleep(0.4)
                 assert seen < len(piece) * 0.8
                 (tx,) = server._active
-                assert tx._stream.unsent <= 262144
+                assert tx._stream.unsent_bytes <= 262144
                 wire.reader._transport.resume_reading()
                 return seen + len(await wire.reader.read(-1)), await upstream.closed.wait()
 
@@ -6594,7 +6594,7 @@ async def fuzzed(port, data, dice):
 
 
 def test_fuzz(monkeypatch, capfd, caplog):
-    for name in ("HEAD_TIME", "BODY_SILENCE", "IDLE_KEEP_ALIVE", "LINGER_TIME", "LINGER_SILENCE",
+    for name in ("HEAD_TIME", "BODY_READ_TIME", "IDLE_KEEP_ALIVE", "LINGER_TIME", "LINGER_READ_TIME",
                  "LAST_CHUNK_WAIT"):
         monkeypatch.setattr(aiapiproxy, name, 0.05)
     seed = 1 if FUZZ_SECONDS <= 5 else random.randrange(2 ** 32)
@@ -6717,13 +6717,13 @@ def test_runs_of_chunks_give_the_same_bytes_as_each_chunk_by_itself(kind, size, 
     raw = sse([*chunks, f("stop"), D])
 
     def events():
-        translator = aiapiproxy.StreamTranslator(aiapiproxy.openai_request(
+        translator = aiapiproxy.StreamTranslator(aiapiproxy.translation_of(
             R(stream=True, thinking=ADAPTIVE, tools=[T("f")]), SETTINGS["local"]), lambda size: "x" * size)
         return b"".join(translator.feed(raw[place:place + size]) for place in range(0, len(raw), size)), translator
 
     fast, translator = events()
     assert translator.done and translator.error is None
-    monkeypatch.setattr(aiapiproxy.Template, "learn", lambda *_: None)
+    monkeypatch.setattr(aiapiproxy.ChunkPattern, "learn", lambda *_: None)
     assert fast == events()[0]
 
 
@@ -6806,13 +6806,13 @@ def test_old_records_make_room_for_new_ones(tmp_path, monkeypatch):
     ([k(0, "call_1", "f", "[" + "1," * 600)], R(stream=True)),
 ], ids=["a collected answer", "a call behind another", "hidden reasoning", "arguments to be repaired"])
 def test_what_is_kept_of_an_answer_has_a_bound(chunks, asked, monkeypatch):
-    monkeypatch.setattr(aiapiproxy, "KEPT_ANSWER", 1000)
+    monkeypatch.setattr(aiapiproxy, "MAX_BUFFERED_ANSWER", 1000)
     answer, _ = run(asked_once(stream(*chunks, f("stop"), D), asked))
     assert "ERR(api_error)" in said(answer) if asked.get("stream") else said(answer).startswith("502 api_error: ")
 
 
 def test_a_fault_of_the_proxy_in_a_stream_is_an_error_event(monkeypatch):
-    monkeypatch.setattr(aiapiproxy.CallTable, "find", lambda table, entry: 1 / 0)
+    monkeypatch.setattr(aiapiproxy.ToolCalls, "find", lambda table, entry: 1 / 0)
 
     async def scenario():
         gate = asyncio.Event()
