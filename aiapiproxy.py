@@ -6263,7 +6263,7 @@ def basic_credentials(url: SplitResult) -> str:
 # only place where an exception becomes an answer.  A handler returns a whole
 # Response, or None when it has sent its events itself.
 
-class Transaction:
+class Exchange:
     """A client's request and its answer, as a handler sees them: the body in, the events out."""
 
     def __init__(self, stream: ByteStream, request: Request, request_id: str, client: str,
@@ -6528,51 +6528,51 @@ class RandomIds:
 
 # ---- answering --------------------------------------------------------------
 
-async def respond(app: App, tx: Transaction) -> Optional[Response]:
+async def respond(app: App, exchange: Exchange) -> Optional[Response]:
     """The answer to a request.  Every exception ends here, but the client's going."""
     try:
-        return await dispatch(app, tx)
+        return await dispatch(app, exchange)
     except ProxyError as error:
-        return error_response(app, tx, error)
+        return error_response(app, exchange, error)
     except ClientDisconnected:
         raise
     except asyncio.CancelledError:
-        if not tx.is_shut_down:
+        if not exchange.is_shut_down:
             raise
-        return error_response(app, tx, ProxyError(529, "The proxy is shutting down"))
+        return error_response(app, exchange, ProxyError(529, "The proxy is shutting down"))
     except Exception as error:
-        log_internal_error(app, tx, error)
-        if tx.has_begun():
+        log_internal_error(app, exchange, error)
+        if exchange.has_begun():
             raise ClientDisconnected from None           # a second head would be read as part of the stream
-        return error_response(app, tx, ProxyError(500, "Internal error"))
+        return error_response(app, exchange, ProxyError(500, "Internal error"))
 
 
-def log_internal_error(app: App, tx: Transaction, error: Exception) -> None:
+def log_internal_error(app: App, exchange: Exchange, error: Exception) -> None:
     """A fault of the proxy itself: its traceback only where RUST_BACKTRACE asks for it."""
-    log(logging.ERROR, "internal_error", request_id=tx.id, path=tx.request.path,
-        error=redacted(f"{type(error).__name__}: {error}", (*app.secrets, *tx.secrets))[:500])
+    log(logging.ERROR, "internal_error", request_id=exchange.id, path=exchange.request.path,
+        error=redacted(f"{type(error).__name__}: {error}", (*app.secrets, *exchange.secrets))[:500])
     if app.settings.rust_backtrace:
         LOG.error("traceback", exc_info=error)
 
 
-def error_response(app: App, tx: Transaction, error: ProxyError) -> Response:
+def error_response(app: App, exchange: Exchange, error: ProxyError) -> Response:
     """An error as an answer; also what the log says of it."""
-    tx.note(outcome=error.outcome, error=error.log_message[:300])
+    exchange.note(outcome=error.outcome, error=error.log_message[:300])
     if isinstance(error, UpstreamError):
-        tx.note(upstream_status=error.upstream_status)
-    if tx.is_shut_down:
-        tx.note(outcome="shutdown")
+        exchange.note(upstream_status=error.upstream_status)
+    if exchange.is_shut_down:
+        exchange.note(outcome="shutdown")
     headers = dict(error.headers)
-    if error.status == 401 and tx.request.path in ("/", "/metrics", "/status"):
+    if error.status == 401 and exchange.request.path in ("/", "/metrics", "/status"):
         headers["www-authenticate"] = 'Basic realm="aiapiproxy"'
-    return Response(error.status, json_bytes(error_fields(error, tx.id)), headers=headers)
+    return Response(error.status, json_bytes(error_fields(error, exchange.id)), headers=headers)
 
 
-async def dispatch(app: App, tx: Transaction) -> Optional[Response]:
-    request, settings = tx.request, app.settings
-    check_origin(tx, settings)
+async def dispatch(app: App, exchange: Exchange) -> Optional[Response]:
+    request, settings = exchange.request, app.settings
+    check_origin(exchange, settings)
     if request.method == "OPTIONS":
-        return preflight(tx)
+        return preflight(exchange)
     if request.authority not in app.accepted_hosts:
         if check_host(request, settings) and len(app.accepted_hosts) < KNOWN_HOSTS:
             app.accepted_hosts.add(request.authority)
@@ -6586,7 +6586,7 @@ async def dispatch(app: App, tx: Transaction) -> Optional[Response]:
     if request.headers.get("expect", "100-continue").lower() != "100-continue":
         raise ProxyError(417, "The only expectation that is met here is 100-continue")
     if not route.is_api:
-        return await route.handle(app, tx)
+        return await route.handle(app, exchange)
     check_body_headers(request, settings)
     if app.is_draining or app.in_flight >= settings.max_concurrent_requests:
         raise ProxyError(529, "The proxy is shutting down" if app.is_draining else
@@ -6594,7 +6594,7 @@ async def dispatch(app: App, tx: Transaction) -> Optional[Response]:
                          headers={"retry-after": "1"})
     app.in_flight += 1
     try:
-        return await route.handle(app, tx)
+        return await route.handle(app, exchange)
     finally:
         app.in_flight -= 1
 
@@ -6614,15 +6614,15 @@ def check_body_headers(request: Request, settings: Settings) -> None:
 
 # ---- who may call -----------------------------------------------------------
 
-def check_origin(tx: Transaction, settings: Settings) -> None:
+def check_origin(exchange: Exchange, settings: Settings) -> None:
     """Web pages: raises ProxyError(403) for an origin that may not call; notes CORS headers for one that may."""
-    origin = tx.request.headers.get("origin")
-    if origin is None or tx.request.path.startswith("/health"):
+    origin = exchange.request.headers.get("origin")
+    if origin is None or exchange.request.path.startswith("/health"):
         return
     if not (is_own_origin(origin) or origin in settings.allowed_origins
             or ("*" in settings.allowed_origins and (settings.proxy_api_key or settings.passes_keys_on))):
         raise ProxyError(403, f"The origin {origin[:200]} may not call: list it in ALLOWED_ORIGINS")
-    tx.extra_headers = {"access-control-allow-origin": origin, "vary": "Origin",
+    exchange.extra_headers = {"access-control-allow-origin": origin, "vary": "Origin",
                         "access-control-expose-headers": "request-id, retry-after"}
 
 
@@ -6635,11 +6635,11 @@ def is_own_origin(origin: str) -> bool:
     return scheme in ("http", "https") and match is not None and is_loopback(match[1])
 
 
-def preflight(tx: Transaction) -> Response:
+def preflight(exchange: Exchange) -> Response:
     """[Fetch: CORS preflight]"""
-    wanted = tx.request.headers.get("access-control-request-headers", "")
+    wanted = exchange.request.headers.get("access-control-request-headers", "")
     headers = {"allow": "GET, HEAD, POST, OPTIONS"}
-    if tx.extra_headers:
+    if exchange.extra_headers:
         headers.update({"access-control-allow-methods": "GET, HEAD, POST, OPTIONS", "access-control-max-age": "600"})
         if wanted and re.fullmatch(r"[A-Za-z0-9_, -]*", wanted):
             headers["access-control-allow-headers"] = wanted
@@ -6729,46 +6729,46 @@ def upstream_key(request: Request, settings: Settings) -> str:
 
 # ---- POST /v1/messages ------------------------------------------------------
 
-async def create_message(app: App, tx: Transaction) -> Optional[Response]:
+async def create_message(app: App, exchange: Exchange) -> Optional[Response]:
     """Translate, send, translate back.  [Anthropic: Messages]"""
-    key = upstream_key(tx.request, app.settings)
-    session = tx.request.headers.get("x-claude-code-session-id", "")
-    params = await tx.json(app.settings.max_request_size)
-    if tx.body_size > LARGE_BODY:
+    key = upstream_key(exchange.request, app.settings)
+    session = exchange.request.headers.get("x-claude-code-session-id", "")
+    params = await exchange.json(app.settings.max_request_size)
+    if exchange.body_size > LARGE_BODY:
         await asyncio.sleep(0)               # each step of work on a large body holds all other streams for up to 0.2 s
     translation = checked_translation(params, app.settings, session)
-    if tx.body_size > LARGE_BODY:
+    if exchange.body_size > LARGE_BODY:
         await asyncio.sleep(0)
-    translation.is_mostly_non_ascii = tx.is_mostly_non_ascii and tx.body_size > LARGE_BODY
-    prepare_exchange(app, tx, translation, key, session)
-    recording = Recording(tx, translation, params, app.settings) if app.settings.record_dir else None
+    translation.is_mostly_non_ascii = exchange.is_mostly_non_ascii and exchange.body_size > LARGE_BODY
+    prepare_exchange(app, exchange, translation, key, session)
+    recording = Recording(exchange, translation, params, app.settings) if app.settings.record_dir else None
     del params                            # a large request stands in memory once, as the upstream's
     try:
-        return await call_and_relay(app, tx, translation, key, recording)
+        return await call_and_relay(app, exchange, translation, key, recording)
     finally:
         if recording is not None:
             recording.save()
 
 
-async def call_and_relay(app: App, tx: Transaction, translation: Translation, key: str,
+async def call_and_relay(app: App, exchange: Exchange, translation: Translation, key: str,
                    recording: Optional[Recording]) -> Optional[Response]:
     """Asks the upstream and brings its answer to the client."""
     if translation.is_empty:
-        return await whole_answer(app, tx, translation, empty_message(translation, app.new_id))
+        return await whole_answer(app, exchange, translation, empty_message(translation, app.new_id))
     translator: Optional[StreamTranslator] = None
 
     def make_translator() -> None:
         nonlocal translator
-        translator = StreamTranslator(translation, app.new_id, tx.id)
+        translator = StreamTranslator(translation, app.new_id, exchange.id)
         translator.make_ready()
 
     try:
-        reply = await call_upstream(app, tx, translation, key, make_translator if translation.is_streamed else None)
+        reply = await call_upstream(app, exchange, translation, key, make_translator if translation.is_streamed else None)
     except OutputLimitReached:
-        return await whole_answer(app, tx, translation, empty_message(translation, app.new_id))
+        return await whole_answer(app, exchange, translation, empty_message(translation, app.new_id))
     limits = ratelimit_headers(reply.headers, time.time())
     if limits:
-        tx.extra_headers = {**tx.extra_headers, **limits}
+        exchange.extra_headers = {**exchange.extra_headers, **limits}
     if recording is not None:
         recording.answered(reply)
     start, message = b"", None
@@ -6782,9 +6782,9 @@ async def call_and_relay(app: App, tx: Transaction, translation: Translation, ke
             raise
     if message is not None:
         reply.close()
-        return await whole_answer(app, tx, translation, message)
+        return await whole_answer(app, exchange, translation, message)
     kind = StreamTranslator if translation.is_streamed else MessageWriter
-    relay = Relay(app, tx, translation, reply, recording, translator or kind(translation, app.new_id, tx.id), start)
+    relay = Relay(app, exchange, translation, reply, recording, translator or kind(translation, app.new_id, exchange.id), start)
     try:
         return await relay.run()
     finally:
@@ -6810,26 +6810,26 @@ class OutputLimitReached(Exception):
     """The upstream used up max_tokens before the first visible token: an answer without content."""
 
 
-def prepare_exchange(app: App, tx: Transaction, translation: Translation, key: str, session: str) -> None:
+def prepare_exchange(app: App, exchange: Exchange, translation: Translation, key: str, session: str) -> None:
     """What of a request the log, the redaction and the lessons of earlier ones need."""
-    translation.secrets = tx.secrets = (*app.secrets, *((key,) if len(key) >= 8 and key not in app.secrets else ()))
-    tx.note(model=model_for_log(translation.requested_model), upstream_model=model_for_log(translation.profile.model),
+    translation.secrets = exchange.secrets = (*app.secrets, *((key,) if len(key) >= 8 and key not in app.secrets else ()))
+    exchange.note(model=model_for_log(translation.requested_model), upstream_model=model_for_log(translation.profile.model),
             stream=translation.is_streamed)
     if session:
-        tx.note(session=redacted(session, translation.secrets)[:100])
+        exchange.note(session=redacted(session, translation.secrets)[:100])
     if translation.dropped_fields:
-        log(logging.INFO, "dropped", request_id=tx.id, names=", ".join(translation.dropped_fields)[:300])
+        log(logging.INFO, "dropped", request_id=exchange.id, names=", ".join(translation.dropped_fields)[:300])
     if translation.profile.model in app.adjustments:
         apply_adjustments(app.adjustments[translation.profile.model], translation)
 
 
-async def call_upstream(app: App, tx: Transaction, translation: Translation, key: str,
+async def call_upstream(app: App, exchange: Exchange, translation: Translation, key: str,
                        on_sent: Optional[Callable[[], Any]]) -> UpstreamResponse:
     """The upstream's 2xx answer.  A refusal that teaches something changes the request, which is sent again.
 
     `meanwhile` is called each time that the request has been sent, or as much of it as the upstream wanted.
     """
-    tx.watch_client()
+    exchange.watch_client()
     loop = app.loop
     for tries_left in range(MAX_ADJUSTED_RETRIES, -1, -1):
         is_streamed = translation.body.get("stream") is True
@@ -6839,9 +6839,9 @@ async def call_upstream(app: App, tx: Transaction, translation: Translation, key
             "POST", "/chat/completions", encoded_body(translation), key, is_streamed,
             silence if is_streamed and translation.is_streamed else whole, on_sent)
         app.metrics.observe("upstream_seconds", loop.time() - began)
-        tx.log_fields["upstream_status"] = reply.status
+        exchange.log_fields["upstream_status"] = reply.status
         if "x-request-id" in reply.headers:
-            tx.log_fields["upstream_request_id"] = reply.headers["x-request-id"]
+            exchange.log_fields["upstream_request_id"] = reply.headers["x-request-id"]
         if 200 <= reply.status < 300:
             if is_streamed:
                 reply.timeout, reply.is_live = silence, True
@@ -6854,9 +6854,9 @@ async def call_upstream(app: App, tx: Transaction, translation: Translation, key
         if taught is None:
             error = upstream_error(reply.status, reply.headers, body, translation, time.time())
             if error.is_context_overflow:
-                log(logging.INFO, "context_overflow", request_id=tx.id, upstream_status=reply.status, told=error.message)
+                log(logging.INFO, "context_overflow", request_id=exchange.id, upstream_status=reply.status, told=error.message)
             raise error
-        remember_adjustment(app, tx, translation, *taught)
+        remember_adjustment(app, exchange, translation, *taught)
     raise AssertionError("unreachable")
 
 
@@ -6869,7 +6869,7 @@ def encoded_body(translation: Translation) -> bytes:
         raise ProxyError(400, f"{NOT_JSON}: {error}") from None
 
 
-def remember_adjustment(app: App, tx: Transaction, translation: Translation, lesson: Adjustment, argument: Any) -> None:
+def remember_adjustment(app: App, exchange: Exchange, translation: Translation, lesson: Adjustment, argument: Any) -> None:
     app.metrics.add("upstream_resends_total")
     if not lesson.is_remembered:
         return
@@ -6878,7 +6878,7 @@ def remember_adjustment(app: App, tx: Transaction, translation: Translation, les
     if isinstance(argument, list) and isinstance(known, list):
         argument = known + [item for item in argument if item not in known]
     learned[lesson.name] = argument
-    log(logging.INFO, "learned", request_id=tx.id, upstream_model=translation.profile.model, adjustment=lesson.name,
+    log(logging.INFO, "learned", request_id=exchange.id, upstream_model=translation.profile.model, adjustment=lesson.name,
         value=argument if argument is not True else None,
         message=f"{translation.profile.model}: {lesson.name.replace('_', ' ')}, from now on")
 
@@ -6890,17 +6890,17 @@ ANSWER_BODY = 67108864                   # bytes of a whole answer: 64 MiB
 class Recording:
     """One exchange as it went over the wire, for a report of a fault: RECORD_DIR has a file of each."""
 
-    def __init__(self, tx: Transaction, translation: Translation, params: Json, settings: Settings) -> None:
+    def __init__(self, exchange: Exchange, translation: Translation, params: Json, settings: Settings) -> None:
         self._secrets = translation.secrets
         self._began = time.time()
         self._size = 0
         self._folder = settings.record_dir
-        self._name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(self._began))}-{tx.id}.json"
+        self._name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(self._began))}-{exchange.id}.json"
         self.fields: Json = {
-            "version": __version__, "request_id": tx.id, "time": rfc3339(self._began),
+            "version": __version__, "request_id": exchange.id, "time": rfc3339(self._began),
             "settings": {"OPENAI_BASE_URL": settings.openai_base_url._replace(query="").geturl(),
                          **{f"CLAUDE_{family.upper()}_MODEL": name for family, name in model_map(settings).items()}},
-            "session_id": tx.request.headers.get("x-claude-code-session-id", ""),
+            "session_id": exchange.request.headers.get("x-claude-code-session-id", ""),
             "client_request": params, "upstream_request": translation.body, "upstream_status": 0,
             "upstream_headers": {}, "upstream": [], "events": []}
 
@@ -6944,13 +6944,13 @@ RECORDED_NAME = re.compile(r"\d{8}T\d{6}-req_\w{24}\.json")
 class Relay:
     """Carries one answer from the upstream to the client, and keeps the client awake meanwhile."""
 
-    def __init__(self, app: App, tx: Transaction, translation: Translation, reply: UpstreamResponse,
+    def __init__(self, app: App, exchange: Exchange, translation: Translation, reply: UpstreamResponse,
                  recording: Optional[Recording], translator: StreamTranslator, start: bytes) -> None:
         self._recording = recording
         self._start = start
         self._last_events = b""              # of the end, still to be sent
         self._app = app
-        self._tx = tx
+        self._exchange = exchange
         self._translation = translation
         self._reply = reply
         self._loop = app.loop
@@ -6963,30 +6963,30 @@ class Relay:
         try:
             return await self._run()
         except UpstreamError as error:
-            if not self._tx.has_begun():
+            if not self._exchange.has_begun():
                 raise
             await self._send(self._translator.fail(error))
         except ClientDisconnected:
             raise
         except Exception as error:
-            if not self._tx.has_begun():
+            if not self._exchange.has_begun():
                 raise
-            log_internal_error(self._app, self._tx, error)
+            log_internal_error(self._app, self._exchange, error)
             await self._send(self._translator.fail(ProxyError(500, "Internal error")))
         except asyncio.CancelledError:
-            if not self._tx.is_shut_down or not self._tx.has_begun():
+            if not self._exchange.is_shut_down or not self._exchange.has_begun():
                 raise
             error_of_end = ProxyError(529, "The proxy is shutting down")
-            self._tx.note(outcome="shutdown", error=error_of_end.message)
+            self._exchange.note(outcome="shutdown", error=error_of_end.message)
             # The end may have been translated in the moment of the cancellation: then the answer is whole.
-            self._tx.send_now(self._last_events or self._translator.fail(error_of_end), is_last=True)
+            self._exchange.send_now(self._last_events or self._translator.fail(error_of_end), is_last=True)
         return None
 
     async def _run(self) -> Optional[Response]:
         start = self._start or await read_start(self._reply)
         if not self._start and not is_event_stream(self._reply.claims_events, start):
             message = await whole_message(self._app, self._translation, self._reply, start)
-            return await whole_answer(self._app, self._tx, self._translation, message, self._translator)
+            return await whole_answer(self._app, self._exchange, self._translation, message, self._translator)
         self._last_read = self._loop.time()
         translator, reply, feed = self._translator, self._reply, self._translator.feed
         events = feed(start)
@@ -7001,8 +7001,8 @@ class Relay:
                     events, self._last_events = self._last_events, b""
                     if translator.done:
                         continue
-                    if self._tx.has_unsent():
-                        await self._tx.drain()
+                    if self._exchange.has_unsent():
+                        await self._exchange.drain()
                 data = await reply.read()
             except UpstreamError as error:
                 events = translator.fail(error)
@@ -7016,7 +7016,7 @@ class Relay:
 
     def _pass_on(self, data: bytes, now: float) -> bool:
         """Translates and sends what one read gave; True where more has to be done than that."""
-        translator, tx = self._translator, self._tx
+        translator, exchange = self._translator, self._exchange
         events = translator.feed(data)
         if translator.done:
             self._last_events = events
@@ -7024,45 +7024,45 @@ class Relay:
         if translator.finish_reason is None:
             self._last_read = now
         if events:
-            if tx.first_token is None:
+            if exchange.first_token is None:
                 self._note_first_token()
-            tx.send_now(events, False, now)
-        return tx.has_unsent()
+            exchange.send_now(events, False, now)
+        return exchange.has_unsent()
 
     def _note_first_token(self) -> None:
-        if self._tx.first_token is None and self._translator.has_content:
-            self._tx.first_token = self._loop.time()
+        if self._exchange.first_token is None and self._translator.has_content:
+            self._exchange.first_token = self._loop.time()
 
     async def _send(self, events: bytes) -> None:
         self._note_first_token()
         if self._recording is not None:
             self._recording.add("events", events)
-        self._tx.send_now(events, is_last=self._translator.done)
-        if self._tx.has_unsent():
-            await self._tx.drain()
+        self._exchange.send_now(events, is_last=self._translator.done)
+        if self._exchange.has_unsent():
+            await self._exchange.drain()
 
     def _tick(self) -> None:
         """Once there was nothing to do for long: the start, a sign of life, or the end of an endless end."""
-        translator, tx, now = self._translator, self._tx, self._loop.time()
+        translator, exchange, now = self._translator, self._exchange, self._loop.time()
         if translator.finish_reason is not None and now - self._last_read >= LAST_CHUNK_WAIT:
             self._reply.abandon()                        # [DONE] will not come any more
             return
-        if not tx.has_begun():
-            tx.send_now(translator.begin())
-        elif now - tx.last_write >= PING_INTERVAL - 0.01 and not tx.is_over_write_limit():
-            tx.send_now(translator.ping())
-        next_time = max(now + 0.1, min(tx.last_write + PING_INTERVAL, self._last_read + LAST_CHUNK_WAIT))
+        if not exchange.has_begun():
+            exchange.send_now(translator.begin())
+        elif now - exchange.last_write >= PING_INTERVAL - 0.01 and not exchange.is_over_write_limit():
+            exchange.send_now(translator.ping())
+        next_time = max(now + 0.1, min(exchange.last_write + PING_INTERVAL, self._last_read + LAST_CHUNK_WAIT))
         self._timer = self._loop.call_at(next_time if next_time > now + 0.1 else now + 1, self._tick)
 
     def _note(self) -> None:
         """What the log says of the answer."""
-        translator, tx = self._translator, self._tx
+        translator, exchange = self._translator, self._exchange
         if translator.error is not None:
-            tx.note(outcome="upstream_error" if isinstance(translator.error, UpstreamError) else "shutdown",
+            exchange.note(outcome="upstream_error" if isinstance(translator.error, UpstreamError) else "shutdown",
                     error=translator.error.log_message[:300])
             return
         usage = translator.usage
-        tx.note(stop_reason=translator.stop.get("stop_reason"), **{name: usage.get(name) for name in (
+        exchange.note(stop_reason=translator.stop.get("stop_reason"), **{name: usage.get(name) for name in (
             "input_tokens", "output_tokens", "cache_read_input_tokens")})
         warn_of_truncation(self._app, self._translation, usage)
 
@@ -7128,16 +7128,16 @@ def is_event_stream(claims: bool, start: bytes) -> bool:
     return claims or re.match(rb"(data|event|id|retry)?:", start) is not None
 
 
-async def whole_answer(app: App, tx: Transaction, translation: Translation, message: Json,
+async def whole_answer(app: App, exchange: Exchange, translation: Translation, message: Json,
                        translator: Optional[StreamTranslator] = None) -> Optional[Response]:
     """A message that is there as a whole, in the form that the client asked for."""
     usage = message["usage"]
-    tx.note(stop_reason=message["stop_reason"], **{name: usage[name] for name in (
+    exchange.note(stop_reason=message["stop_reason"], **{name: usage[name] for name in (
         "input_tokens", "output_tokens", "cache_read_input_tokens")})
     if not translation.is_streamed:
         return json_response(message)
-    translator = translator or StreamTranslator(translation, app.new_id, tx.id)
-    await tx.send(translator.message(message), is_last=True)
+    translator = translator or StreamTranslator(translation, app.new_id, exchange.id)
+    await exchange.send(translator.message(message), is_last=True)
     return None
 
 
@@ -7166,20 +7166,20 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 # ---- the other endpoints ----------------------------------------------------
 
-async def count_tokens(app: App, tx: Transaction) -> Response:
+async def count_tokens(app: App, exchange: Exchange) -> Response:
     """POST /v1/messages/count_tokens: computed here, without the upstream.  [Anthropic: count tokens]"""
-    params = await tx.json(app.settings.max_request_size)
+    params = await exchange.json(app.settings.max_request_size)
     translation = checked_translation(params, app.settings, is_counting=True)
-    tx.note(model=model_for_log(translation.requested_model), upstream_model=model_for_log(translation.profile.model))
+    exchange.note(model=model_for_log(translation.requested_model), upstream_model=model_for_log(translation.profile.model))
     encoded_body(translation)
     tokens = translation.input_estimate()
-    tx.note(input_tokens=tokens)
+    exchange.note(input_tokens=tokens)
     return json_response({"input_tokens": tokens})
 
 
-async def list_models(app: App, tx: Transaction) -> Response:
+async def list_models(app: App, exchange: Exchange) -> Response:
     """GET /v1/models: the current Claude names, so that clients' pickers work.  [Anthropic: list models]"""
-    query = dict(parse_qsl(tx.request.query, keep_blank_values=True))
+    query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
     limit = query.get("limit", "20")
     if not re.fullmatch(r"[0-9]{1,5}", limit) or not 1 <= int(limit) <= 1000:
         raise ProxyError(400, "limit: Input should be between 1 and 1000")
@@ -7201,9 +7201,9 @@ async def list_models(app: App, tx: Transaction) -> Response:
                           "first_id": page[0] if page else None, "last_id": page[-1] if page else None})
 
 
-async def get_model(app: App, tx: Transaction) -> Response:
+async def get_model(app: App, exchange: Exchange) -> Response:
     """GET /v1/models/{id}"""
-    name = unquote(tx.request.path[len("/v1/models/"):])
+    name = unquote(exchange.request.path[len("/v1/models/"):])
     settings = app.settings
     configured = (settings.claude_haiku_model, settings.claude_sonnet_model, settings.claude_opus_model)
     if not name or not (name in configured or re.search("claude|haiku|sonnet|opus", name, re.I)):
@@ -7234,15 +7234,15 @@ def health_fields(app: App, status: str) -> Json:
             "pid": app.pid}
 
 
-async def get_health(app: App, tx: Transaction) -> Response:
+async def get_health(app: App, exchange: Exchange) -> Response:
     return json_response(health_fields(app, "ok"))
 
 
-async def get_liveness(app: App, tx: Transaction) -> Response:
+async def get_liveness(app: App, exchange: Exchange) -> Response:
     return json_response(health_fields(app, "alive"))
 
 
-async def get_readiness(app: App, tx: Transaction) -> Response:
+async def get_readiness(app: App, exchange: Exchange) -> Response:
     """Whether a load balancer should send requests here."""
     reason = unready_reason(app)
     if reason:
@@ -7260,7 +7260,7 @@ def unready_reason(app: App) -> str:
     return ""
 
 
-async def get_metrics(app: App, tx: Transaction) -> Response:
+async def get_metrics(app: App, exchange: Exchange) -> Response:
     """GET /metrics  [Prometheus: text format 0.0.4]"""
     workers = app.all_snapshots()
     sums = merged_sums(counts["sums"] for counts in workers)
@@ -7288,7 +7288,7 @@ def merged_sums(parts: Iterable[Mapping[str, Mapping[str, float]]]) -> Dict[str,
     return total
 
 
-async def get_status(app: App, tx: Transaction) -> Response:
+async def get_status(app: App, exchange: Exchange) -> Response:
     """GET /status: what the status page shows.  Never a prompt, never a key."""
     settings, workers = app.settings, app.all_snapshots()
     recent = sorted((request for counts in workers for request in counts["recent"]),
@@ -7310,7 +7310,7 @@ async def get_status(app: App, tx: Transaction) -> Response:
                          "value": "" if value is True else str(value)}
                         for counts in workers for name, learned in counts["lessons"].items()
                         for lesson, value in learned.items()],
-        "environment": shell_lines(settings, tx.request.authority)})
+        "environment": shell_lines(settings, exchange.request.authority)})
 
 
 def model_map(settings: Settings) -> Dict[str, str]:
@@ -7329,9 +7329,9 @@ def token_hint(settings: Settings) -> str:
     return "YOUR_UPSTREAM_KEY" if settings.passes_keys_on else "any"
 
 
-async def get_front_page(app: App, tx: Transaction) -> Response:
+async def get_front_page(app: App, exchange: Exchange) -> Response:
     """GET /: the status page for a browser, a few words of JSON for anything else."""
-    if app.page and "text/html" in tx.request.headers.get("accept", ""):
+    if app.page and "text/html" in exchange.request.headers.get("accept", ""):
         return Response(200, app.page.encode("utf-8"), "text/html; charset=utf-8", {
             "content-security-policy": PAGE_POLICY, "cache-control": "no-store", "x-content-type-options": "nosniff",
             "referrer-policy": "no-referrer", "x-frame-options": "DENY"})
@@ -7344,7 +7344,7 @@ PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsaf
 
 class Route(NamedTuple):
     method: str
-    handle: Callable[[App, Transaction], Awaitable[Optional[Response]]]
+    handle: Callable[[App, Exchange], Awaitable[Optional[Response]]]
     is_api: bool = False                 # counts for MAX_CONCURRENT_REQUESTS, and is logged at info
 
 
@@ -7382,7 +7382,7 @@ class Server:
         self._slot = slot
         self._listeners: List[asyncio.AbstractServer] = []
         self._tasks: Set[asyncio.Task] = set()               # 3.9's streams keep no reference of their own
-        self._active: Dict[Transaction, asyncio.Task] = {}
+        self._active: Dict[Exchange, asyncio.Task] = {}
         self.port = 0
 
     async def start(self, sockets: Optional[List[socket.socket]] = None) -> None:
@@ -7410,8 +7410,8 @@ class Server:
             task.cancel()                                    # heads unfinished, connections between requests
         if self._active:
             await asyncio.wait(set(self._active.values()), timeout=seconds)
-        for tx, task in list(self._active.items()):
-            tx.is_shut_down = True
+        for exchange, task in list(self._active.items()):
+            exchange.is_shut_down = True
             task.cancel()
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=1.0)
@@ -7452,27 +7452,27 @@ class Server:
             return False
         if request is None:
             return False
-        tx = Transaction(stream, request, request_id, client, lambda: protocol.watch(task.cancel))
-        self._active[tx] = task
+        exchange = Exchange(stream, request, request_id, client, lambda: protocol.watch(task.cancel))
+        self._active[exchange] = task
         try:
-            response = await respond(self.app, tx)
-            is_kept = self._finish_answer(stream, tx, response)
+            response = await respond(self.app, exchange)
+            is_kept = self._finish_answer(stream, exchange, response)
             protocol.on_disconnect = None
-            if tx.is_over_write_limit() or stream.transport.is_closing():
+            if exchange.is_over_write_limit() or stream.transport.is_closing():
                 await stream.drain()
         except (asyncio.CancelledError, ClientDisconnected, OSError):
-            tx.note(outcome="shutdown" if tx.is_shut_down else "client_gone")
+            exchange.note(outcome="shutdown" if exchange.is_shut_down else "client_gone")
             raise
         except ProtocolError as error:                       # the body broke HTTP
-            self._write(stream, tx, error_response(self.app, tx, error), False)
+            self._write(stream, exchange, error_response(self.app, exchange, error), False)
             is_kept = False
         finally:
-            del self._active[tx]
-            self._finish_exchange(tx)
+            del self._active[exchange]
+            self._finish_exchange(exchange)
         if is_kept:
-            if not tx.body.done:
-                await tx.skip_body()
-        elif not tx.body.done and not self.app.is_draining:
+            if not exchange.body.done:
+                await exchange.skip_body()
+        elif not exchange.body.done and not self.app.is_draining:
             await lingering_close(stream)
         return is_kept and not self.app.is_draining and not protocol.exceeded_read_ahead
 
@@ -7510,58 +7510,58 @@ class Server:
         stream.unread(rest)
         return parse_request_head(head[:-4])
 
-    def _finish_answer(self, stream: ByteStream, tx: Transaction, response: Optional[Response]) -> bool:
+    def _finish_answer(self, stream: ByteStream, exchange: Exchange, response: Optional[Response]) -> bool:
         """Writes a whole answer.  Returns whether the connection can be kept."""
         if response is None:
-            return tx.keeps_alive() and tx.request.is_http11
-        is_kept = tx.keeps_alive() and tx.may_skip_body() and not self.app.is_draining \
+            return exchange.keeps_alive() and exchange.request.is_http11
+        is_kept = exchange.keeps_alive() and exchange.may_skip_body() and not self.app.is_draining \
             and response.status not in CLOSING_STATUSES
-        self._write(stream, tx, response, is_kept)
+        self._write(stream, exchange, response, is_kept)
         return is_kept
 
-    def _write(self, stream: ByteStream, tx: Transaction, response: Response, is_kept: bool) -> None:
-        headers = {**tx.extra_headers, **response.headers} if tx.extra_headers or response.headers else {}
+    def _write(self, stream: ByteStream, exchange: Exchange, response: Response, is_kept: bool) -> None:
+        headers = {**exchange.extra_headers, **response.headers} if exchange.extra_headers or response.headers else {}
         if response.status != 204:
             headers["content-type"] = response.content_type
             headers["content-length"] = str(len(response.body))
         if not is_kept:
             headers["connection"] = "close"
-        elif not tx.request.is_http11:
+        elif not exchange.request.is_http11:
             headers["connection"] = "keep-alive"
         status_line = f"HTTP/1.1 {response.status} {reason_phrase(response.status)}"
-        data = encoded_head(f"{status_line}\r\ndate: {http_date()}\r\nrequest-id: {tx.id}", headers.items())
-        if tx.request.method != "HEAD":
+        data = encoded_head(f"{status_line}\r\ndate: {http_date()}\r\nrequest-id: {exchange.id}", headers.items())
+        if exchange.request.method != "HEAD":
             data += response.body
-        tx.status = response.status
-        tx.bytes_out = len(data)
+        exchange.status = response.status
+        exchange.bytes_out = len(data)
         stream.write(data)
 
     async def _reject(self, stream: ByteStream, error: ProtocolError, request_id: str, client: str) -> None:
         """Answers a head that is not one, and closes."""
-        tx = Transaction(stream, Request("-", "-", "", {}, True, ""), request_id, client, int)
-        self._write(stream, tx, error_response(self.app, tx, error), False)
-        self._finish_exchange(tx)
+        exchange = Exchange(stream, Request("-", "-", "", {}, True, ""), request_id, client, int)
+        self._write(stream, exchange, error_response(self.app, exchange, error), False)
+        self._finish_exchange(exchange)
         await lingering_close(stream)
 
-    def _finish_exchange(self, tx: Transaction) -> None:
+    def _finish_exchange(self, exchange: Exchange) -> None:
         """The request's line in the log, and its part of the metrics."""
-        request, facts, metrics = tx.request, tx.log_fields, self.app.metrics
-        duration = self._loop.time() - tx.began
+        request, facts, metrics = exchange.request, exchange.log_fields, self.app.metrics
+        duration = self._loop.time() - exchange.began
         outcome = facts.get("outcome", "ok")
-        status = tx.status or 499                            # as nginx has it: the client went before an answer
+        status = exchange.status or 499                            # as nginx has it: the client went before an answer
         path = request.path
         if path not in ROUTES:
             path = "/v1/models/" if path.startswith("/v1/models/") else "other"
         metrics.add("requests_total", request_labels(path, status, outcome))
         if path == "/v1/messages":
             metrics.observe("request_duration_seconds", duration)
-            if tx.first_token is not None:
-                metrics.observe("time_to_first_token_seconds", tx.first_token - tx.began)
+            if exchange.first_token is not None:
+                metrics.observe("time_to_first_token_seconds", exchange.first_token - exchange.began)
             if facts.get("output_tokens") is not None:
                 model_label = metrics.model_label(facts.get("upstream_model", ""))
                 for labels, name in zip(token_labels(model_label), TOKEN_KINDS.values()):
                     metrics.add("tokens_total", labels, facts.get(name) or 0)
-        first = None if tx.first_token is None else round((tx.first_token - tx.began) * 1000, 1)
+        first = None if exchange.first_token is None else round((exchange.first_token - exchange.began) * 1000, 1)
         duration_ms = round(duration * 1000, 1)
         self.app.record_request(None if path != "/v1/messages" else {
             "time": time.time(), "status": status, "outcome": outcome, "ttft_ms": first, "duration_ms": duration_ms,
@@ -7573,13 +7573,13 @@ class Server:
         if not LOG.isEnabledFor(level):
             return
         if "upstream_request_id" in facts:
-            facts["upstream_request_id"] = redacted(facts["upstream_request_id"], tx.secrets)[:100]
+            facts["upstream_request_id"] = redacted(facts["upstream_request_id"], exchange.secrets)[:100]
         if "x-request-id" in request.headers:
-            facts["client_request_id"] = redacted(request.headers["x-request-id"], tx.secrets)[:200]
+            facts["client_request_id"] = redacted(request.headers["x-request-id"], exchange.secrets)[:200]
         facts.pop("outcome", None)
-        shown_path = request.path if path != "other" else redacted(request.path, tx.secrets)[:200]
-        log(level, "request", request_id=tx.id, method=request.method[:20], path=shown_path, status=status, **facts,
-            ttft_ms=first, duration_ms=duration_ms, bytes_out=tx.bytes_out, client=tx.client,
+        shown_path = request.path if path != "other" else redacted(request.path, exchange.secrets)[:200]
+        log(level, "request", request_id=exchange.id, method=request.method[:20], path=shown_path, status=status, **facts,
+            ttft_ms=first, duration_ms=duration_ms, bytes_out=exchange.bytes_out, client=exchange.client,
             outcome=outcome)
 
 

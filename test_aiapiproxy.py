@@ -60,8 +60,9 @@ ROOT = pathlib.Path(__file__).resolve().parent
 # 0. NOTATION
 # ============================================================================
 #
-# Short names, because the tables are long.  U, A and S are messages of either API; lower-case builders make
-# Anthropic blocks, upper-case ones what OpenAI gets.
+# Builders have short names, because the tables are long.  req makes a request; usr, asst and sysm make
+# messages of either API; txt, use, res and tool make Anthropic's blocks and tools; msg, tmsg, part, call
+# and fn make OpenAI's shapes; ctext, creason, frag, cend and cuse make chunks of a stream.
 
 
 def table(rows, names="given, want"):
@@ -97,9 +98,9 @@ SETTINGS = {host: settings_for(host) for host in HOSTS}
 
 # ---- Requests
 
-def R(messages=None, **members):
+def req(messages=None, **members):
     """The plain request with members added or replaced."""
-    messages = [U("Hi")] if messages is None else messages
+    messages = [usr("Hi")] if messages is None else messages
     return {"model": "claude-sonnet-5-5", "max_tokens": 100, "messages": messages, **members}
 
 
@@ -107,26 +108,26 @@ def without(request, *names):
     return {name: value for name, value in request.items() if name not in names}
 
 
-def U(content): return {"role": "user", "content": content}
-def A(content): return {"role": "assistant", "content": content}
-def S(content, **members): return {"role": "system", "content": content, **members}
+def usr(content): return {"role": "user", "content": content}
+def asst(content): return {"role": "assistant", "content": content}
+def sysm(content, **members): return {"role": "system", "content": content, **members}
 def txt(text): return {"type": "text", "text": text}
-def tu(id, name="f", input=None): return {"type": "tool_use", "id": id, "name": name, "input": input or {}}
+def use(id, name="f", input=None): return {"type": "tool_use", "id": id, "name": name, "input": input or {}}
 def think(text, signature): return {"type": "thinking", "thinking": text, "signature": signature}
 def doc(source, **members): return {"type": "document", "source": source, **members}
 
 
-def tr(id, *content, **members):
+def res(id, *content, **members):
     """A tool_result; without content the member is absent."""
     return {"type": "tool_result", "tool_use_id": id, **({"content": content[0]} if content else {}),
             **members}
 
 
-def T(name, schema=None, **members):
+def tool(name, schema=None, **members):
     return {"name": name, "input_schema": schema or {"type": "object", "properties": {}}, **members}
 
 
-def F(name, schema=None, **members):
+def fn(name, schema=None, **members):
     schema = schema or {"type": "object", "properties": {}}
     return {"type": "function", "function": {"name": name, "parameters": schema, **members}}
 
@@ -135,9 +136,9 @@ def call(id, name="f", arguments="{}", **members):
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}, **members}
 
 
-def AC(text, calls, **members): return {"role": "assistant", "content": text, "tool_calls": calls, **members}
-def TM(id, text): return {"role": "tool", "tool_call_id": id, "content": text}
-def P(text): return {"type": "text", "text": text}
+def msg(text, calls, **members): return {"role": "assistant", "content": text, "tool_calls": calls, **members}
+def tmsg(id, text): return {"role": "tool", "tool_call_id": id, "content": text}
+def part(text): return {"type": "text", "text": text}
 def compact(value): return json.dumps(value, separators=(",", ":"))
 def encoded(data): return base64.urlsafe_b64encode(data).decode().rstrip("=")
 def decoded(text): return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
@@ -166,9 +167,9 @@ def response_format(schema, strict):
 def sent(asked, host="openai", session_id=""):
     """What goes upstream, as the upstream reads it; checked for what must hold of every request."""
     before = copy.deepcopy(asked)
-    exchange = aiapiproxy.translation_of(asked, SETTINGS[host], session_id)
+    translation = aiapiproxy.translation_of(asked, SETTINGS[host], session_id)
     assert asked == before, "the client's own objects are never changed"
-    body = json.loads(aiapiproxy.json_bytes(exchange.body).decode("ascii"))
+    body = json.loads(aiapiproxy.json_bytes(translation.body).decode("ascii"))
     check_conversation(body["messages"])
     read = aiapiproxy.request_value(json.dumps(asked))  # as the server does it
     again = aiapiproxy.translation_of(read, SETTINGS[host], session_id)
@@ -235,8 +236,8 @@ def readable(made):
 
 def answered(answer, asked, host="openai"):
     """The Anthropic message made of a completion, ids and signatures readable."""
-    exchange = aiapiproxy.translation_of(asked, SETTINGS[host])
-    message = aiapiproxy.anthropic_message(answer, exchange, new_ids())
+    translation = aiapiproxy.translation_of(asked, SETTINGS[host])
+    message = aiapiproxy.anthropic_message(answer, translation, new_ids())
     aiapiproxy.json_bytes(message).decode("ascii")
     message["content"] = [{name: readable(value) if name in ("id", "signature") else value
                            for name, value in block.items()} for block in message["content"]]
@@ -257,15 +258,15 @@ def entry(index, id, name, arguments):
     return {key: value for key, value in found.items() if value is not None}
 
 
-def c(text): return chunk({"content": text})
-def r(text): return chunk({"reasoning_content": text})
-def k(*each): return chunk({"tool_calls": [entry(*each)]})
-def kk(*entries): return chunk({"tool_calls": [entry(*each) for each in entries]})
-def f(reason): return chunk({}, reason)
-def u(prompt, generated, **more): return {"choices": [], "usage": used(prompt, generated, **more)}
+def ctext(text): return chunk({"content": text})
+def creason(text): return chunk({"reasoning_content": text})
+def frag(*each): return chunk({"tool_calls": [entry(*each)]})
+def frags(*entries): return chunk({"tool_calls": [entry(*each) for each in entries]})
+def cend(reason): return chunk({}, reason)
+def cuse(prompt, generated, **more): return {"choices": [], "usage": used(prompt, generated, **more)}
 
 
-D = "[DONE]"
+DONE = "[DONE]"
 ROLE = chunk({"role": "assistant", "content": ""})
 
 
@@ -369,9 +370,9 @@ def printed(raw):
     return " ".join(notation(event) for event in events(raw)).replace("MS PING", "MS", 1)
 
 
-def streamed(pieces, exchange):
+def streamed(pieces, translation):
     """The events of a stream that arrives in these pieces; one that never began is its HTTP status."""
-    translator = aiapiproxy.StreamTranslator(exchange, new_ids())
+    translator = aiapiproxy.StreamTranslator(translation, new_ids())
     out = []
     try:
         for piece in pieces:
@@ -421,10 +422,10 @@ def every_split(raw):
 
 
 def check_stream(raw, want, asked, host="openai"):
-    exchange = aiapiproxy.translation_of(asked, SETTINGS[host])
+    translation = aiapiproxy.translation_of(asked, SETTINGS[host])
     seen = None
     for pieces in every_split(raw):
-        out = streamed(pieces, exchange)
+        out = streamed(pieces, translation)
         if out != seen:  # printing is dear: only what is new is looked at
             assert (out if isinstance(out, str) else printed(out)) == want, f"in {len(pieces)}: {pieces[0]!r}"
         seen = out
@@ -501,7 +502,7 @@ def test_of_tools_of_many_values_fewer_are_kept():
 
 
 def test_what_one_model_was_taught_about_tools_does_not_reach_another():
-    asked = compact(R(tools=[T("f", {**STRICT, "description": "long " * 300}, strict=True)]))
+    asked = compact(req(tools=[tool("f", {**STRICT, "description": "long " * 300}, strict=True)]))
     exchanges = [aiapiproxy.translation_of(aiapiproxy.request_value(asked), SETTINGS["openai"]) for _ in range(3)]
     before = aiapiproxy.body_json(exchanges[0].body)
     refusal = b'{"error":{"message":"Unknown parameter: tools[0].function.strict","param":"tools[0].function.strict"}}'
@@ -515,9 +516,9 @@ def test_what_one_model_was_taught_about_tools_does_not_reach_another():
 
 
 def test_known_tools_cost_their_estimated_tokens_each_time():
-    plain = aiapiproxy.translation_of(R(tools=MANY_TOOLS), SETTINGS["local"]).input_estimate()
+    plain = aiapiproxy.translation_of(req(tools=MANY_TOOLS), SETTINGS["local"]).input_estimate()
     for _ in range(2):
-        known = aiapiproxy.translation_of(aiapiproxy.request_value(compact(R(tools=MANY_TOOLS))), SETTINGS["local"])
+        known = aiapiproxy.translation_of(aiapiproxy.request_value(compact(req(tools=MANY_TOOLS))), SETTINGS["local"])
         assert isinstance(known.body["tools"], aiapiproxy.CachedTools) and known.input_estimate() == plain
 
 
@@ -530,18 +531,18 @@ SCHEMA = '{"type":"object","properties":{}}'
 
 def test_estimate_of_a_request():
     def estimate(*messages, **members):
-        asked = R(list(messages), **members)
+        asked = req(list(messages), **members)
         return aiapiproxy.estimated_request_tokens(aiapiproxy.translation_of(asked, SETTINGS["openai"]).body)
 
     tokens = aiapiproxy.estimated_tokens
-    assert estimate(U("Hi")) == 8
-    assert estimate(U("Hi"), A("Hello there"), U("Hi")) == 8 + 4 + tokens("Hello there") + 4 + tokens("Hi")
-    assert estimate(U([txt("Hi"), img])) == 8 + 1600
-    assert estimate(U([txt("Hi"), doc(PDF)])) == 8 + 2000
-    assert estimate(U("Hi"), tools=[T("f")]) == 8 + 8 + tokens("f") + tokens(SCHEMA)
-    assert estimate(U("Hi"), A([tu("call_1")]), U([tr("call_1", "Hello")])) == (
+    assert estimate(usr("Hi")) == 8
+    assert estimate(usr("Hi"), asst("Hello there"), usr("Hi")) == 8 + 4 + tokens("Hello there") + 4 + tokens("Hi")
+    assert estimate(usr([txt("Hi"), img])) == 8 + 1600
+    assert estimate(usr([txt("Hi"), doc(PDF)])) == 8 + 2000
+    assert estimate(usr("Hi"), tools=[tool("f")]) == 8 + 8 + tokens("f") + tokens(SCHEMA)
+    assert estimate(usr("Hi"), asst([use("call_1")]), usr([res("call_1", "Hello")])) == (
         8 + 4 + tokens("f") + tokens("{}") + 4 + tokens("Hello"))
-    assert estimate(U("Hi"), **output(STRICT)) == 8 + tokens(compact(STRICT))
+    assert estimate(usr("Hi"), **output(STRICT)) == 8 + tokens(compact(STRICT))
 
 
 def test_estimate_of_a_text():
@@ -554,7 +555,7 @@ def test_estimate_of_a_text():
 # 5. REQUEST: ANTHROPIC TO OPENAI
 # ============================================================================
 
-PLAIN = {"model": "gpt-4o", "messages": [U("Hi")], "max_tokens": 100}
+PLAIN = {"model": "gpt-4o", "messages": [usr("Hi")], "max_tokens": 100}
 STREAMED = {**PLAIN, "stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -570,77 +571,77 @@ ID_FIELDS = {"metadata": {"user_id": "user-1"}}
 NO_IDS = {"safety_identifier": None, "prompt_cache_key": None, "user": None, "metadata": None}
 
 FIELDS = [
-    ("the plain request", "openai", R(), Exactly(PLAIN)),
-    ("a stream asks for its usage", "openai", R(stream=True), Exactly(STREAMED)),
-    ("Mistral does not know stream_options", "mistral", R(stream=True),
+    ("the plain request", "openai", req(), Exactly(PLAIN)),
+    ("a stream asks for its usage", "openai", req(stream=True), Exactly(STREAMED)),
+    ("Mistral does not know stream_options", "mistral", req(stream=True),
      {"stream": True, "stream_options": None}),
-    *[(f"{host} knows stream_options", host, R(stream=True), {"stream_options": {"include_usage": True}})
+    *[(f"{host} knows stream_options", host, req(stream=True), {"stream_options": {"include_usage": True}})
       for host in ("azure", "openrouter", "deepseek", "gemini", "local")],
-    ("stream false is not sent", "openai", R(stream=False), Exactly(PLAIN)),
-    ("a null field is absent", "openai", R(stream=None, system=None, tools=None, thinking=None, metadata=None,
+    ("stream false is not sent", "openai", req(stream=False), Exactly(PLAIN)),
+    ("a null field is absent", "openai", req(stream=None, system=None, tools=None, thinking=None, metadata=None,
                                            stop_sequences=None, tool_choice=None, output_config=None,
                                            compaction=None, mcp_servers=None), Exactly(PLAIN)),
-    ("an answer of up to 8192 tokens is not streamed", "openai", R(max_tokens=8192), {"stream": None}),
-    ("a longer one is, to see that it lives", "openai", R(max_tokens=8193), {"stream": True}),
-    ("what counts there is the limit sent", "openai", R(model="gpt-4-turbo", max_tokens=16000),
+    ("an answer of up to 8192 tokens is not streamed", "openai", req(max_tokens=8192), {"stream": None}),
+    ("a longer one is, to see that it lives", "openai", req(max_tokens=8193), {"stream": True}),
+    ("what counts there is the limit sent", "openai", req(model="gpt-4-turbo", max_tokens=16000),
      {"stream": None}),
-    ("an o-series model takes max_completion_tokens", "openai", R(model="o3"),
+    ("an o-series model takes max_completion_tokens", "openai", req(model="o3"),
      {"max_completion_tokens": 100, "max_tokens": None}),
-    *[(f"{name} takes max_completion_tokens", host, R(model=name),
+    *[(f"{name} takes max_completion_tokens", host, req(model=name),
        {"model": name, "max_completion_tokens": 100, "max_tokens": None})
       for host, name in (("openai", "gpt-5"), ("openai", "gpt-5-chat-latest"), ("local", "openai/gpt-5-mini"),
                          ("openai", "codex-mini-latest"), ("openai", "gpt-5.1:floor"),
                          ("openai", "ft:o4-mini:me"))],
-    *[(f"{name} takes max_tokens", "openai", R(model=name),
+    *[(f"{name} takes max_tokens", "openai", req(model=name),
        {"max_tokens": 100, "max_completion_tokens": None})
       for name in ("gpt-4.1", "gpt-4o-mini", "olmo-2", "my-gpt-5")],
-    ("a Claude name is mapped by its family", "local", R(), {"model": "qwen3:8b", "max_tokens": 100}),
-    ("opus", "openai", R(model="claude-opus-5-5"), {"model": "gpt-5.1"}),
-    ("haiku, in any case", "openai", R(model="Claude-HAIKU-4-5"), {"model": "gpt-4o-mini"}),
-    ("another Claude name is sonnet", "openai", R(model="claude-new"), {"model": "gpt-4o"}),
-    ("[1m] is cut off", "openai", R(model="claude-sonnet-5-5[1m]"), {"model": "gpt-4o"}),
-    ("max_tokens is capped at what the model can", "openai", R(max_tokens=32000), {"max_tokens": 16384}),
-    *[(f"the cap of {name} is {cap}", "openai", R(model=name, max_tokens=200000), {"max_tokens": cap})
+    ("a Claude name is mapped by its family", "local", req(), {"model": "qwen3:8b", "max_tokens": 100}),
+    ("opus", "openai", req(model="claude-opus-5-5"), {"model": "gpt-5.1"}),
+    ("haiku, in any case", "openai", req(model="Claude-HAIKU-4-5"), {"model": "gpt-4o-mini"}),
+    ("another Claude name is sonnet", "openai", req(model="claude-new"), {"model": "gpt-4o"}),
+    ("[1m] is cut off", "openai", req(model="claude-sonnet-5-5[1m]"), {"model": "gpt-4o"}),
+    ("max_tokens is capped at what the model can", "openai", req(max_tokens=32000), {"max_tokens": 16384}),
+    *[(f"the cap of {name} is {cap}", "openai", req(model=name, max_tokens=200000), {"max_tokens": cap})
       for name, cap in (("gpt-4o-2024-05-13", 4096), ("chatgpt-4o-latest", 16384), ("gpt-4.1", 32768),
                         ("gpt-4-turbo", 4096), ("gpt-3.5-turbo", 4096), ("gpt-4", 4096), ("gpt-4-0613", 4096),
                         ("gpt-4-32k", 8192), ("openai/gpt-4o", 16384), ("llama", 200000))],
-    *[(f"the cap of {name} is {cap}", "openai", R(model=name, max_tokens=200000),
+    *[(f"the cap of {name} is {cap}", "openai", req(model=name, max_tokens=200000),
        {"max_completion_tokens": cap})
       for name, cap in (("gpt-5-chat-latest", 16384), ("gpt-5.2", 128000), ("o1-mini", 65536),
                         ("o3", 100000))],
-    ("an unknown model has no cap", "local", R(max_tokens=32000), {"max_tokens": 32000}),
-    ("sampling is passed but for top_k", "openai", R(temperature=0.2, top_p=0.9, top_k=40),
+    ("an unknown model has no cap", "local", req(max_tokens=32000), {"max_tokens": 32000}),
+    ("sampling is passed but for top_k", "openai", req(temperature=0.2, top_p=0.9, top_k=40),
      Exactly({**PLAIN, "temperature": 0.2, "top_p": 0.9})),
-    ("a temperature out of range is left to the upstream", "openai", R(temperature=1.5),
+    ("a temperature out of range is left to the upstream", "openai", req(temperature=1.5),
      {"temperature": 1.5}),
     ("reasoning models take neither sampling nor stop", "openai",
-     R(model="o4-mini", temperature=0.2, top_p=0.9, stop_sequences=["x"]),
+     req(model="o4-mini", temperature=0.2, top_p=0.9, stop_sequences=["x"]),
      {"temperature": None, "top_p": None, "stop": None}),
     ("the first four stop sequences that are not empty", "openai",
-     R(stop_sequences=["a", "", "b", "c", "d", "e"]),
+     req(stop_sequences=["a", "", "b", "c", "d", "e"]),
      {"stop": ["a", "b", "c", "d"]}),
-    ("one stop sequence is a list too", "openai", R(stop_sequences=["END"]), {"stop": ["END"]}),
-    ("no stop sequence", "openai", R(stop_sequences=[]), {"stop": None}),
-    ("only empty stop sequences", "openai", R(stop_sequences=[""]), {"stop": None}),
-    ("the user's id goes to OpenAI hashed", "openai", R(**ID_FIELDS),
+    ("one stop sequence is a list too", "openai", req(stop_sequences=["END"]), {"stop": ["END"]}),
+    ("no stop sequence", "openai", req(stop_sequences=[]), {"stop": None}),
+    ("only empty stop sequences", "openai", req(stop_sequences=[""]), {"stop": None}),
+    ("the user's id goes to OpenAI hashed", "openai", req(**ID_FIELDS),
      {**NO_IDS, "prompt_cache_key": "aap-c6c289e49e9c05b2145860387b73bcb1",
       "safety_identifier": "c6c289e49e9c05b2145860387b73bcb18df43fb09a1e4a4a9713c76c88bb541b"}),
-    *[(f"and not to {host}", host, R(**ID_FIELDS), NO_IDS) for host in HOSTS if host != "openai"],
-    ("metadata without an id", "openai", R(metadata={"foo": "x"}), Exactly(PLAIN)),
-    ("standard_only is OpenAI's default tier", "openai", R(service_tier="standard_only"),
+    *[(f"and not to {host}", host, req(**ID_FIELDS), NO_IDS) for host in HOSTS if host != "openai"],
+    ("metadata without an id", "openai", req(metadata={"foo": "x"}), Exactly(PLAIN)),
+    ("standard_only is OpenAI's default tier", "openai", req(service_tier="standard_only"),
      {"service_tier": "default"}),
-    ("service tier auto is nothing", "openai", R(service_tier="auto"), {"service_tier": None}),
-    ("service tiers are OpenAI's alone", "local", R(service_tier="standard_only"), {"service_tier": None}),
+    ("service tier auto is nothing", "openai", req(service_tier="auto"), {"service_tier": None}),
+    ("service tiers are OpenAI's alone", "local", req(service_tier="standard_only"), {"service_tier": None}),
     ("what the upstream cannot know is dropped", "openai",
-     R(cache_control={"type": "ephemeral"}, container="c1", inference_geo="us", diagnostics={}, speed="fast",
+     req(cache_control={"type": "ephemeral"}, container="c1", inference_geo="us", diagnostics={}, speed="fast",
        context_management={"edits": [{"type": "clear_thinking_20251015"}]}, safeguards=[{}], betas=["x"],
        anthropic_version="y", foo=1, fallbacks=[], user_profile_id="u", workspace_id="w", top_k=1,
        output_config={"task_budget": {"tokens": 1}}), Exactly(PLAIN)),
     ("an OpenAI field of the client is not passed", "openai",
-     R(n=2, user="u", seed=1, logprobs=True, store=True, verbosity="low", functions=[],
+     req(n=2, user="u", seed=1, logprobs=True, store=True, verbosity="low", functions=[],
        reasoning_effort="high",
        response_format={"type": "json_object"}, max_completion_tokens=7, stop="x"), Exactly(PLAIN)),
-    ("no MCP servers", "openai", R(mcp_servers=[]), Exactly(PLAIN)),
+    ("no MCP servers", "openai", req(mcp_servers=[]), Exactly(PLAIN)),
 ]
 
 
@@ -650,11 +651,11 @@ def test_field(host, asked, want):
 
 
 def test_the_session_decides_the_prompt_cache_key():
-    body = sent(R(**ID_FIELDS), session_id="sess-1")
+    body = sent(req(**ID_FIELDS), session_id="sess-1")
     assert body["prompt_cache_key"] == "aap-abe633f3a47a2758174eabe9160daf36"
-    assert sent(R(), session_id="sess-1")["prompt_cache_key"] == body["prompt_cache_key"]
-    assert "safety_identifier" not in sent(R(), session_id="sess-1")
-    assert "prompt_cache_key" not in sent(R(**ID_FIELDS), "local", "sess-1")
+    assert sent(req(), session_id="sess-1")["prompt_cache_key"] == body["prompt_cache_key"]
+    assert "safety_identifier" not in sent(req(), session_id="sess-1")
+    assert "prompt_cache_key" not in sent(req(**ID_FIELDS), "local", "sess-1")
 
 
 # ---- Thinking and effort
@@ -683,20 +684,20 @@ EFFORTS = [  # model, request members, reasoning_effort
         ("o1-mini", "high", None),
         ("gpt-5-chat-latest", "high", None), ("gpt-5.1", "huge", None), ("grok-3-mini", "medium", "low"))],
     ("from gpt-5.4 on without tools", "gpt-5.4", effort("high"), "high"),
-    ("from gpt-5.4 on tools forbid effort", "gpt-5.4", {**effort("high"), "tools": [T("f")]}, "none"),
-    ("also where none was asked", "gpt-5.6", {"tools": [T("f")]}, "none"),
-    ("before gpt-5.4 they do not", "gpt-5.2", {**effort("high"), "tools": [T("f")]}, "high"),
+    ("from gpt-5.4 on tools forbid effort", "gpt-5.4", {**effort("high"), "tools": [tool("f")]}, "none"),
+    ("also where none was asked", "gpt-5.6", {"tools": [tool("f")]}, "none"),
+    ("before gpt-5.4 they do not", "gpt-5.2", {**effort("high"), "tools": [tool("f")]}, "high"),
     ("tools that are not sent forbid nothing", "gpt-5.4", {**effort("high"), "tools": [WEB_SEARCH]}, "high"),
     ("a later system message has the last word", "gpt-5.2", {**effort("low"), "messages": [
-        U("a"), S("b", **effort("high")), U("c")]}, "high"),
+        usr("a"), sysm("b", **effort("high")), usr("c")]}, "high"),
     ("the newest of them", "gpt-5.2", {"messages": [
-        U("a"), S("b", **effort("high")), U("c"), S("", **effort("low")), S("d")]}, "low"),
+        usr("a"), sysm("b", **effort("high")), usr("c"), sysm("", **effort("low")), sysm("d")]}, "low"),
 ]
 
 
 @table(EFFORTS, "model, members, want")
 def test_effort(model, members, want):
-    check_body(sent(R(**{"model": model, **members})),
+    check_body(sent(req(**{"model": model, **members})),
                {"reasoning_effort": want, "thinking": None, "reasoning": None})
 
 
@@ -715,7 +716,7 @@ OTHER_EFFORTS = [
      {"thinking": None}),
     ("gpt-oss", "local", {"model": "claude-opus-5", **effort("xhigh")}, {"reasoning_effort": "high"}),
     ("a model without a list", "local", effort("high"), {"reasoning_effort": None}),
-    ("gpt-5.4 with tools elsewhere", "local", {"model": "gpt-5.4", **effort("high"), "tools": [T("f")]},
+    ("gpt-5.4 with tools elsewhere", "local", {"model": "gpt-5.4", **effort("high"), "tools": [tool("f")]},
      {"reasoning_effort": "high"}),
     ("Gemini", "gemini", {"model": "gemini-2.5-pro", **effort("max")}, {"reasoning_effort": "high"}),
     ("a Gemini name at OpenAI", "openai", {"model": "gemini-2.5-pro", **effort("max")},
@@ -725,7 +726,7 @@ OTHER_EFFORTS = [
 
 @table(OTHER_EFFORTS, "host, members, want")
 def test_effort_elsewhere(host, members, want):
-    check_body(sent(R(**members), host), want)
+    check_body(sent(req(**members), host), want)
 
 
 # ---- Structured output
@@ -745,21 +746,21 @@ FORMATS = [
      {"response_format": response_format(STRICT, True)}),
     ("DeepSeek is told in words", "deepseek", output(STRICT),
      {"response_format": {"type": "json_object"},
-      "messages": [S(ONE_JSON_VALUE + compact(STRICT)), U("Hi")]}),
+      "messages": [sysm(ONE_JSON_VALUE + compact(STRICT)), usr("Hi")]}),
     ("and after everything else", "deepseek", {**output(STRICT), "system": "s", "tools": [WEB_SEARCH]},
-     {"messages": [S("s\n\nNot available in this session: web_search. Do not claim to have used them.\n\n"
-                     + ONE_JSON_VALUE + compact(STRICT)), U("Hi")]}),
+     {"messages": [sysm("s\n\nNot available in this session: web_search. Do not claim to have used them.\n\n"
+                     + ONE_JSON_VALUE + compact(STRICT)), usr("Hi")]}),
 ]
 
 
 @table(FORMATS, "host, members, want")
 def test_structured_output(host, members, want):
-    check_body(sent(R(**members), host), want)
+    check_body(sent(req(**members), host), want)
 
 
 # ---- Tools
 
-def deferred(name): return T(name, defer_loading=True)
+def deferred(name): return tool(name, defer_loading=True)
 def reference(name): return {"type": "tool_reference", "tool_name": name}
 def removal(name): return {"type": "tool_removal", "tool": {"type": "tool_reference", "name": name}}
 def addition(tool): return {"type": "tool_addition", "tool": tool}
@@ -771,89 +772,89 @@ def choice(kind, name=None, **members):
     return {"tool_choice": {"type": kind, **named, **members}}
 
 
-SEARCH = [T("ToolSearch"), deferred("f"), T("g")]
-FOUND = [U("a"), A([tu("call_1", "ToolSearch")]), U([tr("call_1", [reference("f")])])]
+SEARCH = [tool("ToolSearch"), deferred("f"), tool("g")]
+FOUND = [usr("a"), asst([use("call_1", "ToolSearch")]), usr([res("call_1", [reference("f")])])]
 NAMED_F = {"type": "function", "function": {"name": "f"}}
 NO_TOOLS = {"tools": None, "tool_choice": None, "parallel_tool_calls": None}
-DEFINED = {"type": "tool_definition", "definition": T("h")}
+DEFINED = {"type": "tool_definition", "definition": tool("h")}
 
 TOOLS = [
-    ("a tool is a function", {"tools": [T("f")]}, {**NO_TOOLS, "tools": [F("f")]}),
-    ("with its description", {"tools": [T("f", description="d")]}, {"tools": [F("f", description="d")]}),
-    ("but not an empty one", {"tools": [T("f", description="")]}, {"tools": [F("f")]}),
-    ("type custom", {"tools": [T("f", type="custom")]}, {"tools": [F("f")]}),
+    ("a tool is a function", {"tools": [tool("f")]}, {**NO_TOOLS, "tools": [fn("f")]}),
+    ("with its description", {"tools": [tool("f", description="d")]}, {"tools": [fn("f", description="d")]}),
+    ("but not an empty one", {"tools": [tool("f", description="")]}, {"tools": [fn("f")]}),
+    ("type custom", {"tools": [tool("f", type="custom")]}, {"tools": [fn("f")]}),
     ("no tools", {"tools": []}, NO_TOOLS),
     ("no tools, no choice", {"tools": [], **choice("auto", disable_parallel_tool_use=True)}, NO_TOOLS),
-    ("choice auto", {"tools": [T("f")], **choice("auto")},
+    ("choice auto", {"tools": [tool("f")], **choice("auto")},
      {"tool_choice": "auto", "parallel_tool_calls": None}),
-    ("choice any", {"tools": [T("f")], **choice("any")}, {"tool_choice": "required"}),
-    ("choice none still sends the tools", {"tools": [T("f")], **choice("none")},
-     {"tool_choice": "none", "tools": [F("f")]}),
-    ("choice of one tool", {"tools": [T("f")], **choice("tool", "f")}, {"tool_choice": NAMED_F}),
-    ("not in parallel", {"tools": [T("f")], **choice("any", disable_parallel_tool_use=True)},
+    ("choice any", {"tools": [tool("f")], **choice("any")}, {"tool_choice": "required"}),
+    ("choice none still sends the tools", {"tools": [tool("f")], **choice("none")},
+     {"tool_choice": "none", "tools": [fn("f")]}),
+    ("choice of one tool", {"tools": [tool("f")], **choice("tool", "f")}, {"tool_choice": NAMED_F}),
+    ("not in parallel", {"tools": [tool("f")], **choice("any", disable_parallel_tool_use=True)},
      {"tool_choice": "required", "parallel_tool_calls": False}),
-    ("the o-series does not know that field", {"model": "o3", "tools": [T("f")],
+    ("the o-series does not know that field", {"model": "o3", "tools": [tool("f")],
                                                **choice("any", disable_parallel_tool_use=True)},
      {"tool_choice": "required", "parallel_tool_calls": None}),
-    ("in parallel is nothing", {"tools": [T("f")], **choice("auto", disable_parallel_tool_use=False)},
+    ("in parallel is nothing", {"tools": [tool("f")], **choice("auto", disable_parallel_tool_use=False)},
      {"tool_choice": "auto", "parallel_tool_calls": None}),
-    ("one name is legal everywhere", {"tools": [T("my.tool")], **choice("tool", "my.tool"),
-                                      "messages": [U("a"), A([tu("call_1", "my.tool")]),
-                                                   U([tr("call_1", "ok")])]},
-     {"tools": [F("my_tool_bca2c361")],
+    ("one name is legal everywhere", {"tools": [tool("my.tool")], **choice("tool", "my.tool"),
+                                      "messages": [usr("a"), asst([use("call_1", "my.tool")]),
+                                                   usr([res("call_1", "ok")])]},
+     {"tools": [fn("my_tool_bca2c361")],
       "tool_choice": {"type": "function", "function": {"name": "my_tool_bca2c361"}},
-      "messages": [U("a"), AC(None, [call("call_1", "my_tool_bca2c361")]), TM("call_1", "ok")]}),
+      "messages": [usr("a"), msg(None, [call("call_1", "my_tool_bca2c361")]), tmsg("call_1", "ok")]}),
     ("a server tool is not sent, and the model is told", {"tools": [WEB_SEARCH]},
-     {**NO_TOOLS, "messages": [S(note("web_search")), U("Hi")]}),
+     {**NO_TOOLS, "messages": [sysm(note("web_search")), usr("Hi")]}),
     ("the note is the last paragraph", {"system": "Be brief.", "tools": [
-        T("f"), WEB_SEARCH, {"type": "code_execution_20250825", "name": "code_execution"}]},
-     {"tools": [F("f")], "messages": [S("Be brief.\n\n" + note("web_search, code_execution")), U("Hi")]}),
+        tool("f"), WEB_SEARCH, {"type": "code_execution_20250825", "name": "code_execution"}]},
+     {"tools": [fn("f")], "messages": [sysm("Be brief.\n\n" + note("web_search, code_execution")), usr("Hi")]}),
     *[(f"{kind} is a server tool", {"tools": [{"type": kind, "name": "x"}]},
-       {"tools": None, "messages": [S(note("x")), U("Hi")]})
+       {"tools": None, "messages": [sysm(note("x")), usr("Hi")]})
       for kind in ("web_fetch_20260318", "advisor_20260301", "future_tool_20270101")],
     ("an auto choice goes with its last tool", {"tools": [WEB_SEARCH], **choice("auto")}, NO_TOOLS),
     ("a tool search of the server is silent, and everything is loaded",
      {"tools": [{"type": "tool_search_tool_bm25_20251119", "name": "tool_search_tool_bm25"}, deferred("f")]},
-     {"tools": [F("f")], "messages": [U("Hi")]}),
-    ("a tool search of the client defers tools", {"tools": SEARCH}, {"tools": [F("ToolSearch"), F("g")]}),
+     {"tools": [fn("f")], "messages": [usr("Hi")]}),
+    ("a tool search of the client defers tools", {"tools": SEARCH}, {"tools": [fn("ToolSearch"), fn("g")]}),
     ("a tool found is sent last", {"tools": SEARCH, "messages": FOUND},
-     {"tools": [F("ToolSearch"), F("g"), F("f")]}),
+     {"tools": [fn("ToolSearch"), fn("g"), fn("f")]}),
     ("so is a tool called before",
-     {"tools": SEARCH, "messages": [U("a"), A([tu("c", "f")]), U([tr("c", "1")])]},
-     {"tools": [F("ToolSearch"), F("g"), F("f")]}),
+     {"tools": SEARCH, "messages": [usr("a"), asst([use("c", "f")]), usr([res("c", "1")])]},
+     {"tools": [fn("ToolSearch"), fn("g"), fn("f")]}),
     ("so is the one chosen", {"tools": SEARCH, **choice("tool", "f")},
-     {"tools": [F("ToolSearch"), F("g"), F("f")], "tool_choice": NAMED_F}),
+     {"tools": [fn("ToolSearch"), fn("g"), fn("f")], "tool_choice": NAMED_F}),
     ("so is one added", {"tools": SEARCH, "messages": [
-        U("a"), S([addition({"type": "tool_reference", "name": "f"})])]},
-     {"tools": [F("ToolSearch"), F("g"), F("f")]}),
-    ("a removed tool is not sent", {"tools": [T("f"), T("g")], "messages": [U("a"), S([removal("f")])]},
-     {"tools": [F("g")], "messages": [U("a")]}),
-    ("unless it comes back", {"tools": [T("f"), T("g")], "messages": [
-        U("a"), S([removal("f"), addition({"type": "tool_reference", "name": "f"})])]},
-        {"tools": [F("f"), F("g")]}),
-    ("a tool defined on the way", {"tools": [T("f")], "messages": [U("a"), S([addition(DEFINED)])]},
-     {"tools": [F("f"), F("h")]}),
-    ("an unknown type with a schema is a tool", {"tools": [T("x", type="future_tool_20270101")]},
-     {"tools": [F("x")]}),
+        usr("a"), sysm([addition({"type": "tool_reference", "name": "f"})])]},
+     {"tools": [fn("ToolSearch"), fn("g"), fn("f")]}),
+    ("a removed tool is not sent", {"tools": [tool("f"), tool("g")], "messages": [usr("a"), sysm([removal("f")])]},
+     {"tools": [fn("g")], "messages": [usr("a")]}),
+    ("unless it comes back", {"tools": [tool("f"), tool("g")], "messages": [
+        usr("a"), sysm([removal("f"), addition({"type": "tool_reference", "name": "f"})])]},
+        {"tools": [fn("f"), fn("g")]}),
+    ("a tool defined on the way", {"tools": [tool("f")], "messages": [usr("a"), sysm([addition(DEFINED)])]},
+     {"tools": [fn("f"), fn("h")]}),
+    ("an unknown type with a schema is a tool", {"tools": [tool("x", type="future_tool_20270101")]},
+     {"tools": [fn("x")]}),
     ("what OpenAI does not know of a tool is dropped",
-     {"tools": [T("f", cache_control={"type": "ephemeral"}, input_examples=[{}], eager_input_streaming=True,
-                  allowed_callers=["direct"], strict=None, citations={})]}, {"tools": [F("f")]}),
-    ("strict, where the schema qualifies", {"tools": [T("f", STRICT, strict=True)]},
-     {"tools": [F("f", STRICT, strict=True)]}),
-    ("not strict, where it does not", {"tools": [T("f", LOOSE, strict=True)]}, {"tools": [F("f", LOOSE)]}),
+     {"tools": [tool("f", cache_control={"type": "ephemeral"}, input_examples=[{}], eager_input_streaming=True,
+                  allowed_callers=["direct"], strict=None, citations={})]}, {"tools": [fn("f")]}),
+    ("strict, where the schema qualifies", {"tools": [tool("f", STRICT, strict=True)]},
+     {"tools": [fn("f", STRICT, strict=True)]}),
+    ("not strict, where it does not", {"tools": [tool("f", LOOSE, strict=True)]}, {"tools": [fn("f", LOOSE)]}),
 ]
 
 
 @table(TOOLS, "members, want")
 def test_tools(members, want):
-    check_body(sent(R(**members)), want)
+    check_body(sent(req(**members)), want)
 
 
 def test_strict_is_sent_only_where_it_is_known():
-    asked = R(tools=[T("f", STRICT, strict=True)])
-    assert sent(asked, "azure")["tools"] == [F("f", STRICT, strict=True)]
+    asked = req(tools=[tool("f", STRICT, strict=True)])
+    assert sent(asked, "azure")["tools"] == [fn("f", STRICT, strict=True)]
     for host in ("openrouter", "deepseek", "mistral", "gemini", "local"):
-        assert sent(asked, host)["tools"] == [F("f", STRICT)]
+        assert sent(asked, host)["tools"] == [fn("f", STRICT)]
 
 
 @table([
@@ -864,13 +865,13 @@ def test_strict_is_sent_only_where_it_is_known():
     ("65 are not", "a" * 65, "a" * 55 + "_635361c4"),
 ])
 def test_tool_name(given, want):
-    assert sent(R(tools=[T(given)]))["tools"] == [F(want)]
+    assert sent(req(tools=[tool(given)]))["tools"] == [fn(want)]
 
 
 @table([("made first", ("my.tool", "my_tool_bca2c361")),
         ("made last", ("my_tool_bca2c361", "my.tool"))], "names")
 def test_a_made_name_is_never_that_of_another_tool(names):
-    asked = R(tools=[T(name) for name in names])
+    asked = req(tools=[tool(name) for name in names])
     functions = [tool["function"]["name"] for tool in sent(asked)["tools"]]
     assert len(set(functions)) == 2 and "my_tool_bca2c361" in functions
     answer = completion(calling(*[call(f"call_{name}", name) for name in functions]))
@@ -907,7 +908,7 @@ CLIENT_TOOLS = [  # type, properties, required, the values of command or action
 @table(CLIENT_TOOLS, "kind, properties, required, values")
 def test_client_tool(kind, properties, required, values):
     tool = {"type": kind, "name": "its_name", "display_width_px": 1024, "display_height_px": 768}
-    (function,) = [each["function"] for each in sent(R(tools=[tool]))["tools"]]
+    (function,) = [each["function"] for each in sent(req(tools=[tool]))["tools"]]
     parameters = function["parameters"]
     assert function["name"] == "its_name" and parameters["type"] == "object"
     assert {name: schema["type"] for name, schema in parameters["properties"].items()} == properties
@@ -920,14 +921,14 @@ def test_client_tool(kind, properties, required, values):
 
 
 def test_an_editor_tells_its_limit():
-    (editor,) = sent(R(tools=[{"type": "text_editor_20250728", "name": "e",
+    (editor,) = sent(req(tools=[{"type": "text_editor_20250728", "name": "e",
                                "max_characters": 12345}]))["tools"]
     assert "12345" in editor["function"]["description"]
 
 
 def test_zoom_is_an_action_only_where_it_is_enabled():
     tool = {"type": "computer_20251124", "name": "computer", "display_width_px": 9, "display_height_px": 9}
-    (zooming,) = sent(R(tools=[{**tool, "enable_zoom": True}]))["tools"]
+    (zooming,) = sent(req(tools=[{**tool, "enable_zoom": True}]))["tools"]
     assert zooming["function"]["parameters"]["properties"]["action"]["enum"][-1] == "zoom"
 
 
@@ -967,7 +968,7 @@ SCHEMAS = [
 
 @table(SCHEMAS)
 def test_schema(given, want):
-    assert sent(R(tools=[{"name": "f", "input_schema": given}]))["tools"] == [F("f", want)]
+    assert sent(req(tools=[{"name": "f", "input_schema": given}]))["tools"] == [fn("f", want)]
 
 
 # ---- System and conversation
@@ -976,9 +977,9 @@ def reminder(text): return f"<system-reminder>\n{text}\n</system-reminder>"
 def billing(text): return txt(f"x-anthropic-billing-header: {text}")
 
 
-ASKED, CALLED = [U("a"), A([tu("call_1")])], [U("a"), AC(None, [call("call_1")])]
-ASKED_TWO = [U("a"), A([tu("call_1"), tu("call_2", "g")])]
-CALLED_TWO = [U("a"), AC(None, [call("call_1"), call("call_2", "g")])]
+ASKED, CALLED = [usr("a"), asst([use("call_1")])], [usr("a"), msg(None, [call("call_1")])]
+ASKED_TWO = [usr("a"), asst([use("call_1"), use("call_2", "g")])]
+CALLED_TWO = [usr("a"), msg(None, [call("call_1"), call("call_2", "g")])]
 LONG_ID = "toolu_" + "x" * 40
 EXTRA = {"google": {"thought_signature": "sig"}}
 
@@ -989,7 +990,7 @@ def with_extra(id, extra):
 
 
 def conversation_with(id):
-    return [U("a"), A([tu(id)]), U([tr(id, "ok")])], [U("a"), AC(None, [call(id)]), TM(id, "ok")]
+    return [usr("a"), asst([use(id)]), usr([res(id, "ok")])], [usr("a"), msg(None, [call(id)]), tmsg(id, "ok")]
 
 
 def ids_kept(sentence, id, host="openai"):
@@ -1002,109 +1003,109 @@ def ids_sent(sentence, id, want, host="openai"):
 
 
 CONVERSATIONS = [  # request members, all messages sent
-    ("system text is the first message", "openai", {"system": "S"}, [S("S"), U("Hi")]),
+    ("system text is the first message", "openai", {"system": "S"}, [sysm("S"), usr("Hi")]),
     ("its blocks are paragraphs", "openai", {"system": [txt("a"), txt(""), txt("b")]},
-     [S("a\n\nb"), U("Hi")]),
-    ("empty system text is none", "openai", {"system": ""}, [U("Hi")]),
-    ("only empty blocks are none", "openai", {"system": [txt("")]}, [U("Hi")]),
+     [sysm("a\n\nb"), usr("Hi")]),
+    ("empty system text is none", "openai", {"system": ""}, [usr("Hi")]),
+    ("only empty blocks are none", "openai", {"system": [txt("")]}, [usr("Hi")]),
     ("marks are dropped", "openai", {"system": [{**txt("a"), "cache_control": {"type": "ephemeral"}}]},
-     [S("a"), U("Hi")]),
+     [sysm("a"), usr("Hi")]),
     ("the client's attribution is no instruction", "openai",
-     {"system": [billing("cc_version=2; cc_entrypoint=cli;"), txt("b")]}, [S("b"), U("Hi")]),
-    ("and alone is nothing", "openai", {"system": [billing("cc_version=2;")]}, [U("Hi")]),
-    ("system messages in front join the system text", "openai", {"system": "a", "messages": [S("b"), U("c")]},
-     [S("a\n\nb"), U("c")]),
-    *[(f"a later system message is a reminder, {host}", host, {"messages": [U("a"), S("b"), U("c")]},
-       [U(f"a\n\n{reminder('b')}\n\nc")]) for host in HOSTS],
-    ("at the end too", "openai", {"messages": [U("a"), S("b")]}, [U("a\n\n" + reminder("b"))]),
+     {"system": [billing("cc_version=2; cc_entrypoint=cli;"), txt("b")]}, [sysm("b"), usr("Hi")]),
+    ("and alone is nothing", "openai", {"system": [billing("cc_version=2;")]}, [usr("Hi")]),
+    ("system messages in front join the system text", "openai", {"system": "a", "messages": [sysm("b"), usr("c")]},
+     [sysm("a\n\nb"), usr("c")]),
+    *[(f"a later system message is a reminder, {host}", host, {"messages": [usr("a"), sysm("b"), usr("c")]},
+       [usr(f"a\n\n{reminder('b')}\n\nc")]) for host in HOSTS],
+    ("at the end too", "openai", {"messages": [usr("a"), sysm("b")]}, [usr("a\n\n" + reminder("b"))]),
     ("after an assistant's message it goes to the user's next", "openai",
-     {"messages": [U("a"), A("x"), S("b"), U("c")]}, [U("a"), A("x"), U(f"{reminder('b')}\n\nc")]),
+     {"messages": [usr("a"), asst("x"), sysm("b"), usr("c")]}, [usr("a"), asst("x"), usr(f"{reminder('b')}\n\nc")]),
     ("between two assistant messages it is a user message", "openai",
-     {"messages": [U("a"), A("x"), S("b"), A("y"), U("c")]},
-     [U("a"), A("x"), U(reminder("b")), A("y"), U("c")]),
+     {"messages": [usr("a"), asst("x"), sysm("b"), asst("y"), usr("c")]},
+     [usr("a"), asst("x"), usr(reminder("b")), asst("y"), usr("c")]),
     ("beside results alone it joins the last of them", "openai",
-     {"messages": ASKED + [S("b"), U([tr("call_1", "ok")])]},
-     CALLED + [TM("call_1", f"ok\n\n{reminder('b')}")]),
+     {"messages": ASKED + [sysm("b"), usr([res("call_1", "ok")])]},
+     CALLED + [tmsg("call_1", f"ok\n\n{reminder('b')}")]),
     ("after results too", "openai",
-     {"messages": ASKED_TWO + [U([tr("call_1", "1"), tr("call_2", "2")]), S("b")]},
-     CALLED_TWO + [TM("call_1", "1"), TM("call_2", f"2\n\n{reminder('b')}")]),
+     {"messages": ASKED_TWO + [usr([res("call_1", "1"), res("call_2", "2")]), sysm("b")]},
+     CALLED_TWO + [tmsg("call_1", "1"), tmsg("call_2", f"2\n\n{reminder('b')}")]),
     ("beside text it joins the text", "openai",
-     {"messages": ASKED + [S("b"), U([tr("call_1", "ok"), txt("t")])]},
-     CALLED + [TM("call_1", "ok"), U(f"{reminder('b')}\n\nt")]),
+     {"messages": ASKED + [sysm("b"), usr([res("call_1", "ok"), txt("t")])]},
+     CALLED + [tmsg("call_1", "ok"), usr(f"{reminder('b')}\n\nt")]),
     ("one for a single turn is gone in the next", "openai",
-     {"messages": [U("a"), S("b", clear_at="next_user_message"), A("x"), U("c")]}, [U("a"), A("x"), U("c")]),
-    ("and there in its own", "openai", {"messages": [U("a"), S("b", clear_at="next_user_message")]},
-     [U("a\n\n" + reminder("b"))]),
+     {"messages": [usr("a"), sysm("b", clear_at="next_user_message"), asst("x"), usr("c")]}, [usr("a"), asst("x"), usr("c")]),
+    ("and there in its own", "openai", {"messages": [usr("a"), sysm("b", clear_at="next_user_message")]},
+     [usr("a\n\n" + reminder("b"))]),
     ("one without content only sets the effort", "openai",
-     {"messages": [U("a"), {"role": "system", **effort("low")}, S(""), S([])]}, [U("a")]),
+     {"messages": [usr("a"), {"role": "system", **effort("low")}, sysm(""), sysm([])]}, [usr("a")]),
     ("an unknown block of a system message is dropped", "openai",
-     {"messages": [U("a"), S([{"type": "new"}])]},
-     [U("a")]),
-    ("two user messages are one", "openai", {"messages": [U("a"), U("b")]}, [U("a\n\nb")]),
-    ("two assistant messages are one", "openai", {"messages": [U("a"), A("x"), A("y"), U("b")]},
-     [U("a"), A("xy"), U("b")]),
-    ("also when what lay between them vanished", "openai", {"messages": [U("a"), A(""), U("b")]},
-     [U("a\n\nb")]),
+     {"messages": [usr("a"), sysm([{"type": "new"}])]},
+     [usr("a")]),
+    ("two user messages are one", "openai", {"messages": [usr("a"), usr("b")]}, [usr("a\n\nb")]),
+    ("two assistant messages are one", "openai", {"messages": [usr("a"), asst("x"), asst("y"), usr("b")]},
+     [usr("a"), asst("xy"), usr("b")]),
+    ("also when what lay between them vanished", "openai", {"messages": [usr("a"), asst(""), usr("b")]},
+     [usr("a\n\nb")]),
     ("an assistant message of redacted thinking alone is none", "openai",
-     {"messages": [U("a"), A([{"type": "redacted_thinking", "data": "d"}]), U("b")]}, [U("a\n\nb")]),
-    ("white space in text is kept", "openai", {"messages": [U(" a\n"), A(" x\n"), U("\tb ")]},
-     [U(" a\n"), A(" x\n"), U("\tb ")]),
-    ("half a surrogate pair is replaced", "openai", {"messages": [U("a\ud83db")]}, [U("a\ufffdb")]),
-    ("a whole one is a character", "openai", {"messages": [U("\ud83d\ude00")]}, [U("\U0001f600")]),
+     {"messages": [usr("a"), asst([{"type": "redacted_thinking", "data": "d"}]), usr("b")]}, [usr("a\n\nb")]),
+    ("white space in text is kept", "openai", {"messages": [usr(" a\n"), asst(" x\n"), usr("\tb ")]},
+     [usr(" a\n"), asst(" x\n"), usr("\tb ")]),
+    ("half a surrogate pair is replaced", "openai", {"messages": [usr("a\ud83db")]}, [usr("a\ufffdb")]),
+    ("a whole one is a character", "openai", {"messages": [usr("\ud83d\ude00")]}, [usr("\U0001f600")]),
     ("a call and its result", "openai",
-     {"messages": [U("a"), A([txt("x"), tu("call_1", "f", {"a": 1})]), U([tr("call_1", "ok")])]},
-     [U("a"), AC("x", [call("call_1", "f", '{"a":1}')]), TM("call_1", "ok")]),
+     {"messages": [usr("a"), asst([txt("x"), use("call_1", "f", {"a": 1})]), usr([res("call_1", "ok")])]},
+     [usr("a"), msg("x", [call("call_1", "f", '{"a":1}')]), tmsg("call_1", "ok")]),
     ("arguments are ASCII", "openai",
-     {"messages": [U("a"), A([tu("call_1", "f", {"a": "\u00e9"})]), U([tr("call_1", "ok")])]},
-     [U("a"), AC(None, [call("call_1", "f", '{"a":"\\u00e9"}')]), TM("call_1", "ok")]),
+     {"messages": [usr("a"), asst([use("call_1", "f", {"a": "\u00e9"})]), usr([res("call_1", "ok")])]},
+     [usr("a"), msg(None, [call("call_1", "f", '{"a":"\\u00e9"}')]), tmsg("call_1", "ok")]),
     ("tool messages in the order of the results, then the user", "openai",
-     {"messages": ASKED_TWO + [U([tr("call_2", "two"), tr("call_1", "one"), txt("go on")])]},
-     CALLED_TWO + [TM("call_2", "two"), TM("call_1", "one"), U("go on")]),
+     {"messages": ASKED_TWO + [usr([res("call_2", "two"), res("call_1", "one"), txt("go on")])]},
+     CALLED_TWO + [tmsg("call_2", "two"), tmsg("call_1", "one"), usr("go on")]),
     ("text before a result comes after it", "openai",
-     {"messages": ASKED + [U([txt("first"), tr("call_1", "ok")])]},
-     CALLED + [TM("call_1", "ok"), U("first")]),
-    ("a result is missing", "openai", {"messages": ASKED_TWO + [U([tr("call_1", "ok")])]},
-     CALLED_TWO + [TM("call_1", "ok"), TM("call_2", "Tool call was not executed.")]),
-    ("every result is missing", "openai", {"messages": ASKED + [U("never mind")]},
-     CALLED + [TM("call_1", "Tool call was not executed."), U("never mind")]),
+     {"messages": ASKED + [usr([txt("first"), res("call_1", "ok")])]},
+     CALLED + [tmsg("call_1", "ok"), usr("first")]),
+    ("a result is missing", "openai", {"messages": ASKED_TWO + [usr([res("call_1", "ok")])]},
+     CALLED_TWO + [tmsg("call_1", "ok"), tmsg("call_2", "Tool call was not executed.")]),
+    ("every result is missing", "openai", {"messages": ASKED + [usr("never mind")]},
+     CALLED + [tmsg("call_1", "Tool call was not executed."), usr("never mind")]),
     ("a call stands last", "openai", {"messages": ASKED},
-     CALLED + [TM("call_1", "Tool call was not executed.")]),
-    ("a result without its call is told", "openai", {"messages": [U([txt("a"), tr("zz", "ok"), txt("b")])]},
-     [U("a\n\n[Result of tool call zz]\nok\n\nb")]),
+     CALLED + [tmsg("call_1", "Tool call was not executed.")]),
+    ("a result without its call is told", "openai", {"messages": [usr([txt("a"), res("zz", "ok"), txt("b")])]},
+     [usr("a\n\n[Result of tool call zz]\nok\n\nb")]),
     ("the first of two results counts", "openai",
-     {"messages": ASKED + [U([tr("call_1", "a"), tr("call_1", "b")])]}, CALLED + [TM("call_1", "a")]),
+     {"messages": ASKED + [usr([res("call_1", "a"), res("call_1", "b")])]}, CALLED + [tmsg("call_1", "a")]),
     ("results spread over user messages", "openai",
-     {"messages": ASKED_TWO + [U([tr("call_1", "1")]), U([tr("call_2", "2"), txt("x")])]},
-     CALLED_TWO + [TM("call_1", "1"), TM("call_2", "2"), U("x")]),
+     {"messages": ASKED_TWO + [usr([res("call_1", "1")]), usr([res("call_2", "2"), txt("x")])]},
+     CALLED_TWO + [tmsg("call_1", "1"), tmsg("call_2", "2"), usr("x")]),
     ("one id in two turns", "openai",
-     {"messages": ASKED + [U([tr("call_1", "1")])] + [A([tu("call_1")]), U([tr("call_1", "2")])]},
-     CALLED + [TM("call_1", "1"), AC(None, [call("call_1")]), TM("call_1", "2")]),
+     {"messages": ASKED + [usr([res("call_1", "1")])] + [asst([use("call_1")]), usr([res("call_1", "2")])]},
+     CALLED + [tmsg("call_1", "1"), msg(None, [call("call_1")]), tmsg("call_1", "2")]),
     ("two calls of one id in one turn", "local",
-     {"messages": [U("a"), A([tu("c"), tu("c")]), U([tr("c", "1"), tr("c", "2")])]},
-     [U("a"), AC(None, [call("c"), call("call_3c9b6429653c1bcece90ddeeb584ac98")]),
-      TM("c", "1"), TM("call_3c9b6429653c1bcece90ddeeb584ac98", "2")]),
+     {"messages": [usr("a"), asst([use("c"), use("c")]), usr([res("c", "1"), res("c", "2")])]},
+     [usr("a"), msg(None, [call("c"), call("call_3c9b6429653c1bcece90ddeeb584ac98")]),
+      tmsg("c", "1"), tmsg("call_3c9b6429653c1bcece90ddeeb584ac98", "2")]),
     ("an image in a result goes to the user's message after it", "openai",
-     {"messages": ASKED + [U([tr("call_1", [txt("see"), img])])]},
-     CALLED + [TM("call_1", "see\n[image 1: see the next user message]"),
-               U([P("Image 1 from tool result call_1:"), IMG])]),
+     {"messages": ASKED + [usr([res("call_1", [txt("see"), img])])]},
+     CALLED + [tmsg("call_1", "see\n[image 1: see the next user message]"),
+               usr([part("Image 1 from tool result call_1:"), IMG])]),
     ("before what the user says", "openai",
-     {"messages": ASKED + [U([tr("call_1", [txt("see"), img]), txt("ok?")])]},
-     CALLED + [TM("call_1", "see\n[image 1: see the next user message]"),
-               U([P("Image 1 from tool result call_1:"), IMG, P("ok?")])]),
+     {"messages": ASKED + [usr([res("call_1", [txt("see"), img]), txt("ok?")])]},
+     CALLED + [tmsg("call_1", "see\n[image 1: see the next user message]"),
+               usr([part("Image 1 from tool result call_1:"), IMG, part("ok?")])]),
     ("images are counted over all results", "openai",
-     {"messages": ASKED_TWO + [U([tr("call_1", [img]), tr("call_2", [img])])]},
-     CALLED_TWO + [TM("call_1", "[image 1: see the next user message]"),
-                   TM("call_2", "[image 2: see the next user message]"),
-                   U([P("Image 1 from tool result call_1:"), IMG, P("Image 2 from tool result call_2:"),
+     {"messages": ASKED_TWO + [usr([res("call_1", [img]), res("call_2", [img])])]},
+     CALLED_TWO + [tmsg("call_1", "[image 1: see the next user message]"),
+                   tmsg("call_2", "[image 2: see the next user message]"),
+                   usr([part("Image 1 from tool result call_1:"), IMG, part("Image 2 from tool result call_2:"),
                       IMG])]),
     ("a PDF in a result likewise, where files are known", "openai",
-     {"messages": ASKED + [U([tr("call_1", [txt("see"), doc(PDF, title="r")])])]},
-     CALLED + [TM("call_1", "see\n[document 1: see the next user message]"),
-               U([P("Document 1 from tool result call_1:"),
+     {"messages": ASKED + [usr([res("call_1", [txt("see"), doc(PDF, title="r")])])]},
+     CALLED + [tmsg("call_1", "see\n[document 1: see the next user message]"),
+               usr([part("Document 1 from tool result call_1:"),
                   {"type": "file",
                    "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}])]),
-    ("elsewhere in words", "local", {"messages": ASKED + [U([tr("call_1", [doc(PDF, title="r")])])]},
-     CALLED + [TM("call_1", "[PDF document: r; this endpoint cannot read it]")]),
+    ("elsewhere in words", "local", {"messages": ASKED + [usr([res("call_1", [doc(PDF, title="r")])])]},
+     CALLED + [tmsg("call_1", "[PDF document: r; this endpoint cannot read it]")]),
     # Ids
     ids_kept("a Claude id is kept", "toolu_01A09q90qw90lq917835lq9"),
     ids_sent("one too long for OpenAI is hashed", LONG_ID, "call_a550d5038323380edbc41fe2ac9a213c"),
@@ -1120,26 +1121,26 @@ CONVERSATIONS = [  # request members, all messages sent
     ids_kept("nor one with a thought signature", "toolu_xAbC123_AAAA", "local"),
     ("a thought signature comes back on its call", "gemini",
      {"messages": conversation_with(with_extra("c1", EXTRA))[0]},
-     [U("a"), AC(None, [call("c1", extra_content=EXTRA)]), TM("c1", "ok")]),
+     [usr("a"), msg(None, [call("c1", extra_content=EXTRA)]), tmsg("c1", "ok")]),
     # The end
     ("a prefill is sent without the white space at its end", "openai",
-     {"messages": [U("a"), A("The answer is ")]},
-     [U("a"), A("The answer is")]),
-    ("Mistral marks it", "mistral", {"messages": [U("a"), A("The answer is ")]},
-     [U("a"), {**A("The answer is"), "prefix": True}]),
-    ("a prefill of white space alone is none", "openai", {"messages": [U("a"), A(" \n")]}, [U("a")]),
+     {"messages": [usr("a"), asst("The answer is ")]},
+     [usr("a"), asst("The answer is")]),
+    ("Mistral marks it", "mistral", {"messages": [usr("a"), asst("The answer is ")]},
+     [usr("a"), {**asst("The answer is"), "prefix": True}]),
+    ("a prefill of white space alone is none", "openai", {"messages": [usr("a"), asst(" \n")]}, [usr("a")]),
 ]
 
 
 @table(CONVERSATIONS, "host, members, want")
 def test_conversation(host, members, want):
-    assert sent(R(**members), host)["messages"] == want
+    assert sent(req(**members), host)["messages"] == want
 
 
 SEARCH_RESULT = {"type": "search_result", "title": "T", "source": "S", "content": [txt("a"), txt("b")]}
 
 def test_a_result_without_its_call_keeps_its_image():
-    (message,) = sent(R([U([tr("zz", [txt("see"), img])])]))["messages"]
+    (message,) = sent(req([usr([res("zz", [txt("see"), img])])]))["messages"]
     assert message["content"][0]["text"].startswith("[Result of tool call zz]\nsee")
     assert IMG in message["content"]
 
@@ -1148,7 +1149,7 @@ USER_BLOCKS = [  # blocks of one user message, its content
     ("text blocks are paragraphs", "openai", [txt("a"), txt("b")], "a\n\nb"),
     ("empty ones vanish", "openai", [txt("a"), txt("")], "a"),
     ("with an image it is a list of parts", "openai", [txt("a"), img, txt("b"), txt("c")],
-     [P("a"), IMG, P("b"), P("c")]),
+     [part("a"), IMG, part("b"), part("c")]),
     ("marks are dropped", "openai", [{**txt("a"), "cache_control": {"type": "ephemeral"}, "citations": []}],
      "a"),
     ("an image by address is not fetched", "openai",
@@ -1178,7 +1179,7 @@ USER_BLOCKS = [  # blocks of one user message, its content
     ("as base64", "openai", [doc({"type": "base64", "media_type": "text/markdown", "data": "w6k="})],
      "[Document]\n\u00e9"),
     ("of blocks", "openai", [doc({"type": "content", "content": [txt("a"), img]}, title="T")],
-     [P("[Document: T]\na"), IMG]),
+     [part("[Document: T]\na"), IMG]),
     ("of a string", "openai", [doc({"type": "content", "content": "a"})], "[Document]\na"),
     ("by address", "openai", [doc({"type": "url", "url": "https://x/a.pdf"})],
      "[Document at https://x/a.pdf; this endpoint cannot fetch it]"),
@@ -1189,7 +1190,7 @@ USER_BLOCKS = [  # blocks of one user message, its content
      "[unsupported content block: container_upload]"),
     ("an unknown block", "openai", [{"type": "weird"}], "[unsupported content block: weird]"),
     ("an unknown block with a text", "openai", [{"type": "weird", "text": "z"}], "z"),
-    ("a call of the user", "openai", [tu("i")], "[unsupported content block: tool_use]"),
+    ("a call of the user", "openai", [use("i")], "[unsupported content block: tool_use]"),
     ("thinking of the user is dropped", "openai", [txt("a"), think("t", "s")], "a"),
     ("a summary", "openai", [{"type": "compaction", "content": "s"}],
      "[Summary of the earlier conversation]\ns"),
@@ -1199,7 +1200,7 @@ USER_BLOCKS = [  # blocks of one user message, its content
 
 @table(USER_BLOCKS, "host, blocks, want")
 def test_user_blocks(host, blocks, want):
-    assert sent(R([U(blocks)]), host)["messages"] == [U(want)]
+    assert sent(req([usr(blocks)]), host)["messages"] == [usr(want)]
 
 
 def found_by(kind, name, content): return {"type": kind, "tool_use_id": "s", "content": content}
@@ -1242,12 +1243,12 @@ ASSISTANT_BLOCKS = [  # blocks of one assistant message, its content
 
 @table(ASSISTANT_BLOCKS, "blocks, want")
 def test_assistant_blocks(blocks, want):
-    assert sent(R([U("a"), A(blocks), U("b")]))["messages"] == [U("a"), A(want), U("b")]
+    assert sent(req([usr("a"), asst(blocks), usr("b")]))["messages"] == [usr("a"), asst(want), usr("b")]
 
 
 def test_text_around_a_call_is_two_paragraphs():
-    messages = sent(R([U("a"), A([txt("x"), tu("call_1"), txt("y")]), U([tr("call_1", "ok")])]))["messages"]
-    assert messages == [U("a"), AC("x\n\ny", [call("call_1")]), TM("call_1", "ok")]
+    messages = sent(req([usr("a"), asst([txt("x"), use("call_1"), txt("y")]), usr([res("call_1", "ok")])]))["messages"]
+    assert messages == [usr("a"), msg("x\n\ny", [call("call_1")]), tmsg("call_1", "ok")]
 
 
 @table([
@@ -1259,45 +1260,45 @@ def test_text_around_a_call_is_two_paragraphs():
 ])
 def test_input_of_a_call_in_the_history(given, want):
     block = {"type": "tool_use", "id": "call_1", "name": "f", "input": given}
-    messages = sent(R([U("a"), A([block]), U([tr("call_1", "ok")])]))["messages"]
-    assert messages[1] == AC(None, [call("call_1", "f", want)])
+    messages = sent(req([usr("a"), asst([block]), usr([res("call_1", "ok")])]))["messages"]
+    assert messages[1] == msg(None, [call("call_1", "f", want)])
 
 
 def test_a_call_without_input_has_none():
-    messages = sent(R([U("a"), A([without(tu("call_1"), "input")]), U([tr("call_1", "ok")])]))["messages"]
-    assert messages[1] == AC(None, [call("call_1", "f", "{}")])
+    messages = sent(req([usr("a"), asst([without(use("call_1"), "input")]), usr([res("call_1", "ok")])]))["messages"]
+    assert messages[1] == msg(None, [call("call_1", "f", "{}")])
 
 
 RESULTS = [  # a tool_result, the text of its tool message
-    ("a string", tr("call_1", "ok"), "ok"),
-    ("text blocks are lines", tr("call_1", [txt("a"), txt("b")]), "a\nb"),
-    ("no content", tr("call_1"), "(no output)"),
-    ("null", tr("call_1", None), "(no output)"),
-    ("an empty string", tr("call_1", ""), "(no output)"),
-    ("an empty list", tr("call_1", []), "(no output)"),
-    ("only empty text", tr("call_1", [txt("")]), "(no output)"),
-    ("an error says so", tr("call_1", "boom", is_error=True), "Error: boom"),
-    ("but once", tr("call_1", "Error: boom", is_error=True), "Error: boom"),
-    ("in any case", tr("call_1", "ERROR boom", is_error=True), "ERROR boom"),
-    ("or in Claude Code's way", tr("call_1", "<tool_use_error>x</tool_use_error>", is_error=True),
+    ("a string", res("call_1", "ok"), "ok"),
+    ("text blocks are lines", res("call_1", [txt("a"), txt("b")]), "a\nb"),
+    ("no content", res("call_1"), "(no output)"),
+    ("null", res("call_1", None), "(no output)"),
+    ("an empty string", res("call_1", ""), "(no output)"),
+    ("an empty list", res("call_1", []), "(no output)"),
+    ("only empty text", res("call_1", [txt("")]), "(no output)"),
+    ("an error says so", res("call_1", "boom", is_error=True), "Error: boom"),
+    ("but once", res("call_1", "Error: boom", is_error=True), "Error: boom"),
+    ("in any case", res("call_1", "ERROR boom", is_error=True), "ERROR boom"),
+    ("or in Claude Code's way", res("call_1", "<tool_use_error>x</tool_use_error>", is_error=True),
      "<tool_use_error>x</tool_use_error>"),
-    ("an error without a word", tr("call_1", "", is_error=True), "Error: tool execution failed"),
-    ("a tool found", tr("call_1", [reference("f")]), "Tool available: f"),
-    ("two tools found", tr("call_1", [reference("f"), reference("g")]),
+    ("an error without a word", res("call_1", "", is_error=True), "Error: tool execution failed"),
+    ("a tool found", res("call_1", [reference("f")]), "Tool available: f"),
+    ("two tools found", res("call_1", [reference("f"), reference("g")]),
      "Tool available: f\nTool available: g"),
-    ("a search result", tr("call_1", [SEARCH_RESULT]), "[Search result: T]\nSource: S\na\nb"),
+    ("a search result", res("call_1", [SEARCH_RESULT]), "[Search result: T]\nSource: S\na\nb"),
     ("a text document",
-     tr("call_1", [doc({"type": "text", "media_type": "text/plain", "data": "d"}, title="T")]),
+     res("call_1", [doc({"type": "text", "media_type": "text/plain", "data": "d"}, title="T")]),
      "[Document: T]\nd"),
     ("an unknown block is its JSON",
-     tr("call_1", [{"type": "browser_state", "url": "u", "cache_control": {}}]),
+     res("call_1", [{"type": "browser_state", "url": "u", "cache_control": {}}]),
      '{"url":"u"}'),
 ]
 
 
 @table(RESULTS)
 def test_result(given, want):
-    assert sent(R(ASKED + [U([given])]))["messages"] == CALLED + [TM("call_1", want)]
+    assert sent(req(ASKED + [usr([given])]))["messages"] == CALLED + [tmsg("call_1", want)]
 
 
 # ---- Reasoning on its way back
@@ -1326,30 +1327,30 @@ REASONING = [  # blocks before the call, members of the assistant message
 
 @table(REASONING, "host, blocks, want")
 def test_reasoning_goes_back_with_a_call(host, blocks, want):
-    messages = sent(R([U("a"), A(blocks + [tu("call_1")]), U([tr("call_1", "ok")])], max_tokens=50),
+    messages = sent(req([usr("a"), asst(blocks + [use("call_1")]), usr([res("call_1", "ok")])], max_tokens=50),
                     host)["messages"]
     assert without(messages[1], "role", "content", "tool_calls") == want
 
 
 def test_reasoning_does_not_go_back_without_a_call():
-    assert sent(R([U("a"), A([think("t", "aap1.c."), txt("x")]), U("b")]), "local")["messages"][1] == A("x")
+    assert sent(req([usr("a"), asst([think("t", "aap1.c."), txt("x")]), usr("b")]), "local")["messages"][1] == asst("x")
 
 
 def test_deepseek_wants_reasoning_with_every_call_while_it_thinks():
-    body = sent(R(ASKED + [U([tr("call_1", "ok")])], thinking=ADAPTIVE), "deepseek")
-    assert body["messages"][1] == AC(None, [call("call_1")], reasoning_content="")
+    body = sent(req(ASKED + [usr([res("call_1", "ok")])], thinking=ADAPTIVE), "deepseek")
+    assert body["messages"][1] == msg(None, [call("call_1")], reasoning_content="")
 
 
 def test_a_carrier_that_unpacks_to_gigabytes_is_dropped():
     bomb = "aap1.c." + encoded(zlib.compress(b"x" * (16 << 20) + b"x"))
-    messages = sent(R([U("a"), A([think("", bomb), tu("call_1")]), U([tr("call_1", "ok")])]),
+    messages = sent(req([usr("a"), asst([think("", bomb), use("call_1")]), usr([res("call_1", "ok")])]),
                     "local")["messages"]
-    assert messages[1] == AC(None, [call("call_1")])
+    assert messages[1] == msg(None, [call("call_1")])
 
 
 # ---- What is rejected
 
-def source(block, **members): return R([U([{"type": block, "source": members}])])
+def source(block, **members): return req([usr([{"type": block, "source": members}])])
 
 
 BAD_MAX_TOKENS = "max_tokens: Input should be a valid integer"
@@ -1362,73 +1363,73 @@ BAD_FORMAT = 'output_config.format: Input should be {"type": "json_schema", "sch
 NO_SERVER_TOOL = "tool_choice: web_search is a server tool, which this endpoint does not provide"
 
 REJECTED = [
-    ("no model", without(R(), "model"), "model: Field required"),
-    ("model null", R(model=None), "model: Input should be a valid string"),
-    ("an empty model", R(model=""), "model: Input should be a valid string"),
-    ("a model that is a number", R(model=4), "model: Input should be a valid string"),
-    ("no messages", without(R(), "messages"), "messages: Field required"),
-    ("messages that are no list", R(U("a")), "messages: Input should be a valid list"),
-    ("no message", R([]), "messages: at least one message is required"),
-    ("only system messages", R([S("x")]), "messages: at least one user message is required"),
-    ("a message that is no object", R([U("a"), "b"]), "messages.1: Input should be an object"),
-    ("a role of the other API", R([{"role": "tool", "content": "x"}]),
+    ("no model", without(req(), "model"), "model: Field required"),
+    ("model null", req(model=None), "model: Input should be a valid string"),
+    ("an empty model", req(model=""), "model: Input should be a valid string"),
+    ("a model that is a number", req(model=4), "model: Input should be a valid string"),
+    ("no messages", without(req(), "messages"), "messages: Field required"),
+    ("messages that are no list", req(usr("a")), "messages: Input should be a valid list"),
+    ("no message", req([]), "messages: at least one message is required"),
+    ("only system messages", req([sysm("x")]), "messages: at least one user message is required"),
+    ("a message that is no object", req([usr("a"), "b"]), "messages.1: Input should be an object"),
+    ("a role of the other API", req([{"role": "tool", "content": "x"}]),
      "messages.0.role: Input should be 'user', 'assistant' or 'system'"),
-    ("no content", R([{"role": "user"}]), "messages.0.content: Field required"),
-    ("content null", R([U(None)]), "messages.0.content: Field required"),
-    ("content that is a number", R([U(5)]), "messages.0.content: Input should be a valid string or list"),
-    ("a block that is a string", R([U(["x"])]), "messages.0.content.0: Input should be an object"),
-    ("a block without type", R([U([txt("a"), {}])]), "messages.0.content.1.type: Field required"),
-    ("an empty user message", R([U("")]), NO_CONTENT),
-    ("a user message without blocks", R([U([])]), NO_CONTENT),
-    ("a user message of empty text", R([U([txt("")])]), NO_CONTENT),
-    ("a text block without text", R([U([{"type": "text"}])]), "messages.0.content.0.text: Field required"),
-    ("an image without source", R([U([{"type": "image"}])]), "messages.0.content.0.source: Field required"),
+    ("no content", req([{"role": "user"}]), "messages.0.content: Field required"),
+    ("content null", req([usr(None)]), "messages.0.content: Field required"),
+    ("content that is a number", req([usr(5)]), "messages.0.content: Input should be a valid string or list"),
+    ("a block that is a string", req([usr(["x"])]), "messages.0.content.0: Input should be an object"),
+    ("a block without type", req([usr([txt("a"), {}])]), "messages.0.content.1.type: Field required"),
+    ("an empty user message", req([usr("")]), NO_CONTENT),
+    ("a user message without blocks", req([usr([])]), NO_CONTENT),
+    ("a user message of empty text", req([usr([txt("")])]), NO_CONTENT),
+    ("a text block without text", req([usr([{"type": "text"}])]), "messages.0.content.0.text: Field required"),
+    ("an image without source", req([usr([{"type": "image"}])]), "messages.0.content.0.source: Field required"),
     ("an uploaded image", source("image", type="file", file_id="f"), NO_FILES),
     ("an uploaded document", source("document", type="file", file_id="f"), NO_FILES),
-    ("a tool_use without id", R([U("a"), A([without(tu("i"), "id")])]),
+    ("a tool_use without id", req([usr("a"), asst([without(use("i"), "id")])]),
      "messages.1.content.0.id: Field required"),
-    ("a tool_use without name", R([U("a"), A([tu("i", "")])]), "messages.1.content.0.name: Field required"),
-    ("a tool_result without id", R([U([without(tr("i", "x"), "tool_use_id")])]),
+    ("a tool_use without name", req([usr("a"), asst([use("i", "")])]), "messages.1.content.0.name: Field required"),
+    ("a tool_result without id", req([usr([without(res("i", "x"), "tool_use_id")])]),
      "messages.0.content.0.tool_use_id: Field required"),
-    ("no max_tokens", without(R(), "max_tokens"), "max_tokens: Field required"),
-    ("max_tokens as a string", R(max_tokens="100"), BAD_MAX_TOKENS),
-    ("max_tokens true", R(max_tokens=True), BAD_MAX_TOKENS),
-    ("max_tokens with a fraction", R(max_tokens=1.5), BAD_MAX_TOKENS),
-    ("max_tokens as a float", R(max_tokens=3.0), BAD_MAX_TOKENS),
-    ("max_tokens below 0", R(max_tokens=-1), "max_tokens: Input should be greater than or equal to 0"),
-    ("temperature as a word", R(temperature="hot"), "temperature: Input should be a valid number"),
-    ("top_p true", R(top_p=True), "top_p: Input should be a valid number"),
-    ("stop_sequences as a string", R(stop_sequences="x"), BAD_STOP),
-    ("stop_sequences of numbers", R(stop_sequences=[1]), BAD_STOP),
-    ("stream as a word", R(stream="yes"), "stream: Input should be a valid boolean"),
-    ("thinking as a word", R(thinking="on"), "thinking: Input should be an object"),
-    ("metadata as a word", R(metadata="m"), "metadata: Input should be an object"),
-    ("output_config as a list", R(output_config=[]), "output_config: Input should be an object"),
-    ("system as a number", R(system=5), BAD_SYSTEM),
-    ("system with an image", R(system=[img]), BAD_SYSTEM),
-    ("tools that are no list", R(tools={}), "tools: Input should be a valid list"),
-    ("a tool that is a string", R(tools=[T("f"), "g"]), "tools.1: Input should be an object"),
-    ("a tool without name", R(tools=[without(T("f"), "name")]), "tools.0.name: Field required"),
-    ("a tool without schema", R(tools=[{"name": "f"}]), "tools.0.input_schema: Field required"),
-    ("a tool with a schema that is null", R(tools=[{"name": "f", "input_schema": None}]),
+    ("no max_tokens", without(req(), "max_tokens"), "max_tokens: Field required"),
+    ("max_tokens as a string", req(max_tokens="100"), BAD_MAX_TOKENS),
+    ("max_tokens true", req(max_tokens=True), BAD_MAX_TOKENS),
+    ("max_tokens with a fraction", req(max_tokens=1.5), BAD_MAX_TOKENS),
+    ("max_tokens as a float", req(max_tokens=3.0), BAD_MAX_TOKENS),
+    ("max_tokens below 0", req(max_tokens=-1), "max_tokens: Input should be greater than or equal to 0"),
+    ("temperature as a word", req(temperature="hot"), "temperature: Input should be a valid number"),
+    ("top_p true", req(top_p=True), "top_p: Input should be a valid number"),
+    ("stop_sequences as a string", req(stop_sequences="x"), BAD_STOP),
+    ("stop_sequences of numbers", req(stop_sequences=[1]), BAD_STOP),
+    ("stream as a word", req(stream="yes"), "stream: Input should be a valid boolean"),
+    ("thinking as a word", req(thinking="on"), "thinking: Input should be an object"),
+    ("metadata as a word", req(metadata="m"), "metadata: Input should be an object"),
+    ("output_config as a list", req(output_config=[]), "output_config: Input should be an object"),
+    ("system as a number", req(system=5), BAD_SYSTEM),
+    ("system with an image", req(system=[img]), BAD_SYSTEM),
+    ("tools that are no list", req(tools={}), "tools: Input should be a valid list"),
+    ("a tool that is a string", req(tools=[tool("f"), "g"]), "tools.1: Input should be an object"),
+    ("a tool without name", req(tools=[without(tool("f"), "name")]), "tools.0.name: Field required"),
+    ("a tool without schema", req(tools=[{"name": "f"}]), "tools.0.input_schema: Field required"),
+    ("a tool with a schema that is null", req(tools=[{"name": "f", "input_schema": None}]),
      "tools.0.input_schema: Field required"),
-    ("two tools of one name", R(tools=[T("f"), T("f")]), "tools: Tool names must be unique."),
-    ("the choice of an unknown tool", R(tools=[T("f")], **choice("tool", "g")),
+    ("two tools of one name", req(tools=[tool("f"), tool("f")]), "tools: Tool names must be unique."),
+    ("the choice of an unknown tool", req(tools=[tool("f")], **choice("tool", "g")),
      "tool_choice.name: Tool 'g' not found in provided tools"),
-    ("a choice without tools", R(**choice("any")),
+    ("a choice without tools", req(**choice("any")),
      "tool_choice: may only be specified while providing tools"),
-    ("a choice of one without tools", R(**choice("tool", "f")),
+    ("a choice of one without tools", req(**choice("tool", "f")),
      "tool_choice: may only be specified while providing tools"),
-    ("the choice of a server tool", R(tools=[WEB_SEARCH], **choice("tool", "web_search")), NO_SERVER_TOOL),
-    ("the choice of any server tool", R(tools=[WEB_SEARCH], **choice("any")), NO_SERVER_TOOL),
-    ("an unknown choice", R(tools=[T("f")], **choice("some")), BAD_CHOICE),
-    ("a choice that is a word", R(tools=[T("f")], tool_choice="auto"), BAD_CHOICE),
-    ("an unknown format", R(output_config={"format": {"type": "text"}}), BAD_FORMAT),
-    ("a format without schema", R(output_format={"type": "json_schema"}), BAD_FORMAT),
-    ("MCP servers", R(mcp_servers=[{"type": "url", "url": "u", "name": "n"}]),
+    ("the choice of a server tool", req(tools=[WEB_SEARCH], **choice("tool", "web_search")), NO_SERVER_TOOL),
+    ("the choice of any server tool", req(tools=[WEB_SEARCH], **choice("any")), NO_SERVER_TOOL),
+    ("an unknown choice", req(tools=[tool("f")], **choice("some")), BAD_CHOICE),
+    ("a choice that is a word", req(tools=[tool("f")], tool_choice="auto"), BAD_CHOICE),
+    ("an unknown format", req(output_config={"format": {"type": "text"}}), BAD_FORMAT),
+    ("a format without schema", req(output_format={"type": "json_schema"}), BAD_FORMAT),
+    ("MCP servers", req(mcp_servers=[{"type": "url", "url": "u", "name": "n"}]),
      "mcp_servers: MCP servers are not supported by this endpoint"),
-    ("compaction", R(compaction={}), "compaction: not supported by this endpoint"),
-    ("a thread", R(thread={"type": "create"}),
+    ("compaction", req(compaction={}), "compaction: not supported by this endpoint"),
+    ("a thread", req(thread={"type": "create"}),
      "thread: not supported by this endpoint; send the whole conversation"),
 ]
 
@@ -1443,7 +1444,7 @@ def test_rejected(given, want):
 
 def test_a_rejected_thread_tells_the_client_how_to_go_on():
     with pytest.raises(aiapiproxy.ProxyError) as caught:
-        aiapiproxy.translation_of(R(thread={"type": "create"}), SETTINGS["openai"])
+        aiapiproxy.translation_of(req(thread={"type": "create"}), SETTINGS["openai"])
     assert caught.value.details == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 
 
@@ -1455,21 +1456,21 @@ SESSION = {  # the first turn of a session: attribution, a system message after 
     "system": [billing("cc_version=2.1.154.d3f; cc_entrypoint=cli; cch=0a1b2;"),
                {**txt("You are the client."), "cache_control": {"type": "ephemeral"}},
                {**txt("Work well."), "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
-    "messages": [U([txt("<system-reminder>\nContext.\n</system-reminder>"),
+    "messages": [usr([txt("<system-reminder>\nContext.\n</system-reminder>"),
                     {**txt("Read it."), "cache_control": {"type": "ephemeral"}}]),
-                 S([txt("Be careful.")], output_config={"effort": "medium"})],
-    "tools": [T("Read", {"$schema": "https://json-schema.org/draft/2020-12/schema", **STRICT}),
-              T("ToolSearch"), deferred("DeferredToolPlaceholder"), deferred("WebFetch"),
+                 sysm([txt("Be careful.")], output_config={"effort": "medium"})],
+    "tools": [tool("Read", {"$schema": "https://json-schema.org/draft/2020-12/schema", **STRICT}),
+              tool("ToolSearch"), deferred("DeferredToolPlaceholder"), deferred("WebFetch"),
               deferred("TaskCreate"),
-              T("Bash", eager_input_streaming=True)],
+              tool("Bash", eager_input_streaming=True)],
     "metadata": {"user_id": "{\"device\":\"d\"}"}, "output_config": {"effort": "high"},
     "safeguards": [{"type": "x"}],
     "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
 }
-FIRST = U("<system-reminder>\nContext.\n</system-reminder>\n\nRead it.\n\n" + reminder("Be careful."))
-SYSTEM = S("You are the client.\n\nWork well.")
-SEARCHING = SESSION["messages"] + [A([think("t", "EqQB"), tu("toolu_01", "ToolSearch", {"query": "q"})]),
-                                   U([tr("toolu_01", [reference("TaskCreate"), reference("WebFetch")]),
+FIRST = usr("<system-reminder>\nContext.\n</system-reminder>\n\nRead it.\n\n" + reminder("Be careful."))
+SYSTEM = sysm("You are the client.\n\nWork well.")
+SEARCHING = SESSION["messages"] + [asst([think("t", "EqQB"), use("toolu_01", "ToolSearch", {"query": "q"})]),
+                                   usr([res("toolu_01", [reference("TaskCreate"), reference("WebFetch")]),
                                       txt("Tool loaded.")])]
 
 
@@ -1477,26 +1478,26 @@ def test_the_first_request_of_a_session():
     assert sent(SESSION, "local") == {
         "model": "openai/gpt-oss-20b", "messages": [SYSTEM, FIRST], "max_tokens": 128000, "stream": True,
         "stream_options": {"include_usage": True}, "reasoning_effort": "medium",
-        "tools": [F("Read", STRICT), F("ToolSearch"), F("Bash")]}
+        "tools": [fn("Read", STRICT), fn("ToolSearch"), fn("Bash")]}
 
 
 def test_the_turn_after_a_tool_search():
     body = sent({**SESSION, "messages": SEARCHING}, "local")
     assert body["messages"][2:] == [
-        AC(None, [call("toolu_01", "ToolSearch", '{"query":"q"}')]),
-        TM("toolu_01", "Tool available: TaskCreate\nTool available: WebFetch"), U("Tool loaded.")]
+        msg(None, [call("toolu_01", "ToolSearch", '{"query":"q"}')]),
+        tmsg("toolu_01", "Tool available: TaskCreate\nTool available: WebFetch"), usr("Tool loaded.")]
     assert [tool["function"]["name"] for tool in body["tools"]] == ["Read", "ToolSearch", "Bash", "WebFetch",
                                                                     "TaskCreate"]
 
 
 def test_the_inner_request_of_a_web_search():
-    body = sent(R(tools=[WEB_SEARCH], system=[billing("x"), txt("You search.")], **choice("auto")), "local")
-    assert body["messages"][0] == S("You search.\n\n" + note("web_search")) and "tools" not in body
+    body = sent(req(tools=[WEB_SEARCH], system=[billing("x"), txt("You search.")], **choice("auto")), "local")
+    assert body["messages"][0] == sysm("You search.\n\n" + note("web_search")) and "tools" not in body
     assert "tool_choice" not in body
 
 
 def test_the_request_for_a_title():
-    body = sent(R(tools=[], stream=True, **output(STRICT)), "local")
+    body = sent(req(tools=[], stream=True, **output(STRICT)), "local")
     assert body["response_format"] == response_format(STRICT, True) and "tools" not in body
 
 
@@ -1504,8 +1505,8 @@ def test_the_request_for_a_title():
 
 def test_an_odd_request_is_translated_or_rejected():
     """Never anything between: no crash, no request that breaks the promises about neighbours."""
-    dice, whole = random.Random(1), {**SESSION, "messages": TURNS + [A([tu("call_1")]), U([
-        tr("call_1", [txt("a"), img, reference("f"), doc(PDF)]), SEARCH_RESULT, img, doc(PDF)])],
+    dice, whole = random.Random(1), {**SESSION, "messages": TURNS + [asst([use("call_1")]), usr([
+        res("call_1", [txt("a"), img, reference("f"), doc(PDF)]), SEARCH_RESULT, img, doc(PDF)])],
         **output(STRICT), **choice("auto"), "stop_sequences": ["x"], "temperature": 0.5, "mcp_servers": []}
     for _ in range(2000):
         asked = spoiled(whole, dice)
@@ -1515,17 +1516,17 @@ def test_an_odd_request_is_translated_or_rejected():
             assert (error.status, error.kind) == (400, "invalid_request_error") and error.message, asked
 
 
-TURNS = [U("a"), S("be careful"), A([think("t", "aap1.c."), txt("x"), tu("call_1"), tu("call:2", "my.tool")]),
-         U([tr("call:2", [txt("2"), img]), tr("call_1", "1"), txt("go on")]), A("y"), U([txt("c"), img]),
-         A([tu("call_1")]), U([tr("call_1", "", is_error=True)]), S("still careful"), A("z"), U("d")]
+TURNS = [usr("a"), sysm("be careful"), asst([think("t", "aap1.c."), txt("x"), use("call_1"), use("call:2", "my.tool")]),
+         usr([res("call:2", [txt("2"), img]), res("call_1", "1"), txt("go on")]), asst("y"), usr([txt("c"), img]),
+         asst([use("call_1")]), usr([res("call_1", "", is_error=True)]), sysm("still careful"), asst("z"), usr("d")]
 
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_conversation_only_grows_at_its_end(host):
     """The upstream's prompt cache works on the head of the request: nothing there may change."""
     def request(messages):
-        asked = R(messages, model="claude-opus-5-5", system=[billing(len(messages)), txt("S")],
-                  tools=[T("f"), T("my.tool")], thinking=ADAPTIVE)
+        asked = req(messages, model="claude-opus-5-5", system=[billing(len(messages)), txt("S")],
+                  tools=[tool("f"), tool("my.tool")], thinking=ADAPTIVE)
         return aiapiproxy.translation_of(asked, SETTINGS[host]).body
 
     ends = [at + 1 for at, turn in enumerate(TURNS) if turn["role"] != "assistant"
@@ -1544,39 +1545,39 @@ def test_a_conversation_only_grows_at_its_end(host):
                          ["call_1", "functions.get:0", "x" * 65, "toolu_r123456_abc", "toolu_xyz", "\u00e9",
                           "a b", "chatcmpl-tool-" + "0" * 32, "toolu_01A09q90qw90lq917835lq9"])
 def test_an_id_comes_back_to_the_upstream_as_it_was(id):
-    exchange = aiapiproxy.translation_of(R(), SETTINGS["local"])
+    translation = aiapiproxy.translation_of(req(), SETTINGS["local"])
     answer = completion({"content": None, "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
-    blocks = aiapiproxy.anthropic_message(answer, exchange, new_ids())["content"]
+    blocks = aiapiproxy.anthropic_message(answer, translation, new_ids())["content"]
     assert all(re.fullmatch(r"[a-zA-Z0-9_-]+", block["id"]) for block in blocks)
-    history = [U("Hi"), A(blocks), U([tr(block["id"], "ok") for block in blocks])]
-    assert sent(R(history), "local")["messages"][1:] == [
-        AC(None, [call(id), call("other", extra_content=EXTRA)]), TM(id, "ok"), TM("other", "ok")]
+    history = [usr("Hi"), asst(blocks), usr([res(block["id"], "ok") for block in blocks])]
+    assert sent(req(history), "local")["messages"][1:] == [
+        msg(None, [call(id), call("other", extra_content=EXTRA)]), tmsg(id, "ok"), tmsg("other", "ok")]
 
 
 @pytest.mark.parametrize("name",
                          ["f", "my.tool", "my_tool", "a" * 64, "a" * 65, "a" * 128, "mcp__x__" + "y" * 70,
                           "\u00e9", "a b"])
 def test_a_name_comes_back_to_the_client_as_it_was(name):
-    asked = R(tools=[T(name), T("other.tool")])
+    asked = req(tools=[tool(name), tool("other.tool")])
     (function, _) = [tool["function"]["name"] for tool in sent(asked)["tools"]]
     assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", function)
     answer = completion({"content": None, "tool_calls": [call("call_1", function)]})
-    assert answered(answer, asked)["content"] == [tu("call_1", name)]
+    assert answered(answer, asked)["content"] == [use("call_1", name)]
 
 
 @pytest.mark.parametrize("display", ["summarized", "omitted"])
 @pytest.mark.parametrize("reasoning", [{"reasoning_content": "think \u00e9"}, {"reasoning": "think \u00e9"}],
                          ids=["reasoning_content", "reasoning"])
 def test_reasoning_comes_back_to_the_upstream_as_it_was(reasoning, display):
-    asked = R(thinking={"type": "adaptive", "display": display})
-    exchange = aiapiproxy.translation_of(asked, SETTINGS["local"])
+    asked = req(thinking={"type": "adaptive", "display": display})
+    translation = aiapiproxy.translation_of(asked, SETTINGS["local"])
     answer = completion({"content": "x", "tool_calls": [call("call_1")], **reasoning}, "tool_calls")
-    for blocks in (aiapiproxy.anthropic_message(answer, exchange, new_ids())["content"],
-                   blocks_of(streamed([sse([chunk(answer["choices"][0]["message"], "tool_calls"), D])],
-                                      exchange))):
+    for blocks in (aiapiproxy.anthropic_message(answer, translation, new_ids())["content"],
+                   blocks_of(streamed([sse([chunk(answer["choices"][0]["message"], "tool_calls"), DONE])],
+                                      translation))):
         assert blocks[0]["thinking"] == ("" if display == "omitted" else "think \u00e9")
-        history = [U("Hi"), A(blocks), U([tr("call_1", "ok")])]
-        assert sent(R(history), "local")["messages"][1] == AC("x", [call("call_1")], **reasoning)
+        history = [usr("Hi"), asst(blocks), usr([res("call_1", "ok")])]
+        assert sent(req(history), "local")["messages"][1] == msg("x", [call("call_1")], **reasoning)
 
 
 def blocks_of(raw):
@@ -1609,7 +1610,7 @@ def cached(count, **more): return {"prompt_tokens_details": {"cached_tokens": co
 
 
 def test_the_plain_answer_is_a_whole_message():
-    message = answered(completion({"content": "Hello"}, usage=used(10, 2)), R(model="claude-sonnet-5-5[1m]"))
+    message = answered(completion({"content": "Hello"}, usage=used(10, 2)), req(model="claude-sonnet-5-5[1m]"))
     assert re.fullmatch(r"msg_[A-Za-z0-9]{24}", message.pop("id"))
     assert message == {"type": "message", "role": "assistant", "model": "claude-sonnet-5-5[1m]",
                        "content": [txt("Hello")], "stop_reason": "end_turn", "stop_sequence": None,
@@ -1617,85 +1618,85 @@ def test_the_plain_answer_is_a_whole_message():
 
 
 THINKING, HIDDEN = {"thinking": ADAPTIVE}, {"thinking": OMITTED}
-X = txt("x")
+only_x = txt("x")
 
 CONTENTS = [  # request members, upstream message, content blocks
     ("text", {}, {"content": "Hello"}, [txt("Hello")]),
-    ("a call", {}, calling(call("call_1", "f", '{"a":1}')), [tu("call_1", "f", {"a": 1})]),
-    ("text and a call", {}, calling(call("call_1"), content="x"), [X, tu("call_1")]),
-    ("calls in order", {}, calling(call("call_2", "g"), call("call_1")), [tu("call_2", "g"), tu("call_1")]),
-    ("reasoning", THINKING, {"content": "x", "reasoning_content": "r"}, [think("r", "aap1.c."), X]),
-    ("the other field for it", THINKING, {"content": "x", "reasoning": "r"}, [think("r", "aap1.r."), X]),
+    ("a call", {}, calling(call("call_1", "f", '{"a":1}')), [use("call_1", "f", {"a": 1})]),
+    ("text and a call", {}, calling(call("call_1"), content="x"), [only_x, use("call_1")]),
+    ("calls in order", {}, calling(call("call_2", "g"), call("call_1")), [use("call_2", "g"), use("call_1")]),
+    ("reasoning", THINKING, {"content": "x", "reasoning_content": "r"}, [think("r", "aap1.c."), only_x]),
+    ("the other field for it", THINKING, {"content": "x", "reasoning": "r"}, [think("r", "aap1.r."), only_x]),
     ("both fields are one block", THINKING, {"content": "x", "reasoning": "r", "reasoning_content": "r"},
-     [think("r", "aap1.c."), X]),
-    ("reasoning that nobody asked for", {}, {"content": "x", "reasoning_content": "r"}, [X]),
-    ("thinking disabled", {"thinking": DISABLED}, {"content": "x", "reasoning_content": "r"}, [X]),
+     [think("r", "aap1.c."), only_x]),
+    ("reasoning that nobody asked for", {}, {"content": "x", "reasoning_content": "r"}, [only_x]),
+    ("thinking disabled", {"thinking": DISABLED}, {"content": "x", "reasoning_content": "r"}, [only_x]),
     ("thinking enabled", {"thinking": enabled(50)}, {"content": "x", "reasoning_content": "r"},
-     [think("r", "aap1.c."), X]),
+     [think("r", "aap1.c."), only_x]),
     ("reasoning that is not to be shown", HIDDEN, {"content": "x", "reasoning_content": "r"},
-     [think("", "aap1.c.(r)"), X]),
-    ("no reasoning to hide", HIDDEN, {"content": "x", "reasoning_content": ""}, [X]),
+     [think("", "aap1.c.(r)"), only_x]),
+    ("no reasoning to hide", HIDDEN, {"content": "x", "reasoning_content": ""}, [only_x]),
     ("a list of parts", {}, {"content": [txt("a"), {"type": "output_text", "text": "b"}, {"type": "new"}]},
      [txt("ab")]),
-    ("a thinking part", THINKING, {"content": [{"type": "thinking", "thinking": [txt("r")]}, X]},
-     [think("r", "aap1.n."), X]),
-    ("white space beside a call", {}, calling(call("call_1"), content="\n\n"), [tu("call_1")]),
-    ("nothing beside a call", {}, calling(call("call_1"), content=""), [tu("call_1")]),
+    ("a thinking part", THINKING, {"content": [{"type": "thinking", "thinking": [txt("r")]}, only_x]},
+     [think("r", "aap1.n."), only_x]),
+    ("white space beside a call", {}, calling(call("call_1"), content="\n\n"), [use("call_1")]),
+    ("nothing beside a call", {}, calling(call("call_1"), content=""), [use("call_1")]),
     ("nothing at all", {}, {"content": ""}, []),
     ("no content", {}, {}, []),
     ("a refusal", {}, {"content": None, "refusal": "No."}, [txt("No.")]),
     ("a refusal after text", {}, {"content": "x", "refusal": "No."}, [txt("xNo.")]),
     ("null and empty fields", {}, {"content": "x", "refusal": None, "tool_calls": [], "function_call": None,
-                                   "reasoning_content": None, "annotations": [{}], "audio": None}, [X]),
+                                   "reasoning_content": None, "annotations": [{}], "audio": None}, [only_x]),
     ("the old function_call", {}, {"content": None, "function_call": {"name": "f", "arguments": '{"a":1}'}},
-     [tu("toolu_new", "f", {"a": 1})]),
+     [use("toolu_new", "f", {"a": 1})]),
     ("a custom call", {}, calling({"id": "call_1", "type": "custom", "custom": {"name": "f", "input": "t"}}),
-     [tu("call_1", "f", {"input": "t"})]),
+     [use("call_1", "f", {"input": "t"})]),
     ("a call of another type", {}, calling({"id": "call_1", "type": "new", "new": {}}), []),
     ("one call when more are forbidden",
-     {"tools": [T("f")], **choice("auto", disable_parallel_tool_use=True)},
-     calling(call("call_1"), call("call_2")), [tu("call_1")]),
+     {"tools": [tool("f")], **choice("auto", disable_parallel_tool_use=True)},
+     calling(call("call_1"), call("call_2")), [use("call_1")]),
     # Ids and names
-    ("no id", {}, calling({"function": {"name": "f", "arguments": "{}"}}), [tu("toolu_new")]),
-    ("an empty id", {}, calling(call("")), [tu("toolu_new")]),
-    ("an id of 64 characters", {}, calling(call("x" * 64)), [tu("x" * 64)]),
-    ("an id of 65 characters", {}, calling(call("x" * 65)), [tu(f"toolu_r({'x' * 65})")]),
-    ("an id with other characters", {}, calling(call("functions.get:0")), [tu("toolu_r(functions.get:0)")]),
-    ("an id that looks like one of ours", {}, calling(call("toolu_rabc")), [tu("toolu_r(toolu_rabc)")]),
+    ("no id", {}, calling({"function": {"name": "f", "arguments": "{}"}}), [use("toolu_new")]),
+    ("an empty id", {}, calling(call("")), [use("toolu_new")]),
+    ("an id of 64 characters", {}, calling(call("x" * 64)), [use("x" * 64)]),
+    ("an id of 65 characters", {}, calling(call("x" * 65)), [use(f"toolu_r({'x' * 65})")]),
+    ("an id with other characters", {}, calling(call("functions.get:0")), [use("toolu_r(functions.get:0)")]),
+    ("an id that looks like one of ours", {}, calling(call("toolu_rabc")), [use("toolu_r(toolu_rabc)")]),
     ("an id used before", {"messages": conversation_with("call_1")[0]}, calling(call("call_1")),
-     [tu("toolu_r(call_1)")]),
+     [use("toolu_r(call_1)")]),
     ("also under its encoded name", {"messages": conversation_with("toolu_rAbC123_Y2FsbF8x")[0]},
-     calling(call("call_1")), [tu("toolu_r(call_1)")]),
-    ("an id used twice", {}, calling(call("call_1"), call("call_1")), [tu("call_1"), tu("toolu_r(call_1)")]),
+     calling(call("call_1")), [use("toolu_r(call_1)")]),
+    ("an id used twice", {}, calling(call("call_1"), call("call_1")), [use("call_1"), use("toolu_r(call_1)")]),
     ("a thought signature travels in the id", {}, calling(call("c1", extra_content={"a": 1})),
-     [tu('toolu_x(["c1",{"a":1}])')]),
-    ("a mapped name", {"tools": [T("my.tool")]}, calling(call("call_1", "my_tool_bca2c361")),
-     [tu("call_1", "my.tool")]),
-    ("a prefix in front of a known name", {"tools": [T("f")]}, calling(call("call_1", "functions.f")),
-     [tu("call_1", "f")]),
-    ("an unknown name", {"tools": [T("f")]}, calling(call("call_1", "other")), [tu("call_1", "other")]),
+     [use('toolu_x(["c1",{"a":1}])')]),
+    ("a mapped name", {"tools": [tool("my.tool")]}, calling(call("call_1", "my_tool_bca2c361")),
+     [use("call_1", "my.tool")]),
+    ("a prefix in front of a known name", {"tools": [tool("f")]}, calling(call("call_1", "functions.f")),
+     [use("call_1", "f")]),
+    ("an unknown name", {"tools": [tool("f")]}, calling(call("call_1", "other")), [use("call_1", "other")]),
     # Stop sequences
     ("text up to a stop sequence", {"stop_sequences": ["END"]},
      calling(call("call_1"), content="abENDcd"), [txt("ab")]),
     ("the longest at one place", {"stop_sequences": ["E", "END"]}, {"content": "abENDcd"}, [txt("ab")]),
     # Prefill
-    ("a repeated prefill is cut", {"messages": [U("a"), A("{")]}, {"content": '{"t":1}'}, [txt('"t":1}')]),
-    ("one that is not repeated is not", {"messages": [U("a"), A("{")]}, {"content": '"t":1}'},
+    ("a repeated prefill is cut", {"messages": [usr("a"), asst("{")]}, {"content": '{"t":1}'}, [txt('"t":1}')]),
+    ("one that is not repeated is not", {"messages": [usr("a"), asst("{")]}, {"content": '"t":1}'},
      [txt('"t":1}')]),
-    ("as it was sent", {"messages": [U("a"), A("The answer is ")]}, {"content": "The answer is 4"},
+    ("as it was sent", {"messages": [usr("a"), asst("The answer is ")]}, {"content": "The answer is 4"},
      [txt(" 4")]),
 ]
 
 
 @table(CONTENTS, "members, message, want")
 def test_content(members, message, want):
-    assert answered(completion(message), R(**members))["content"] == want
+    assert answered(completion(message), req(**members))["content"] == want
 
 
 THOUGHT_ALOUD = [  # host, request members, text, content blocks
-    ("thinking in the text", "local", THINKING, "<think>r</think>\n\nx", [think("r", "aap1.n."), X]),
-    ("after white space", "local", THINKING, "\n <think>r</think>x", [think("r", "aap1.n."), X]),
-    ("not asked for", "local", {}, "<think>r</think>\n\nx", [X]),
+    ("thinking in the text", "local", THINKING, "<think>r</think>\n\nx", [think("r", "aap1.n."), only_x]),
+    ("after white space", "local", THINKING, "\n <think>r</think>x", [think("r", "aap1.n."), only_x]),
+    ("not asked for", "local", {}, "<think>r</think>\n\nx", [only_x]),
     ("without an end", "local", THINKING, "<think>r", [think("r", "aap1.n.")]),
     ("not in front", "local", THINKING, "a <think>r</think>", [txt("a <think>r</think>")]),
     ("not at OpenAI", "openai", THINKING, "<think>r</think>x", [txt("<think>r</think>x")]),
@@ -1704,12 +1705,12 @@ THOUGHT_ALOUD = [  # host, request members, text, content blocks
 
 @table(THOUGHT_ALOUD, "host, members, text, want")
 def test_thinking_in_the_text(host, members, text, want):
-    assert answered(completion({"content": text}), R(**members), host)["content"] == want
+    assert answered(completion({"content": text}), req(**members), host)["content"] == want
 
 
 def test_details_of_reasoning_travel_in_the_signature():
     (block, _) = answered(completion({"content": "x", "reasoning_details": DETAILS}),
-                          R(**THINKING))["content"]
+                          req(**THINKING))["content"]
     kind, details = re.fullmatch(r"aap1\.(.)\.\((.*)\)", block["signature"]).groups()
     assert (block["thinking"], kind, json.loads(details)) == ("t", "d", DETAILS)
 
@@ -1734,19 +1735,19 @@ ARGUMENTS = [
 
 @table(ARGUMENTS)
 def test_arguments(given, want):
-    assert answered(completion(calling(call("call_1", "f", given)), "tool_calls"), R())["content"] == [
-        {**tu("call_1"), "input": want}]
+    assert answered(completion(calling(call("call_1", "f", given)), "tool_calls"), req())["content"] == [
+        {**use("call_1"), "input": want}]
 
 
 def test_a_call_without_arguments_has_empty_input():
     assert answered(completion(calling({"id": "call_1", "function": {"name": "f"}})),
-                    R())["content"] == [tu("call_1")]
+                    req())["content"] == [use("call_1")]
 
 
 @table([(sentence, text) for sentence, text in INVALID], "text")
 def test_half_a_call_is_dropped_at_the_length_limit(text):
-    message = answered(completion(calling(call("call_1"), call("call_2", "f", text)), "length"), R())
-    assert (message["content"], message["stop_reason"]) == ([tu("call_1")], "max_tokens")
+    message = answered(completion(calling(call("call_1"), call("call_2", "f", text)), "length"), req())
+    assert (message["content"], message["stop_reason"]) == ([use("call_1")], "max_tokens")
 
 
 FILTERED = "The upstream's content filter stopped the answer."
@@ -1773,7 +1774,7 @@ STOPS = [  # message, finish_reason, stop_reason
 
 @table(STOPS, "message, finish, want")
 def test_stop_reason(message, finish, want):
-    got = answered(completion(message, finish), R())
+    got = answered(completion(message, finish), req())
     details = {"type": "refusal", "category": None, "explanation": message.get("refusal") or FILTERED}
     assert (got["stop_reason"], got["stop_sequence"]) == (want, None)
     assert got["stop_details"] == (details if want == "refusal" else None)
@@ -1795,7 +1796,7 @@ STOP_SEQUENCES = [  # members of the choice, stop_reason, stop_sequence
 @table(STOP_SEQUENCES, "members, reason, sequence")
 def test_stop_sequence(members, reason, sequence):
     answer = completion(**{"message": TEXT, **members})
-    got = answered(answer, R(stop_sequences=["END"]))
+    got = answered(answer, req(stop_sequences=["END"]))
     assert (got["stop_reason"], got["stop_sequence"]) == (reason, sequence)
 
 
@@ -1829,14 +1830,14 @@ USAGES = [
 
 @table(USAGES)
 def test_usage(given, want):
-    assert answered(completion({"content": "Hello"}, usage=given), R())["usage"] == want
+    assert answered(completion({"content": "Hello"}, usage=given), req())["usage"] == want
 
 
 @table([("priority", "priority", "priority"), ("fast", "fast", "priority"), ("flex", "flex", "standard"),
         ("default", "default", "standard"), ("unknown", "gold", None), ("null", None, None)])
 def test_service_tier(given, want):
     answer = {**completion(TEXT, usage=used(1, 1)), "service_tier": given}
-    assert answered(answer, R())["usage"] == usage(1, 1, tier=want)
+    assert answered(answer, req())["usage"] == usage(1, 1, tier=want)
 
 
 def several(*choices): return {"choices": list(choices)}
@@ -1855,8 +1856,8 @@ SHAPES = [
 
 @table(SHAPES, "given")
 def test_shape_of_an_answer(given):
-    got = answered(given, R())
-    assert (got["content"], got["stop_reason"]) == ([X], "end_turn")
+    got = answered(given, req())
+    assert (got["content"], got["stop_reason"]) == ([only_x], "end_turn")
 
 
 NO_ANSWERS = [
@@ -1879,7 +1880,7 @@ NO_ANSWERS = [
 @table(NO_ANSWERS, "given, status, kind, message")
 def test_an_answer_that_is_none(given, status, kind, message):
     with pytest.raises(aiapiproxy.ProxyError) as caught:
-        answered(given, R())
+        answered(given, req())
     assert (caught.value.status, caught.value.kind, caught.value.message) == (status, kind, message)
 
 
@@ -1889,7 +1890,7 @@ def test_an_odd_answer_is_a_message_or_an_error():
                       refusal="No.", reasoning_details=DETAILS, reasoning="r", annotations=[{}])
     whole = completion(message, usage=used(9, 9, total_tokens=18, **cached(2)), stop_reason="END",
                        matched_stop=7)
-    dice, asked = random.Random(1), R(thinking=ADAPTIVE, stop_sequences=["END"])
+    dice, asked = random.Random(1), req(thinking=ADAPTIVE, stop_sequences=["END"])
     for _ in range(3000):
         try:
             got = answered(spoiled(whole, dice), asked)
@@ -1915,8 +1916,8 @@ NO_RETRY = {"x-should-retry": "false"}
 def failed(status, body, headers=None, asked=None, settings=SETTINGS["openai"]):
     """The error that the client gets for this answer of the upstream."""
     raw = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-    exchange = aiapiproxy.translation_of(asked or R(), settings)
-    return aiapiproxy.upstream_error(status, headers or {}, raw, exchange, NOON)
+    translation = aiapiproxy.translation_of(asked or req(), settings)
+    return aiapiproxy.upstream_error(status, headers or {}, raw, translation, NOON)
 
 
 def error_like(code, message="m"): return {"error": {"message": message, "code": code}}
@@ -2127,203 +2128,203 @@ TOOL = "MS 0+tool(call_1,f)"
 ONE_TOOL = TOOL + ' 0j`{"a":1}` 0- MD(tool_use) ME'
 EMPTY_TOOL = TOOL + " 0- MD(tool_use) ME"
 PARTS = '0j`{"a"` 0j`:1}`'
-BEGIN, REST = k(0, "call_1", "f", '{"a"'), k(0, None, None, ":1}")
-WHOLE = k(0, "call_1", "f", '{"a":1}')
-ARGS_DONE = [f("tool_calls"), D]
-STOP = [f("stop"), D]
+BEGIN, REST = frag(0, "call_1", "f", '{"a"'), frag(0, None, None, ":1}")
+WHOLE = frag(0, "call_1", "f", '{"a":1}')
+ARGS_DONE = [cend("tool_calls"), DONE]
+STOP = [cend("stop"), DONE]
 
 
 def usage_on(chunk, prompt, generated): return {**chunk, "usage": used(prompt, generated)}
 
 
 TEXTS = [
-    ("text", [ROLE, c("Hel"), c("lo"), f("stop"), u(5, 3), D], HELLO),
-    ("an answer without content", [ROLE, f("stop"), u(5, 0), D], "MS MD(end_turn) ME"),
+    ("text", [ROLE, ctext("Hel"), ctext("lo"), cend("stop"), cuse(5, 3), DONE], HELLO),
+    ("an answer without content", [ROLE, cend("stop"), cuse(5, 0), DONE], "MS MD(end_turn) ME"),
     ("the role on each chunk", [chunk({"role": "assistant", "content": "Hel"}),
                                 chunk({"role": "assistant", "content": "lo"})] + STOP, HELLO),
-    ("the last text with the finish reason", [c("Hel"), chunk({"content": "lo"}, "stop"), D], HELLO),
-    ("text after the finish reason", [chunk({"content": "Hel"}, "stop"), c("lo"), D], HELLO),
+    ("the last text with the finish reason", [ctext("Hel"), chunk({"content": "lo"}, "stop"), DONE], HELLO),
+    ("text after the finish reason", [chunk({"content": "Hel"}, "stop"), ctext("lo"), DONE], HELLO),
     ("what says nothing",
      [{"choices": [], "prompt_filter_results": []}, {"choices": None}, {"id": "x"}, chunk(None),
-      chunk({}), chunk({"content": None, "tool_calls": None}), c(""),
+      chunk({}), chunk({"content": None, "tool_calls": None}), ctext(""),
       chunk({"tool_calls": []}), chunk({"content": "x"}, usage=None), chunk({}, ""),
       chunk({"annotations": [{}], "audio": {}, "new": 1})] + STOP, ONE_X),
     ("a list of parts",
      [chunk({"content": [txt("Hel"), {"type": "new"}]}), chunk({"content": [txt("lo")]})] + STOP,
      HELLO),
     ("a message in place of the delta", [{"choices": [{"index": 0, "message": {"content": "x"},
-                                                       "finish_reason": "stop"}]}, D], ONE_X),
+                                                       "finish_reason": "stop"}]}, DONE], ONE_X),
     ("only the first choice", [{"choices": [{"index": 0, "delta": {"content": "x"}},
                                             {"index": 1, "delta": {"content": "y"}}]},
                                {"choices": [{"index": 1, "delta": {"content": "z"}}]}] + STOP, ONE_X),
-    ("white space in front of text", [c("\n"), c("hi")] + STOP, 'MS 0+text 0t"\\nhi" ' + CLOSED),
-    ("only white space", [c("\n\n")] + STOP, "MS MD(end_turn) ME"),
+    ("white space in front of text", [ctext("\n"), ctext("hi")] + STOP, 'MS 0+text 0t"\\nhi" ' + CLOSED),
+    ("only white space", [ctext("\n\n")] + STOP, "MS MD(end_turn) ME"),
     ("a refusal", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP,
      'MS 0+text 0t"I can" 0t"not." 0- MD(refusal) ME'),
-    ("the filter", [c("x"), f("content_filter"), D], 'MS 0+text 0t"x" 0- MD(refusal) ME'),
-    ("the length limit", [c("x"), f("length"), D], 'MS 0+text 0t"x" 0- MD(max_tokens) ME'),
-    ("the last finish reason counts", [c("x"), f("length"), f("stop"), f(""), D], ONE_X),
-    ("an unknown finish reason", [c("x"), f("weird"), D], ONE_X),
-    ("tool_calls without a call", [c("x"), f("tool_calls"), D], ONE_X),
-    ("an emoji in halves", [c("a\ud83d"), c("\ude00b")] + STOP, 'MS 0+text 0t"a" 0t"\U0001f600b" ' + CLOSED),
-    ("half an emoji", [c("a\ud83d")] + STOP, 'MS 0+text 0t"a" 0t"\ufffd" ' + CLOSED),
-    ("half an emoji, then text", [c("a\ud83d"), c("b")] + STOP, 'MS 0+text 0t"a" 0t"\ufffdb" ' + CLOSED),
-    ("the other half", [c("\ude00b")] + STOP, 'MS 0+text 0t"\ufffdb" ' + CLOSED),
+    ("the filter", [ctext("x"), cend("content_filter"), DONE], 'MS 0+text 0t"x" 0- MD(refusal) ME'),
+    ("the length limit", [ctext("x"), cend("length"), DONE], 'MS 0+text 0t"x" 0- MD(max_tokens) ME'),
+    ("the last finish reason counts", [ctext("x"), cend("length"), cend("stop"), cend(""), DONE], ONE_X),
+    ("an unknown finish reason", [ctext("x"), cend("weird"), DONE], ONE_X),
+    ("tool_calls without a call", [ctext("x"), cend("tool_calls"), DONE], ONE_X),
+    ("an emoji in halves", [ctext("a\ud83d"), ctext("\ude00b")] + STOP, 'MS 0+text 0t"a" 0t"\U0001f600b" ' + CLOSED),
+    ("half an emoji", [ctext("a\ud83d")] + STOP, 'MS 0+text 0t"a" 0t"\ufffd" ' + CLOSED),
+    ("half an emoji, then text", [ctext("a\ud83d"), ctext("b")] + STOP, 'MS 0+text 0t"a" 0t"\ufffdb" ' + CLOSED),
+    ("the other half", [ctext("\ude00b")] + STOP, 'MS 0+text 0t"\ufffdb" ' + CLOSED),
 ]
 
 THOUGHTS = [
-    ("reasoning, then text", [r("a"), r("b"), c("x")] + STOP,
+    ("reasoning, then text", [creason("a"), creason("b"), ctext("x")] + STOP,
      'MS 0+thinking 0h"a" 0h"b" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("the other field", [chunk({"reasoning": "a"}), c("x")] + STOP,
+    ("the other field", [chunk({"reasoning": "a"}), ctext("x")] + STOP,
      'MS 0+thinking 0h"a" 0s"aap1.r." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("the same text in both fields", [chunk({"reasoning_content": "a", "reasoning": "a"}), c("x")] + STOP,
+    ("the same text in both fields", [chunk({"reasoning_content": "a", "reasoning": "a"}), ctext("x")] + STOP,
      'MS 0+thinking 0h"a" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
     ("all in one chunk", [chunk({"reasoning_content": "r", "content": "x",
-                                 "tool_calls": [entry(0, "call_1", "f", '{"a":1}')]}, "tool_calls"), D],
+                                 "tool_calls": [entry(0, "call_1", "f", '{"a":1}')]}, "tool_calls"), DONE],
      'MS 0+thinking 0h"r" 0s"aap1.c." 0- 1+text 1t"x" 1- 2+tool(call_1,f) 2j`{"a":1}` 2- MD(tool_use) ME'),
-    ("in turns", [r("a"), c("x"), r("b"), c("y")] + STOP,
+    ("in turns", [creason("a"), ctext("x"), creason("b"), ctext("y")] + STOP,
      'MS 0+thinking 0h"a" 0s"aap1.c." 0- 1+text 1t"x" 1- 2+thinking 2h"b" 2s"aap1.c." 2- 3+text 3t"y" 3- '
      'MD(end_turn) ME'),
-    ("after a call", [WHOLE, r("a")] + ARGS_DONE,
+    ("after a call", [WHOLE, creason("a")] + ARGS_DONE,
      TOOL + ' 0j`{"a":1}` 0- 1+thinking 1h"a" 1s"aap1.c." 1- MD(tool_use) ME'),
     ("a thinking part", [chunk({"content": [{"type": "thinking", "thinking": [txt("a")]}, txt("x")]})] + STOP,
      'MS 0+thinking 0h"a" 0s"aap1.n." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("empty reasoning", [r(""), chunk({"reasoning": None}), c("x")] + STOP, ONE_X),
-    ("only reasoning", [r("a")] + STOP, 'MS 0+thinking 0h"a" 0s"aap1.c." 0- MD(end_turn) ME'),
-    ("an emoji in halves, thought", [r("a\ud83d"), r("\ude00")] + STOP,
+    ("empty reasoning", [creason(""), chunk({"reasoning": None}), ctext("x")] + STOP, ONE_X),
+    ("only reasoning", [creason("a")] + STOP, 'MS 0+thinking 0h"a" 0s"aap1.c." 0- MD(end_turn) ME'),
+    ("an emoji in halves, thought", [creason("a\ud83d"), creason("\ude00")] + STOP,
      'MS 0+thinking 0h"a" 0h"\U0001f600" 0s"aap1.c." 0- MD(end_turn) ME'),
 ]
 
 CALLS = [
     ("arguments in fragments, cut in an escape",
-     [k(0, "call_1", "f", ""), k(0, None, None, '{"c": "Par'), k(0, None, None, 'is \\u00'),
-      k(0, None, None, 'e9"}')]
+     [frag(0, "call_1", "f", ""), frag(0, None, None, '{"c": "Par'), frag(0, None, None, 'is \\u00'),
+      frag(0, None, None, 'e9"}')]
      + ARGS_DONE, TOOL + ' 0j`{"c": "Par` 0j`is \\u00` 0j`e9"}` 0- MD(tool_use) ME'),
     ("a name in fragments",
-     [k(0, "call_1", "get_", None), k(0, None, "weather", None), k(0, None, None, "{}")]
+     [frag(0, "call_1", "get_", None), frag(0, None, "weather", None), frag(0, None, None, "{}")]
      + ARGS_DONE, "MS 0+tool(call_1,get_weather) 0j`{}` 0- MD(tool_use) ME"),
-    ("a name that is repeated", [BEGIN, k(0, "call_1", "f", ":1}")] + ARGS_DONE,
+    ("a name that is repeated", [BEGIN, frag(0, "call_1", "f", ":1}")] + ARGS_DONE,
      f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("an empty name after the name", [BEGIN, k(0, "", "", ":1}")] + ARGS_DONE,
+    ("an empty name after the name", [BEGIN, frag(0, "", "", ":1}")] + ARGS_DONE,
      f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("one after another", [WHOLE, k(1, "call_2", "g", '{"b"'), k(1, None, None, ":2}")] + ARGS_DONE,
+    ("one after another", [WHOLE, frag(1, "call_2", "g", '{"b"'), frag(1, None, None, ":2}")] + ARGS_DONE,
      TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,g) 1j`{"b"` 1j`:2}` 1- MD(tool_use) ME'),
     ("two in turns: the second waits",
-     [kk((0, "call_1", "f", ""), (1, "call_2", "g", "")), k(0, None, None, '{"a"'), k(1, None, None, '{"b"'),
-      k(0, None, None, ":1}"), k(1, None, None, ":2}")] + ARGS_DONE,
+     [frags((0, "call_1", "f", ""), (1, "call_2", "g", "")), frag(0, None, None, '{"a"'), frag(1, None, None, '{"b"'),
+      frag(0, None, None, ":1}"), frag(1, None, None, ":2}")] + ARGS_DONE,
      f'{TOOL} {PARTS} 0- 1+tool(call_2,g) 1j`{{"b"` 1j`:2}}` 1- MD(tool_use) ME'),
     ("what has waited is one delta",
-     [k(0, "call_1", "f", '{"a"'), k(1, "call_2", "g", '{"b"'), k(1, None, None, ":2}"),
-      k(0, None, None, ":1}")]
+     [frag(0, "call_1", "f", '{"a"'), frag(1, "call_2", "g", '{"b"'), frag(1, None, None, ":2}"),
+      frag(0, None, None, ":1}")]
      + ARGS_DONE, f'{TOOL} {PARTS} 0- 1+tool(call_2,g) 1j`{{"b":2}}` 1- MD(tool_use) ME'),
-    ("two at one index with two ids", [WHOLE, k(0, "call_2", "f", '{"a":2}')] + STOP,
+    ("two at one index with two ids", [WHOLE, frag(0, "call_2", "f", '{"a":2}')] + STOP,
      TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
-    ("two without index", [kk((None, "call_1", "f", '{"a":1}'), (None, "call_2", "g", "{}"))] + ARGS_DONE,
+    ("two without index", [frags((None, "call_1", "f", '{"a":1}'), (None, "call_2", "g", "{}"))] + ARGS_DONE,
      TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,g) 1j`{}` 1- MD(tool_use) ME'),
-    ("fragments without index", [k(None, "call_1", "f", '{"a"'), k(None, None, None, ":1}")] + ARGS_DONE,
+    ("fragments without index", [frag(None, "call_1", "f", '{"a"'), frag(None, None, None, ":1}")] + ARGS_DONE,
      f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("two without ids", [k(0, None, "f", '{"a":1}'), k(0, None, "f", '{"a":2}')] + STOP,
+    ("two without ids", [frag(0, None, "f", '{"a":1}'), frag(0, None, "f", '{"a":2}')] + STOP,
      'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- 1+tool(toolu_new,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
-    ("neither index nor id", [k(None, None, "f", '{"a":1}'), k(None, None, "f", '{"a":2}')] + STOP,
+    ("neither index nor id", [frag(None, None, "f", '{"a":1}'), frag(None, None, "f", '{"a":2}')] + STOP,
      'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- 1+tool(toolu_new,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
-    ("neither index nor id, one call", [k(None, None, "f", '{"a"'), k(None, None, "f", ":1}")] + STOP,
+    ("neither index nor id, one call", [frag(None, None, "f", '{"a"'), frag(None, None, "f", ":1}")] + STOP,
      f"MS 0+tool(toolu_new,f) {PARTS} 0- MD(tool_use) ME"),
-    ("an id made up for each fragment", [BEGIN, k(0, "id2", None, ":1}")] + ARGS_DONE,
+    ("an id made up for each fragment", [BEGIN, frag(0, "id2", None, ":1}")] + ARGS_DONE,
      f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("with the name again", [BEGIN, k(0, "id2", "f", ":1}")] + ARGS_DONE,
+    ("with the name again", [BEGIN, frag(0, "id2", "f", ":1}")] + ARGS_DONE,
      f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("an id on each fragment", [BEGIN, k(0, "call_1", None, ":1}")] + ARGS_DONE,
+    ("an id on each fragment", [BEGIN, frag(0, "call_1", None, ":1}")] + ARGS_DONE,
      f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("an id that is late", [k(0, None, "f", None), k(0, "call_9", None, "{}")] + ARGS_DONE,
+    ("an id that is late", [frag(0, None, "f", None), frag(0, "call_9", None, "{}")] + ARGS_DONE,
      "MS 0+tool(call_9,f) 0j`{}` 0- MD(tool_use) ME"),
-    ("indexes that start at 1", [k(1, "call_1", "f", '{"a":1}')] + ARGS_DONE, ONE_TOOL),
-    ("no arguments", [k(0, "call_1", "f", "")] + ARGS_DONE, EMPTY_TOOL),
-    ("arguments null", [k(0, "call_1", "f", None)] + ARGS_DONE, EMPTY_TOOL),
-    ("arguments of white space", [k(0, "call_1", "f", " \n")] + ARGS_DONE, EMPTY_TOOL),
-    ("arguments null as text", [k(0, "call_1", "f", "null")] + ARGS_DONE, EMPTY_TOOL),
-    ("white space in front", [k(0, "call_1", "f", '\n {"a":1}')] + ARGS_DONE, ONE_TOOL),
+    ("indexes that start at 1", [frag(1, "call_1", "f", '{"a":1}')] + ARGS_DONE, ONE_TOOL),
+    ("no arguments", [frag(0, "call_1", "f", "")] + ARGS_DONE, EMPTY_TOOL),
+    ("arguments null", [frag(0, "call_1", "f", None)] + ARGS_DONE, EMPTY_TOOL),
+    ("arguments of white space", [frag(0, "call_1", "f", " \n")] + ARGS_DONE, EMPTY_TOOL),
+    ("arguments null as text", [frag(0, "call_1", "f", "null")] + ARGS_DONE, EMPTY_TOOL),
+    ("white space in front", [frag(0, "call_1", "f", '\n {"a":1}')] + ARGS_DONE, ONE_TOOL),
     ("arguments that are no string", [chunk({"tool_calls": [
         {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": {"a": 1}}}]})] + ARGS_DONE,
         ONE_TOOL),
-    ("one brace too many", [k(0, "call_1", "f", '{"a":1}}')] + ARGS_DONE, ONE_TOOL),
-    ("said twice", [WHOLE, k(0, None, None, '{"a":1}')] + ARGS_DONE, ONE_TOOL),
-    ("braces in strings", [k(0, "call_1", "f", '{"a":"}\\"}"'), k(0, None, None, "}")] + ARGS_DONE,
+    ("one brace too many", [frag(0, "call_1", "f", '{"a":1}}')] + ARGS_DONE, ONE_TOOL),
+    ("said twice", [WHOLE, frag(0, None, None, '{"a":1}')] + ARGS_DONE, ONE_TOOL),
+    ("braces in strings", [frag(0, "call_1", "f", '{"a":"}\\"}"'), frag(0, None, None, "}")] + ARGS_DONE,
      TOOL + ' 0j`{"a":"}\\"}"` 0j`}` 0- MD(tool_use) ME'),
-    ("an empty object in front of the real one", [k(0, "call_1", "f", "{}"), k(0, None, None, '{"a"'), REST]
+    ("an empty object in front of the real one", [frag(0, "call_1", "f", "{}"), frag(0, None, None, '{"a"'), REST]
      + ARGS_DONE, f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("raw control characters in a string", [k(0, "call_1", "f", '{"a":"x\n\t\x01y"}')] + ARGS_DONE,
+    ("raw control characters in a string", [frag(0, "call_1", "f", '{"a":"x\n\t\x01y"}')] + ARGS_DONE,
      TOOL + ' 0j`{"a":"x\\n\\t\\u0001y"}` 0- MD(tool_use) ME'),
-    ("encoded twice", [k(0, "call_1", "f", '"{\\"a\\":'), k(0, None, None, '1}"')] + ARGS_DONE, ONE_TOOL),
-    ("an array", [k(0, "call_1", "f", "[1]")] + ARGS_DONE,
+    ("encoded twice", [frag(0, "call_1", "f", '"{\\"a\\":'), frag(0, None, None, '1}"')] + ARGS_DONE, ONE_TOOL),
+    ("an array", [frag(0, "call_1", "f", "[1]")] + ARGS_DONE,
      TOOL + ' 0j`{"INVALID_JSON":"[1]"}` 0- MD(tool_use) ME'),
-    ("malformed inside the braces is the client's", [k(0, "call_1", "f", "{'a':1}")] + ARGS_DONE,
+    ("malformed inside the braces is the client's", [frag(0, "call_1", "f", "{'a':1}")] + ARGS_DONE,
      TOOL + " 0j`{'a':1}` 0- MD(tool_use) ME"),
-    ("an emoji in halves, as arguments", [k(0, "call_1", "f", '{"a":"\ud83d'), k(0, None, None, '\ude00"}')]
+    ("an emoji in halves, as arguments", [frag(0, "call_1", "f", '{"a":"\ud83d'), frag(0, None, None, '\ude00"}')]
      + ARGS_DONE, TOOL + ' 0j`{"a":"` 0j`\U0001f600"}` 0- MD(tool_use) ME'),
-    ("cut off at the length limit", [k(0, "call_1", "f", '{"a": "ab'), f("length"), D],
+    ("cut off at the length limit", [frag(0, "call_1", "f", '{"a": "ab'), cend("length"), DONE],
      TOOL + ' 0j`{"a": "ab` 0- MD(max_tokens) ME'),
-    ("cut off by the filter", [k(0, "call_1", "f", '{"a": "ab'), f("content_filter"), D],
+    ("cut off by the filter", [frag(0, "call_1", "f", '{"a": "ab'), cend("content_filter"), DONE],
      TOOL + ' 0j`{"a": "ab` 0- MD(refusal) ME'),
-    ("cut off without a reason is never finished", [k(0, "call_1", "f", '{"a": "ab')] + ARGS_DONE,
+    ("cut off without a reason is never finished", [frag(0, "call_1", "f", '{"a": "ab')] + ARGS_DONE,
      TOOL + ' 0j`{"a": "ab` ERR(api_error)'),
-    ("complete at the length limit", [WHOLE, f("length"), D], TOOL + ' 0j`{"a":1}` 0- MD(max_tokens) ME'),
-    ("text, call, text", [c("A"), k(0, "call_1", "f", "{}"), c("B")] + ARGS_DONE,
+    ("complete at the length limit", [WHOLE, cend("length"), DONE], TOOL + ' 0j`{"a":1}` 0- MD(max_tokens) ME'),
+    ("text, call, text", [ctext("A"), frag(0, "call_1", "f", "{}"), ctext("B")] + ARGS_DONE,
      'MS 0+text 0t"A" 0- 1+tool(call_1,f) 1j`{}` 1- 2+text 2t"B" 2- MD(tool_use) ME'),
-    ("text inside a call waits for its end", [BEGIN, c("B"), REST] + ARGS_DONE,
+    ("text inside a call waits for its end", [BEGIN, ctext("B"), REST] + ARGS_DONE,
      f'{TOOL} {PARTS} 0- 1+text 1t"B" 1- MD(tool_use) ME'),
-    ("white space in front of a call", [c("\n\n"), WHOLE] + ARGS_DONE, ONE_TOOL),
+    ("white space in front of a call", [ctext("\n\n"), WHOLE] + ARGS_DONE, ONE_TOOL),
     ("stop after a call", [WHOLE] + STOP, ONE_TOOL),
     ("the old function_call", [chunk({"function_call": {"name": "f", "arguments": ""}}),
-                               chunk({"function_call": {"arguments": '{"a":1}'}}), f("function_call"), D],
+                               chunk({"function_call": {"arguments": '{"a":1}'}}), cend("function_call"), DONE],
      'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- MD(tool_use) ME'),
-    ("an id with other characters", [k(0, "functions.get:0", "get", "{}")] + ARGS_DONE,
+    ("an id with other characters", [frag(0, "functions.get:0", "get", "{}")] + ARGS_DONE,
      "MS 0+tool(toolu_r(functions.get:0),get) 0j`{}` 0- MD(tool_use) ME"),
     ("a thought signature travels in the id", [chunk({"tool_calls": [
         {**entry(0, "c1", "f", '{"a":1}'), "extra_content": {"b": 1}}]})] + ARGS_DONE,
      'MS 0+tool(toolu_x(["c1",{"b":1}]),f) 0j`{"a":1}` 0- MD(tool_use) ME'),
-    ("a call without a name", [k(0, "call_1", None, "{}")] + ARGS_DONE, "MS ERR(api_error)"),
-    ("a call without a name, then text", [k(0, "call_1", None, "{}"), c("x")] + ARGS_DONE,
+    ("a call without a name", [frag(0, "call_1", None, "{}")] + ARGS_DONE, "MS ERR(api_error)"),
+    ("a call without a name, then text", [frag(0, "call_1", None, "{}"), ctext("x")] + ARGS_DONE,
      "MS ERR(api_error)"),
 ]
 
 BAD_502 = {"error": {"message": "m", "code": 502}}
 ENDS = [
-    ("without [DONE], after a finish reason", [c("x"), f("stop")], ONE_X),
-    ("[DONE] without a finish reason", [c("x"), D], ONE_X),
-    ("[DONE] after usage alone", [u(5, 0), D], "MS MD(end_turn) ME"),
-    ("[DONE] after nothing", [ROLE, D], "MS ERR(api_error)"),
-    ("white space around [DONE]", [c("x"), " [DONE] "], ONE_X),
-    ("what follows [DONE] is not read", [c("x"), D, c("y"), BAD_502], ONE_X),
-    ("the end without a finish reason", [c("x")], BROKEN),
+    ("without [DONE], after a finish reason", [ctext("x"), cend("stop")], ONE_X),
+    ("[DONE] without a finish reason", [ctext("x"), DONE], ONE_X),
+    ("[DONE] after usage alone", [cuse(5, 0), DONE], "MS MD(end_turn) ME"),
+    ("[DONE] after nothing", [ROLE, DONE], "MS ERR(api_error)"),
+    ("white space around [DONE]", [ctext("x"), " [DONE] "], ONE_X),
+    ("what follows [DONE] is not read", [ctext("x"), DONE, ctext("y"), BAD_502], ONE_X),
+    ("the end without a finish reason", [ctext("x")], BROKEN),
     ("the end in the middle of a call", [BEGIN], TOOL + ' 0j`{"a"` ERR(api_error)'),
-    ("[DONE] alone", [D], "HTTP 502 api_error"),
+    ("[DONE] alone", [DONE], "HTTP 502 api_error"),
     ("nothing", [], "HTTP 502 api_error"),
-    ("an error", [c("x"), BAD_502], BROKEN),
-    ("an error with a useful code", [c("x"), {"error": {"message": "m", "code": 529}}],
+    ("an error", [ctext("x"), BAD_502], BROKEN),
+    ("an error with a useful code", [ctext("x"), {"error": {"message": "m", "code": 529}}],
      'MS 0+text 0t"x" ERR(overloaded_error)'),
-    ("an error with a useful type", [c("x"), {"error": {"message": "m", "type": "rate_limit_error"}}],
+    ("an error with a useful type", [ctext("x"), {"error": {"message": "m", "type": "rate_limit_error"}}],
      'MS 0+text 0t"x" ERR(rate_limit_error)'),
-    ("an error that is a string", [c("x"), {"error": "m"}], BROKEN),
-    ("an error by its object", [c("x"), {"object": "error", "message": "m", "code": 503}],
+    ("an error that is a string", [ctext("x"), {"error": "m"}], BROKEN),
+    ("an error by its object", [ctext("x"), {"object": "error", "message": "m", "code": 503}],
      'MS 0+text 0t"x" ERR(overloaded_error)'),
     ("an error by its type",
-     [c("x"), {"type": "error", "error": {"type": "overloaded_error", "message": "m"}}],
+     [ctext("x"), {"type": "error", "error": {"type": "overloaded_error", "message": "m"}}],
      'MS 0+text 0t"x" ERR(overloaded_error)'),
-    ("an error in other members", [c("x"), {"error_type": "timeout", "error_message": "m"}],
+    ("an error in other members", [ctext("x"), {"error_type": "timeout", "error_message": "m"}],
      'MS 0+text 0t"x" ERR(timeout_error)'),
-    ("an error in a list", [c("x"), [BAD_502]], BROKEN),
-    ("an unknown object at the end", [c("x"), {"detail": "m"}], BROKEN),
-    ("an error that is null", [{**c("x"), "error": None}] + STOP, ONE_X),
-    ("an error after the finish reason", [c("x"), f("stop"), BAD_502], BROKEN),
+    ("an error in a list", [ctext("x"), [BAD_502]], BROKEN),
+    ("an unknown object at the end", [ctext("x"), {"detail": "m"}], BROKEN),
+    ("an error that is null", [{**ctext("x"), "error": None}] + STOP, ONE_X),
+    ("an error after the finish reason", [ctext("x"), cend("stop"), BAD_502], BROKEN),
     ("an error first is a status", [{"error": {"message": "slow", "code": 429}}],
      "HTTP 429 rate_limit_error"),
     ("an overflow first is a status", [{"error": {"message": "m", "code": "context_length_exceeded"}}],
      "HTTP 400 invalid_request_error"),
-    ("no JSON", [c("x"), "{oops"], BROKEN),
-    ("no object", [c("x"), "5"], BROKEN),
+    ("no JSON", [ctext("x"), "{oops"], BROKEN),
+    ("no object", [ctext("x"), "5"], BROKEN),
     ("no JSON first", ["oops"], "HTTP 502 api_error"),
-    ("finish reason error", [c("x"), f("error"), D], BROKEN),
-    ("finish reason of a server out of resources", [c("x"), f("insufficient_system_resource"), D],
+    ("finish reason error", [ctext("x"), cend("error"), DONE], BROKEN),
+    ("finish reason of a server out of resources", [ctext("x"), cend("insufficient_system_resource"), DONE],
      'MS 0+text 0t"x" ERR(overloaded_error)'),
 ]
 
@@ -2332,66 +2333,66 @@ ENDS = [
         (("text", TEXTS), ("thinking", THOUGHTS), ("a call", CALLS), ("the end", ENDS))
         for sentence, chunks, want in rows], "chunks, want")
 def test_stream(chunks, want):
-    check_stream(sse(chunks), want, R(thinking=ADAPTIVE))
+    check_stream(sse(chunks), want, req(thinking=ADAPTIVE))
 
 
-ONE_CALL_AT_MOST = {"tools": [T("f")], **choice("auto", disable_parallel_tool_use=True)}
+ONE_CALL_AT_MOST = {"tools": [tool("f")], **choice("auto", disable_parallel_tool_use=True)}
 ENDING = {"stop_sequences": ["END"]}
-PREFILLED = {"messages": [U("a"), A("The answer is ")]}
-THOUGHT_X = [r("a"), r("b"), c("x")] + STOP
+PREFILLED = {"messages": [usr("a"), asst("The answer is ")]}
+THOUGHT_X = [creason("a"), creason("b"), ctext("x")] + STOP
 
 OTHER_STREAMS = [  # request members
     ("thinking absent: reasoning is not shown", {}, THOUGHT_X, ONE_X),
     ("thinking disabled", {"thinking": DISABLED}, THOUGHT_X, ONE_X),
     ("thinking omitted: it travels in the signature", {"thinking": OMITTED}, THOUGHT_X,
      'MS 0+thinking 0s"aap1.c.(ab)" 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("thinking omitted, and there is none", {"thinking": OMITTED}, [r(""), c("x")] + STOP, ONE_X),
-    ("hidden reasoning does not part text", {}, [c("Hel"), r("a"), c("lo")] + STOP, HELLO),
+    ("thinking omitted, and there is none", {"thinking": OMITTED}, [creason(""), ctext("x")] + STOP, ONE_X),
+    ("hidden reasoning does not part text", {}, [ctext("Hel"), creason("a"), ctext("lo")] + STOP, HELLO),
     ("only the first call when more are forbidden", ONE_CALL_AT_MOST,
-     [WHOLE, k(1, "call_2", "f", '{"b":2}')] + ARGS_DONE, ONE_TOOL),
+     [WHOLE, frag(1, "call_2", "f", '{"b":2}')] + ARGS_DONE, ONE_TOOL),
     ("also side by side", ONE_CALL_AT_MOST,
-     [kk((0, "call_1", "f", '{"a":1}'), (1, "call_2", "f", "{}"))] + ARGS_DONE, ONE_TOOL),
-    ("a mapped name", {"tools": [T("my.tool")]}, [k(0, "call_1", "my_tool_bca2c361", "{}")] + ARGS_DONE,
+     [frags((0, "call_1", "f", '{"a":1}'), (1, "call_2", "f", "{}"))] + ARGS_DONE, ONE_TOOL),
+    ("a mapped name", {"tools": [tool("my.tool")]}, [frag(0, "call_1", "my_tool_bca2c361", "{}")] + ARGS_DONE,
      "MS 0+tool(call_1,my.tool) 0j`{}` 0- MD(tool_use) ME"),
-    ("a prefix in front of a known name", {"tools": [T("f")]},
-     [k(0, "call_1", "functions.f", '{"a":1}')] + ARGS_DONE,
+    ("a prefix in front of a known name", {"tools": [tool("f")]},
+     [frag(0, "call_1", "functions.f", '{"a":1}')] + ARGS_DONE,
      ONE_TOOL),
     ("an id used before", {"messages": conversation_with("call_1")[0]}, [WHOLE] + ARGS_DONE,
      'MS 0+tool(toolu_r(call_1),f) 0j`{"a":1}` 0- MD(tool_use) ME'),
     *[(f"a stop sequence ends the text of {model}", {"model": model, **ENDING},
-       [c("abcE"), c("NDxyz"), f("stop"), D],
+       [ctext("abcE"), ctext("NDxyz"), cend("stop"), DONE],
        'MS 0+text 0t"abc" 0- MD(stop_sequence,"END") ME') for model in ("gpt-4o", "o3")],
-    ("what might begin one is held", ENDING, [c("abcE"), c("x")] + STOP,
+    ("what might begin one is held", ENDING, [ctext("abcE"), ctext("x")] + STOP,
      'MS 0+text 0t"abc" 0t"Ex" ' + CLOSED),
-    ("and let go at the end", ENDING, [c("abcE")] + STOP, 'MS 0+text 0t"abc" 0t"E" ' + CLOSED),
-    ("one at the very start", ENDING, [c("END")] + STOP, 'MS MD(stop_sequence,"END") ME'),
-    ("the earliest counts", {"stop_sequences": ["c", "b"]}, [c("abc")] + STOP,
+    ("and let go at the end", ENDING, [ctext("abcE")] + STOP, 'MS 0+text 0t"abc" 0t"E" ' + CLOSED),
+    ("one at the very start", ENDING, [ctext("END")] + STOP, 'MS MD(stop_sequence,"END") ME'),
+    ("the earliest counts", {"stop_sequences": ["c", "b"]}, [ctext("abc")] + STOP,
      'MS 0+text 0t"a" 0- MD(stop_sequence,"b") ME'),
-    ("the longest at one place", {"stop_sequences": ["E", "END"]}, [c("aEND")] + STOP,
+    ("the longest at one place", {"stop_sequences": ["E", "END"]}, [ctext("aEND")] + STOP,
      'MS 0+text 0t"a" 0- MD(stop_sequence,"END") ME'),
-    ("the fifth too", {"stop_sequences": list("vwxyz")}, [c("az")] + STOP,
+    ("the fifth too", {"stop_sequences": list("vwxyz")}, [ctext("az")] + STOP,
      'MS 0+text 0t"a" 0- MD(stop_sequence,"z") ME'),
-    ("not in arguments", ENDING, [k(0, "call_1", "f", '{"a":"END"}')] + ARGS_DONE,
+    ("not in arguments", ENDING, [frag(0, "call_1", "f", '{"a":"END"}')] + ARGS_DONE,
      TOOL + ' 0j`{"a":"END"}` 0- MD(tool_use) ME'),
-    ("not in reasoning", {**ENDING, "thinking": ADAPTIVE}, [r("END"), c("x")] + STOP,
+    ("not in reasoning", {**ENDING, "thinking": ADAPTIVE}, [creason("END"), ctext("x")] + STOP,
      'MS 0+thinking 0h"END" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("an upstream that names it", ENDING, [c("x"), chunk({}, "stop", stop_reason="END"), D],
+    ("an upstream that names it", ENDING, [ctext("x"), chunk({}, "stop", stop_reason="END"), DONE],
      'MS 0+text 0t"x" 0- MD(stop_sequence,"END") ME'),
-    ("a repeated prefill is cut", PREFILLED, [c("The ans"), c("wer is 4")] + STOP,
+    ("a repeated prefill is cut", PREFILLED, [ctext("The ans"), ctext("wer is 4")] + STOP,
      'MS 0+text 0t" 4" ' + CLOSED),
-    ("one that is not repeated is not", PREFILLED, [c("The"), c("re")] + STOP,
+    ("one that is not repeated is not", PREFILLED, [ctext("The"), ctext("re")] + STOP,
      'MS 0+text 0t"There" ' + CLOSED),
 ]
 
 
 @table(OTHER_STREAMS, "members, chunks, want")
 def test_stream_of_a_request(members, chunks, want):
-    check_stream(sse(chunks), want, R(**members))
+    check_stream(sse(chunks), want, req(**members))
 
 
 BOM = b"\xef\xbb\xbf"
-SIMPLE = sse([ROLE, c("Hel"), c("lo"), f("stop"), u(5, 3), D])
-HEL, LO, FINISHED = (compact(each).encode() for each in (c("Hel"), c("lo"), f("stop")))
+SIMPLE = sse([ROLE, ctext("Hel"), ctext("lo"), cend("stop"), cuse(5, 3), DONE])
+HEL, LO, FINISHED = (compact(each).encode() for each in (ctext("Hel"), ctext("lo"), cend("stop")))
 
 WIRES = [  # the bytes of an answer that says Hello
     ("LF", SIMPLE),
@@ -2409,74 +2410,74 @@ WIRES = [  # the bytes of an answer that says Hello
     ("lines without data:", HEL + b"\n" + LO + b"\n\n" + FINISHED + b"\n\ndata: [DONE]\n\n"),
     ("no last empty line", SIMPLE[:-1]),
     ("no last line end", SIMPLE[:-2]),
-    ("no end of the last chunk", sse([c("Hel"), c("lo"), f("stop")])[:-2]),
+    ("no end of the last chunk", sse([ctext("Hel"), ctext("lo"), cend("stop")])[:-2]),
     ("CRLF after a mark and a comment", BOM + b":\r\n" + SIMPLE.replace(b"\n\n", b"\r\n\r\n")),
 ]
 
 
 @table(WIRES, "raw")
 def test_bytes_of_a_stream(raw):
-    check_stream(raw, HELLO, R())
+    check_stream(raw, HELLO, req())
 
 
 def test_a_character_cut_in_its_bytes():
     raw = b'data: {"choices":[{"delta":{"content":"\xc3\xa9\xf0\x9f\x98\x80"}}]}\n\n' + sse(STOP)
-    check_stream(raw, f'MS 0+text 0t"\u00e9\U0001f600" {CLOSED}', R())
+    check_stream(raw, f'MS 0+text 0t"\u00e9\U0001f600" {CLOSED}', req())
 
 
 def test_bytes_that_are_no_utf8():
     raw = b'data: {"choices":[{"delta":{"content":"a\xffb"}}]}\n\n' + sse(STOP)
-    check_stream(raw, f'MS 0+text 0t"a\ufffdb" {CLOSED}', R())
+    check_stream(raw, f'MS 0+text 0t"a\ufffdb" {CLOSED}', req())
 
 
 def test_an_event_named_error_is_one():
-    raw = sse([c("x")]) + b'event: error\ndata: {"message":"m","code":529}\n\n' + sse(STOP)
-    check_stream(raw, 'MS 0+text 0t"x" ERR(overloaded_error)', R())
+    raw = sse([ctext("x")]) + b'event: error\ndata: {"message":"m","code":529}\n\n' + sse(STOP)
+    check_stream(raw, 'MS 0+text 0t"x" ERR(overloaded_error)', req())
 
 
 def test_an_error_tells_what_the_upstream_said():
-    raw = streamed([sse([c("x"), {"error": {"message": "out of luck", "code": 500}}])],
-                   aiapiproxy.translation_of(R(), SETTINGS["openai"]))
+    raw = streamed([sse([ctext("x"), {"error": {"message": "out of luck", "code": 500}}])],
+                   aiapiproxy.translation_of(req(), SETTINGS["openai"]))
     assert events(raw)[-1]["error"] == {"type": "api_error", "message": "out of luck"}
 
 
 def test_a_line_without_end_is_an_error():
-    exchange = aiapiproxy.translation_of(R(), SETTINGS["openai"])
-    assert printed(streamed([sse([c("x")]), b"data: " + b" " * (16 << 20) + b"  "], exchange)) == BROKEN
+    translation = aiapiproxy.translation_of(req(), SETTINGS["openai"])
+    assert printed(streamed([sse([ctext("x")]), b"data: " + b" " * (16 << 20) + b"  "], translation)) == BROKEN
 
 
 def test_endless_white_space_in_arguments_is_an_error():
-    exchange = aiapiproxy.translation_of(R(), SETTINGS["openai"])
-    blank = k(0, None, None, " " * 100)
-    out = printed(streamed([sse([k(0, "call_1", "f", '{"a":1,')] + [blank] * 6)], exchange))
+    translation = aiapiproxy.translation_of(req(), SETTINGS["openai"])
+    blank = frag(0, None, None, " " * 100)
+    out = printed(streamed([sse([frag(0, "call_1", "f", '{"a":1,')] + [blank] * 6)], translation))
     assert out.startswith(TOOL + ' 0j`{"a":1,`') and out.endswith(" ERR(api_error)")
 
 
 def test_white_space_in_a_string_may_be_long():
-    exchange = aiapiproxy.translation_of(R(), SETTINGS["openai"])
+    translation = aiapiproxy.translation_of(req(), SETTINGS["openai"])
     long = f'{{"a":"{" " * 600}"}}'
-    out = printed(streamed([sse([k(0, "call_1", "f", long)] + ARGS_DONE)], exchange))
+    out = printed(streamed([sse([frag(0, "call_1", "f", long)] + ARGS_DONE)], translation))
     assert out == f"{TOOL} 0j`{long}` 0- MD(tool_use) ME"
 
 
 @pytest.mark.parametrize("asked, want", [
-    (R(thinking=ADAPTIVE), [("thinking", "r"), ("signature", "aap1.n."), ("text", "x")]),
-    (R(), [("text", "x")]),
+    (req(thinking=ADAPTIVE), [("thinking", "r"), ("signature", "aap1.n."), ("text", "x")]),
+    (req(), [("text", "x")]),
 ], ids=["thinking", "no thinking"])
 def test_thinking_in_the_text_however_it_is_cut(asked, want):
     text = "<think>r</think>\n\nx"
-    exchange = aiapiproxy.translation_of(asked, SETTINGS["local"])
+    translation = aiapiproxy.translation_of(asked, SETTINGS["local"])
     for at in range(len(text) + 1):
-        blocks = blocks_of(streamed([sse([c(text[:at]), c(text[at:])] + STOP)], exchange))
+        blocks = blocks_of(streamed([sse([ctext(text[:at]), ctext(text[at:])] + STOP)], translation))
         assert [(name, value) for block in blocks for name, value in block.items() if name != "type"] == want
 
 
 def test_a_tag_inside_the_text_is_text():
-    check_stream(sse([c("a <think>")] + STOP), f'MS 0+text 0t"a <think>" {CLOSED}', R(thinking=ADAPTIVE),
+    check_stream(sse([ctext("a <think>")] + STOP), f'MS 0+text 0t"a <think>" {CLOSED}', req(thinking=ADAPTIVE),
                  "local")
-    check_stream(sse([c("<th"), c("x")] + STOP), f'MS 0+text 0t"<thx" {CLOSED}', R(thinking=ADAPTIVE),
+    check_stream(sse([ctext("<th"), ctext("x")] + STOP), f'MS 0+text 0t"<thx" {CLOSED}', req(thinking=ADAPTIVE),
                  "local")
-    check_stream(sse([c("<think>x")] + STOP), f'MS 0+text 0t"<think>x" {CLOSED}', R(thinking=ADAPTIVE),
+    check_stream(sse([ctext("<think>x")] + STOP), f'MS 0+text 0t"<think>x" {CLOSED}', req(thinking=ADAPTIVE),
                  "openai")
 
 
@@ -2485,7 +2486,7 @@ def test_details_of_reasoning_are_joined_in_the_signature():
               {"type": "reasoning.text", "index": 0, "text": "b",
                "signature": "s"}]
     raw = streamed([sse([chunk({"reasoning_details": [each]}) for each in pieces] + [WHOLE] + ARGS_DONE)],
-                   aiapiproxy.translation_of(R(thinking=ADAPTIVE), SETTINGS["openrouter"]))
+                   aiapiproxy.translation_of(req(thinking=ADAPTIVE), SETTINGS["openrouter"]))
     (block, _) = blocks_of(raw)
     kind, details = re.fullmatch(r"aap1\.(.)\.\((.*)\)", readable(block["signature"])).groups()
     assert (block["thinking"], kind) == ("ab", "d")
@@ -2493,23 +2494,23 @@ def test_details_of_reasoning_are_joined_in_the_signature():
 
 
 AT_ONCE = [  # each chunk, and what it gives before the next one comes
-    ("text", [(ROLE, "MS"), (c("Hel"), '0+text 0t"Hel"'), (c("lo"), '0t"lo"'), (f("stop"), ""),
-              (D, "0- MD(end_turn) ME")]),
+    ("text", [(ROLE, "MS"), (ctext("Hel"), '0+text 0t"Hel"'), (ctext("lo"), '0t"lo"'), (cend("stop"), ""),
+              (DONE, "0- MD(end_turn) ME")]),
     ("thinking",
-     [(r("a"), 'MS 0+thinking 0h"a"'), (r("b"), '0h"b"'), (c("x"), '0s"aap1.c." 0- 1+text 1t"x"')]),
-    ("arguments", [(k(0, "call_1", "f", ""), "MS"), (k(0, None, None, '{"a"'), '0+tool(call_1,f) 0j`{"a"`'),
-                   (k(0, None, None, ":1"), "0j`:1`"), (k(0, None, None, "}"), "0j`}`"),
-                   (k(1, "call_2", "g", '{"b"'), '0- 1+tool(call_2,g) 1j`{"b"`')]),
+     [(creason("a"), 'MS 0+thinking 0h"a"'), (creason("b"), '0h"b"'), (ctext("x"), '0s"aap1.c." 0- 1+text 1t"x"')]),
+    ("arguments", [(frag(0, "call_1", "f", ""), "MS"), (frag(0, None, None, '{"a"'), '0+tool(call_1,f) 0j`{"a"`'),
+                   (frag(0, None, None, ":1"), "0j`:1`"), (frag(0, None, None, "}"), "0j`}`"),
+                   (frag(1, "call_2", "g", '{"b"'), '0- 1+tool(call_2,g) 1j`{"b"`')]),
     ("Azure's first chunk", [({"choices": [], "prompt_filter_results": []}, "MS")]),
-    ("what might begin a stop sequence", [(c("abcSTO"), 'MS 0+text 0t"abc"'), (c("x"), '0t"STOx"')]),
-    ("a call that waits", [(BEGIN, 'MS 0+tool(call_1,f) 0j`{"a"`'), (k(1, "call_2", "g", '{"b"'), ""),
+    ("what might begin a stop sequence", [(ctext("abcSTO"), 'MS 0+text 0t"abc"'), (ctext("x"), '0t"STOx"')]),
+    ("a call that waits", [(BEGIN, 'MS 0+tool(call_1,f) 0j`{"a"`'), (frag(1, "call_2", "g", '{"b"'), ""),
                            (REST, '0j`:1}` 0- 1+tool(call_2,g) 1j`{"b"`')]),
 ]
 
 
 @table(AT_ONCE, "steps")
 def test_what_comes_goes_at_once(steps):
-    asked = R(thinking=ADAPTIVE, stop_sequences=["STOP"])
+    asked = req(thinking=ADAPTIVE, stop_sequences=["STOP"])
     translator = aiapiproxy.StreamTranslator(aiapiproxy.translation_of(asked, SETTINGS["openai"]), new_ids())
     for given, want in steps:
         out = translator.feed(sse([given])).decode()
@@ -2522,63 +2523,63 @@ def stream_usage(input, generated, read=0, written=0, **details):
 
 
 STREAM_USAGES = [
-    ("at the end", [c("x"), f("stop"), u(5, 3), D], stream_usage(5, 3)),
-    ("on the last chunk", [c("x"), usage_on(f("stop"), 5, 3), D], stream_usage(5, 3)),
+    ("at the end", [ctext("x"), cend("stop"), cuse(5, 3), DONE], stream_usage(5, 3)),
+    ("on the last chunk", [ctext("x"), usage_on(cend("stop"), 5, 3), DONE], stream_usage(5, 3)),
     ("on each chunk the total so far",
-     [usage_on(c("x"), 5, 1), usage_on(c("y"), 5, 2), usage_on(f("stop"), 5, 3), D],
+     [usage_on(ctext("x"), 5, 1), usage_on(ctext("y"), 5, 2), usage_on(cend("stop"), 5, 3), DONE],
      stream_usage(5, 3)),
-    ("null on the others", [usage_on(c("x"), 5, 3), {**f("stop"), "usage": None}, D], stream_usage(5, 3)),
-    ("before the text", [u(5, 3), c("x")] + STOP, stream_usage(5, 3)),
-    ("Groq's place", [c("x"), {**f("stop"), "x_groq": {"usage": used(5, 3)}}, D], stream_usage(5, 3)),
-    ("with cache and reasoning", [c("x"), f("stop"), u(100, 20, **cached(60), completion_tokens_details={
-        "reasoning_tokens": 8}), D], stream_usage(40, 20, 60, **thought(8))),
-    ("none: both are estimated", [c("Hello")] + STOP, stream_usage(8, 2)),
+    ("null on the others", [usage_on(ctext("x"), 5, 3), {**cend("stop"), "usage": None}, DONE], stream_usage(5, 3)),
+    ("before the text", [cuse(5, 3), ctext("x")] + STOP, stream_usage(5, 3)),
+    ("Groq's place", [ctext("x"), {**cend("stop"), "x_groq": {"usage": used(5, 3)}}, DONE], stream_usage(5, 3)),
+    ("with cache and reasoning", [ctext("x"), cend("stop"), cuse(100, 20, **cached(60), completion_tokens_details={
+        "reasoning_tokens": 8}), DONE], stream_usage(40, 20, 60, **thought(8))),
+    ("none: both are estimated", [ctext("Hello")] + STOP, stream_usage(8, 2)),
 ]
 
 
 @table(STREAM_USAGES, "chunks, want")
 def test_usage_of_a_stream(chunks, want):
-    found = events(streamed([sse(chunks)], aiapiproxy.translation_of(R(), SETTINGS["openai"])))
+    found = events(streamed([sse(chunks)], aiapiproxy.translation_of(req(), SETTINGS["openai"])))
     assert found[0]["message"]["usage"]["input_tokens"] == 8
     assert found[-2]["usage"] == want
 
 
 @table([("its own words", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP, "I cannot."),
-        ("the filter's", [c("x"), f("content_filter"), D], FILTERED)])
+        ("the filter's", [ctext("x"), cend("content_filter"), DONE], FILTERED)])
 def test_explanation_of_a_refusal(given, want):
-    found = events(streamed([sse(given)], aiapiproxy.translation_of(R(), SETTINGS["openai"])))
+    found = events(streamed([sse(given)], aiapiproxy.translation_of(req(), SETTINGS["openai"])))
     assert found[-2]["delta"] == {"stop_reason": "refusal", "stop_sequence": None,
                                   "stop_details": {"type": "refusal", "category": None, "explanation": want}}
 
 
 def test_a_stream_names_the_asked_model():
-    exchange = aiapiproxy.translation_of(R(model="claude-sonnet-5-5[1m]"), SETTINGS["openai"])
-    assert events(streamed([SIMPLE], exchange))[0]["message"]["model"] == "claude-sonnet-5-5[1m]"
+    translation = aiapiproxy.translation_of(req(model="claude-sonnet-5-5[1m]"), SETTINGS["openai"])
+    assert events(streamed([SIMPLE], translation))[0]["message"]["model"] == "claude-sonnet-5-5[1m]"
 
 
-CHUNKS = [ROLE, c("x"), c("\n"), c("END"), c("\ud83d"), r("r"), WHOLE, BEGIN, REST,
-          k(1, "call_2", "g", '{"b":'),
-          k(1, None, None, "2}"), k(None, None, "h", "{}"), k(None, None, None, " "), k(0, None, "f", None),
-          kk((2, "call_3", "f", "{"), (3, "call_4", "f", "[1]")), chunk({"refusal": "No."}), u(5, 3),
-          f("stop"),
-          f("length"), f("tool_calls"), chunk({"reasoning_details": DETAILS}),
+CHUNKS = [ROLE, ctext("x"), ctext("\n"), ctext("END"), ctext("\ud83d"), creason("r"), WHOLE, BEGIN, REST,
+          frag(1, "call_2", "g", '{"b":'),
+          frag(1, None, None, "2}"), frag(None, None, "h", "{}"), frag(None, None, None, " "), frag(0, None, "f", None),
+          frags((2, "call_3", "f", "{"), (3, "call_4", "f", "[1]")), chunk({"refusal": "No."}), cuse(5, 3),
+          cend("stop"),
+          cend("length"), cend("tool_calls"), chunk({"reasoning_details": DETAILS}),
           chunk({"function_call": {"name": "f"}}),
-          {"error": {"message": "m", "code": 529}}, D, chunk({"content": "<think>a</think>"}), c(" x")]
+          {"error": {"message": "m", "code": 529}}, DONE, chunk({"content": "<think>a</think>"}), ctext(" x")]
 
 
 def test_an_odd_stream_keeps_to_the_order_of_events():
     """Chunks in any order, some of them spoiled: printed() checks what every stream must keep to."""
     dice = random.Random(1)
-    exchanges = [aiapiproxy.translation_of(R(**members), SETTINGS[host]) for host, members in (
+    exchanges = [aiapiproxy.translation_of(req(**members), SETTINGS[host]) for host, members in (
         ("openai", {"thinking": ADAPTIVE}), ("local", {"thinking": OMITTED}), ("local", ENDING),
         ("openai", ONE_CALL_AT_MOST))]
     for _ in range(3000):
         chunks = [dice.choice(CHUNKS) for _ in range(dice.randrange(1, 9))]
         chunks = [spoiled(each, dice) if isinstance(each, dict) and dice.random() < 0.2 else each
                   for each in chunks]
-        raw, exchange = sse(chunks), dice.choice(exchanges)
+        raw, translation = sse(chunks), dice.choice(exchanges)
         cut = dice.randrange(len(raw))
-        whole, parts = streamed([raw], exchange), streamed([raw[:cut], raw[cut:]], exchange)
+        whole, parts = streamed([raw], translation), streamed([raw[:cut], raw[cut:]], translation)
         assert whole == parts, chunks
         if isinstance(whole, bytes):
             printed(whole)
@@ -2621,7 +2622,7 @@ def reply(status, body, content_type="application/json", **headers):
 
 def stream(*parts, **headers):
     """An SSE body: chunks, bytes, gates, an ending."""
-    parts = [sse([part]) if isinstance(part, dict) or part == D else part for part in parts]
+    parts = [sse([part]) if isinstance(part, dict) or part == DONE else part for part in parts]
     parts += [] if parts[-1:] and isinstance(parts[-1], str) else [END]
     return Reply(200, {"content-type": "text/event-stream", **headers}, parts)
 
@@ -2799,7 +2800,7 @@ NOT_FOUND = "404 not_found_error: "
 
 
 def test_a_message():
-    (status, headers, body), (heard,) = run(asked_once(OK, R()))
+    (status, headers, body), (heard,) = run(asked_once(OK, req()))
     message = json.loads(body)
     assert (status, headers["content-type"], message["content"]) == (200, "application/json", [txt("Hello")])
     assert re.fullmatch(r"req_[A-Za-z0-9]{24}", headers["request-id"])
@@ -2815,7 +2816,7 @@ def test_a_stream():
     # Clients send "accept: application/json" even for streams.
     async def scenario():
         async with proxied(stream(SIMPLE)) as (upstream, server):
-            answer = await ask(server.port, path="/v1/messages?beta=true", body=R(stream=True),
+            answer = await ask(server.port, path="/v1/messages?beta=true", body=req(stream=True),
                                accept="application/json", anthropic_beta="new-2030-01-01")
             return answer, upstream.requests[0]
 
@@ -2838,7 +2839,7 @@ def test_a_stream():
 def test_headers_of_a_client(headers):
     async def scenario():
         async with proxied(OK) as (upstream, server):
-            status, _, _ = await ask(server.port, body=R(), **headers)
+            status, _, _ = await ask(server.port, body=req(), **headers)
             return status, upstream.requests[0].headers
 
     status, heard = run(scenario())
@@ -2852,7 +2853,7 @@ def test_headers_of_a_client(headers):
 
 @pytest.mark.parametrize("streamed_too", [False, True])
 def test_max_tokens_0_is_answered_here(streamed_too):
-    answer, requests = run(asked_once(OK, R(max_tokens=0, stream=streamed_too)))
+    answer, requests = run(asked_once(OK, req(max_tokens=0, stream=streamed_too)))
     assert answer[0] == 200 and requests == []
     if streamed_too:
         assert printed(answer[2]) == "MS MD(max_tokens) ME"
@@ -2880,21 +2881,21 @@ def test_a_body_that_is_no_object():
 
 
 def test_a_body_with_a_byte_order_mark():
-    answer, _ = run(asked_once(OK, BOM + json.dumps(R()).encode()))
+    answer, _ = run(asked_once(OK, BOM + json.dumps(req()).encode()))
     assert answer[0] == 200
 
 
 def test_a_rejected_thread_over_the_wire():
-    (status, _, body), _ = run(asked_once(OK, R(thread={"type": "create"})))
+    (status, _, body), _ = run(asked_once(OK, req(thread={"type": "create"})))
     assert (status, json.loads(body)["error"]["details"]) == (
         400, {"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
 
 
 COUNTS = [
-    ("the plain request", R(), 8),
-    ("without max_tokens", without(R(), "max_tokens"), 8),
-    ("with any max_tokens and stream", R(max_tokens="x", stream="y"), 8),
-    ("an image", R([U([txt("Hi"), img])]), 1608),
+    ("the plain request", req(), 8),
+    ("without max_tokens", without(req(), "max_tokens"), 8),
+    ("with any max_tokens and stream", req(max_tokens="x", stream="y"), 8),
+    ("an image", req([usr([txt("Hi"), img])]), 1608),
 ]
 
 
@@ -2911,7 +2912,7 @@ def test_count_tokens(given, want):
 def test_count_tokens_rejects_what_messages_reject():
     async def scenario():
         async with proxied(OK) as (_, server):
-            return await ask(server.port, path="/v1/messages/count_tokens", body=without(R(), "messages"))
+            return await ask(server.port, path="/v1/messages/count_tokens", body=without(req(), "messages"))
 
     assert said(run(scenario())) == "400 invalid_request_error: messages: Field required"
 
@@ -2993,15 +2994,15 @@ def test_methods_and_paths():
 
 # ---- Answers that are not what was asked for
 
-X_ONLY = [c("x"), f("stop"), u(5, 3), D]
-SOME_MESSAGE = [think("r", "aap1.c."), X, tu("call_1", "f", {"a": 1})]
+X_ONLY = [ctext("x"), cend("stop"), cuse(5, 3), DONE]
+SOME_MESSAGE = [think("r", "aap1.c."), only_x, use("call_1", "f", {"a": 1})]
 
 
 def test_sse_in_place_of_json():
-    answer, _ = run(asked_once(stream(*X_ONLY), R()))
-    assert (said(answer)["content"], said(answer)["stop_reason"]) == ([X], "end_turn")
-    answer, _ = run(asked_once(reply(200, sse(X_ONLY)), R()))  # by its first bytes
-    assert (said(answer)["content"], said(answer)["usage"]["output_tokens"]) == ([X], 3)
+    answer, _ = run(asked_once(stream(*X_ONLY), req()))
+    assert (said(answer)["content"], said(answer)["stop_reason"]) == ([only_x], "end_turn")
+    answer, _ = run(asked_once(reply(200, sse(X_ONLY)), req()))  # by its first bytes
+    assert (said(answer)["content"], said(answer)["usage"]["output_tokens"]) == ([only_x], 3)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
@@ -3013,21 +3014,21 @@ def test_sse_in_place_of_json():
     ("no content type that says so", reply(200, completion(TEXT), "text/plain")),
 ], "script")
 def test_json_in_any_dress(script, streaming):
-    answer, _ = run(asked_once(script, R(stream=streaming)))
-    assert said(answer) == ONE_X if streaming else said(answer)["content"] == [X]
+    answer, _ = run(asked_once(script, req(stream=streaming)))
+    assert said(answer) == ONE_X if streaming else said(answer)["content"] == [only_x]
 
 
 def test_too_many_tools_are_the_upstreams_to_refuse():
     words = ("Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array "
              "with length 129 instead.")
     answer, (heard,) = run(asked_once(reply(400, error_like("array_above_max_length", words)),
-                                      R(tools=[T(f"f{number}") for number in range(129)])))
+                                      req(tools=[tool(f"f{number}") for number in range(129)])))
     assert said(answer).startswith(f"400 invalid_request_error: {words}") and len(heard.body["tools"]) == 129
 
 
 def test_a_long_answer_is_streamed_and_collected():
-    script = stream(r("r"), c("x"), WHOLE, f("tool_calls"), u(5, 3), D)
-    answer, (heard,) = run(asked_once(script, R(max_tokens=16000, thinking=ADAPTIVE)))
+    script = stream(creason("r"), ctext("x"), WHOLE, cend("tool_calls"), cuse(5, 3), DONE)
+    answer, (heard,) = run(asked_once(script, req(max_tokens=16000, thinking=ADAPTIVE)))
     message = said(answer)
     assert heard.body["stream"] is True and heard.headers["accept"] == "text/event-stream"
     assert (message["content"], message["stop_reason"], message["usage"]["output_tokens"]) == (
@@ -3035,14 +3036,14 @@ def test_a_long_answer_is_streamed_and_collected():
 
 
 def test_a_long_answer_that_breaks_is_an_error():
-    answer, _ = run(asked_once(stream(c("x"), CUT), R(max_tokens=16000)))
+    answer, _ = run(asked_once(stream(ctext("x"), CUT), req(max_tokens=16000)))
     assert said(answer).startswith("502 api_error: ")
 
 
 def test_json_in_place_of_sse():
     message = {"content": "x", "reasoning_content": "r", "tool_calls": [call("call_1", "f", '{"a":1}')]}
     answer, _ = run(asked_once(reply(200, completion(message, usage=used(5, 3))),
-                               R(stream=True, thinking=ADAPTIVE)))
+                               req(stream=True, thinking=ADAPTIVE)))
     assert said(answer) == ('MS 0+thinking 0h"r" 0s"aap1.c." 0- 1+text 1t"x" 1- '
                             '2+tool(call_1,f) 2j`{"a":1}` 2- MD(tool_use) ME')
 
@@ -3057,7 +3058,7 @@ WRONG = [  # reply, the same error whether a stream was asked or not
     ("an overflow", reply(200, {"error": {"message": "too many tokens in the prompt"}}),
      "400 invalid_request_error"),
     ("an error in SSE", stream(error_like(429, "slow")), "429 rate_limit_error"),
-    ("SSE that ends at once", stream(D), "502 api_error"),
+    ("SSE that ends at once", stream(DONE), "502 api_error"),
     ("SSE without anything", stream(b": comment\n\n"), "502 api_error"),
     ("a redirect", reply(302, "", location="https://elsewhere.example/v1"), "502 api_error"),
     ("a status", reply(503, JSON_ERROR), "529 overloaded_error"),
@@ -3070,7 +3071,7 @@ WRONG = [  # reply, the same error whether a stream was asked or not
 @pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
 @table(WRONG, "script, want")
 def test_a_wrong_answer(script, want, streaming):
-    answer, requests = run(asked_once(script, R(stream=streaming)))
+    answer, requests = run(asked_once(script, req(stream=streaming)))
     assert said(answer).startswith(want + ": ") and len(requests) == 1
 
 
@@ -3089,7 +3090,7 @@ def test_an_error_with_status_200(code, want):
     for script in (reply(200, error_like(code)), stream(error_like(code)),
                    reply(200, {"error": {"message": "m", "status": code}}),
                    reply(200, {"error": {"message": "m", "type": code}})):
-        answer, _ = run(asked_once(script, R()))
+        answer, _ = run(asked_once(script, req()))
         assert said(answer).startswith(want + ": ")
 
 
@@ -3097,17 +3098,17 @@ def test_an_error_with_status_200(code, want):
 def test_a_prompt_that_does_not_fit_is_told_in_one_way(streaming):
     error = error_like(None, f"{MAXIMUM} 128000 tokens. However, your messages resulted in 131072 tokens.")
     for script in (reply(400, error), reply(200, error), stream(error)):
-        answer, _ = run(asked_once(script, R(stream=streaming)))
+        answer, _ = run(asked_once(script, req(stream=streaming)))
         assert said(answer) == "400 invalid_request_error: prompt is too long: 131072 tokens > 128000 maximum"
 
 
 def test_a_wrong_address_is_told():
-    answer, _ = run(asked_once(reply(404, "<html>", "text/html"), R()))
+    answer, _ = run(asked_once(reply(404, "<html>", "text/html"), req()))
     assert said(answer) == (NOT_FOUND + "127.0.0.1 has no /v1/chat/completions: check OPENAI_BASE_URL")
 
 
 def test_a_redirect_names_its_host():
-    answer, _ = run(asked_once(reply(307, "", location="https://elsewhere.example/v1"), R()))
+    answer, _ = run(asked_once(reply(307, "", location="https://elsewhere.example/v1"), req()))
     assert "elsewhere.example" in said(answer)
 
 
@@ -3118,7 +3119,7 @@ def test_rate_limits_are_told_on_a_success_too():
                    stream(*X_ONLY,
                           **{"x-ratelimit-limit-requests": 500, "x-ratelimit-remaining-requests": 499,
                              "x-ratelimit-reset-requests": "6m0s", "set-cookie": "c=1"})):
-        (_, headers, _), _ = run(asked_once(script, R(stream=script.chunked)))
+        (_, headers, _), _ = run(asked_once(script, req(stream=script.chunked)))
         assert headers["anthropic-ratelimit-requests-limit"] == "500" and "set-cookie" not in headers
         assert headers["anthropic-ratelimit-requests-remaining"] == "499"
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", headers["anthropic-ratelimit-requests-reset"])
@@ -3127,9 +3128,9 @@ def test_rate_limits_are_told_on_a_success_too():
 def test_the_limit_reached_before_the_first_word_is_an_answer():
     words = "Could not finish the message because max_tokens or model output limit was reached."
     script = reply(400, error_like(None, words))
-    answer, _ = run(asked_once(script, R()))
+    answer, _ = run(asked_once(script, req()))
     assert (said(answer)["content"], said(answer)["stop_reason"]) == ([], "max_tokens")
-    answer, _ = run(asked_once(script, R(stream=True)))
+    answer, _ = run(asked_once(script, req(stream=True)))
     assert said(answer) == "MS MD(max_tokens) ME"
 
 
@@ -3141,7 +3142,7 @@ def test_nobody_listens():
             port = upstream.port
         settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1"}
         async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
-            return port, said(await ask(server.port, body=R()))
+            return port, said(await ask(server.port, body=req()))
 
     port, answer = run(scenario())
     assert answer.startswith(f"502 api_error: Cannot connect to 127.0.0.1:{port}: ")
@@ -3151,7 +3152,7 @@ def test_a_name_that_does_not_exist():
     async def scenario():
         settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://nowhere.invalid/v1"}
         async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
-            return said(await ask(server.port, body=R()))
+            return said(await ask(server.port, body=req()))
 
     assert run(scenario()).startswith("502 api_error: Cannot resolve nowhere.invalid")
 
@@ -3185,7 +3186,7 @@ def test_a_certificate_must_be_trusted(tmp_path):
         async with FakeUpstream(OK, tls=context) as upstream:
             settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, **environ}
             async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
-                return await ask(server.port, body=R())
+                return await ask(server.port, body=req())
 
     refused = run(scenario())
     assert said(refused).startswith("502 api_error: ") and refused[1]["x-should-retry"] == "false"
@@ -3193,7 +3194,7 @@ def test_a_certificate_must_be_trusted(tmp_path):
 
 
 def test_no_answer_in_time():
-    for asked, limit in ((R(), "REQUEST_TIMEOUT"), (R(stream=True), "STREAM_TIMEOUT")):
+    for asked, limit in ((req(), "REQUEST_TIMEOUT"), (req(stream=True), "STREAM_TIMEOUT")):
         answer, _ = run(asked_once(Reply(200, {}, [HANG]), asked, **{limit: "0.2"}))
         assert said(answer).startswith("504 timeout_error: The upstream did not answer within 0.2 s")
 
@@ -3212,7 +3213,7 @@ def test_the_start_of_a_stream_is_made_ready_after_the_request_has_been_sent(mon
 
     monkeypatch.setattr(aiapiproxy.ByteStream, "flush", noted_flush)
     monkeypatch.setattr(aiapiproxy.StreamTranslator, "make_ready", noted_make_ready)
-    answer, _ = run(asked_once(stream(SIMPLE), R(stream=True)))
+    answer, _ = run(asked_once(stream(SIMPLE), req(stream=True)))
     assert said(answer).startswith("MS ")
     assert [step for step in steps if step] == ["POST", "ready"]
 
@@ -3221,7 +3222,7 @@ def test_a_lesson_about_a_large_request_counts_for_both_ends_of_its_stream(monke
     monkeypatch.setattr(aiapiproxy, "WRITE_PIECE", 100)
     told = {"error": {"message": "string too long. Expected a string with maximum length 1024",
                       "param": "tools[0].function.description"}}
-    asked = R(stream=True, tools=[{"name": "T", "description": "word " * 2000, "input_schema": {"type": "object"}}])
+    asked = req(stream=True, tools=[{"name": "T", "description": "word " * 2000, "input_schema": {"type": "object"}}])
 
     async def serve(reader, writer):
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
@@ -3231,7 +3232,7 @@ def test_a_lesson_about_a_large_request_counts_for_both_ends_of_its_stream(monke
                 await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))
                 writer.write(raw_answer(json.dumps(told).encode(), status=400))
             else:                                                  # before it has read the body
-                answer = sse([c("x"), f("stop"), D])
+                answer = sse([ctext("x"), cend("stop"), DONE])
                 writer.write(raw_answer(answer, "Content-Type: text/event-stream", "Connection: close"))
                 await reader.read(-1)
         writer.close()
@@ -3250,16 +3251,16 @@ def test_a_lesson_about_a_large_request_counts_for_both_ends_of_its_stream(monke
 
 
 def test_silence_in_a_stream():
-    answer, _ = run(asked_once(stream(c("x"), HANG), R(stream=True), STREAM_TIMEOUT="0.2"))
+    answer, _ = run(asked_once(stream(ctext("x"), HANG), req(stream=True), STREAM_TIMEOUT="0.2"))
     assert said(answer) == 'MS 0+text 0t"x" ERR(timeout_error)'
 
 
 SILENCES = [  # request members, parts of the stream, what comes in a silence of a third of a second
-    ("a ping after text", {}, [c("x")], b'event: ping\ndata: {"type":"ping"}\n\n'),
+    ("a ping after text", {}, [ctext("x")], b'event: ping\ndata: {"type":"ping"}\n\n'),
     ("the start while the upstream still thinks", {}, [b": thinking\n\n"], b"event: message_start\n"),
-    ("an empty delta while thinking is hidden", {"thinking": OMITTED}, [r("a")],
+    ("an empty delta while thinking is hidden", {"thinking": OMITTED}, [creason("a")],
      b'"delta":{"type":"thinking_delta","thinking":""}}\n\n'),
-    ("a ping while thinking shows", {"thinking": ADAPTIVE}, [r("a")],
+    ("a ping while thinking shows", {"thinking": ADAPTIVE}, [creason("a")],
      b'event: ping\ndata: {"type":"ping"}\n\n'),
 ]
 
@@ -3271,7 +3272,7 @@ def test_a_sign_of_life_in_silence(members, parts, sign, monkeypatch):
 
     async def scenario():
         async with proxied(stream(*parts, HANG)) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", R(stream=True, **members)) as asking:
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True, **members)) as asking:
                 await asking.until(b"event: ping\n")
                 started, asking.read = asking.read, b""
                 if sign not in started or b"ping" in sign:
@@ -3286,7 +3287,7 @@ def test_an_error_after_a_start_without_a_chunk_is_an_event(monkeypatch):
     async def scenario():
         gate = asyncio.Event()
         async with proxied(stream(b": thinking\n\n", gate, error_like(429))) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", R(stream=True)) as asking:
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
                 await asking.until(b"event: ping\n")
                 gate.set()
                 return said(await asking.answer())
@@ -3297,7 +3298,7 @@ def test_an_error_after_a_start_without_a_chunk_is_an_event(monkeypatch):
 def test_a_stream_whose_end_does_not_come_is_whole(monkeypatch):
     monkeypatch.setattr(aiapiproxy, "FIRST_CHUNK_WAIT", 0.01)
     monkeypatch.setattr(aiapiproxy, "LAST_CHUNK_WAIT", 0.3)
-    answer, _ = run(asked_once(stream(c("x"), f("stop"), HANG), R(stream=True)))
+    answer, _ = run(asked_once(stream(ctext("x"), cend("stop"), HANG), req(stream=True)))
     assert said(answer) == ONE_X
 
 
@@ -3305,7 +3306,7 @@ def test_a_prompt_that_was_cut_in_silence_is_logged_once(caplog):
     async def scenario():
         async with proxied(reply(200, completion(TEXT, usage=used(2000, 2)))) as (_, server):
             for words in (100, 6000, 6000):
-                await ask(server.port, body=R([U("word " * words)]))
+                await ask(server.port, body=req([usr("word " * words)]))
 
     run(scenario())
     warnings = [record.levelname for record in caplog.records if "OLLAMA_CONTEXT_LENGTH" in str(vars(record))]
@@ -3313,20 +3314,20 @@ def test_a_prompt_that_was_cut_in_silence_is_logged_once(caplog):
 
 
 @table([
-    ("reset after the finish reason", [c("x"), f("stop"), RESET], ONE_X),
-    ("cut after the finish reason", [c("x"), f("stop"), CUT], ONE_X),
-    ("cut before it", [c("x"), CUT], BROKEN),
+    ("reset after the finish reason", [ctext("x"), cend("stop"), RESET], ONE_X),
+    ("cut after the finish reason", [ctext("x"), cend("stop"), CUT], ONE_X),
+    ("cut before it", [ctext("x"), CUT], BROKEN),
 ])
 def test_a_stream_that_breaks(given, want):
-    answer, _ = run(asked_once(stream(*given), R(stream=True)))
+    answer, _ = run(asked_once(stream(*given), req(stream=True)))
     assert said(answer) == want
 
 
 def test_a_reset_in_a_stream():
     async def scenario():
         gate = asyncio.Event()
-        async with proxied(stream(c("x"), gate, RESET)) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", R(stream=True)) as asking:
+        async with proxied(stream(ctext("x"), gate, RESET)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
                 await asking.until(b"text_delta")
                 gate.set()
                 return said(await asking.answer())
@@ -3336,8 +3337,8 @@ def test_a_reset_in_a_stream():
 
 def test_a_stop_sequence_ends_the_upstreams_work():
     async def scenario():
-        async with proxied(stream(c("abcE"), c("NDxyz"), HANG)) as (upstream, server):
-            answer = await ask(server.port, body=R(stream=True, stop_sequences=["END"]))
+        async with proxied(stream(ctext("abcE"), ctext("NDxyz"), HANG)) as (upstream, server):
+            answer = await ask(server.port, body=req(stream=True, stop_sequences=["END"]))
             await upstream.disconnected.wait()
             return said(answer)
 
@@ -3347,8 +3348,8 @@ def test_a_stop_sequence_ends_the_upstreams_work():
 @pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
 def test_a_client_that_goes_away_ends_the_upstreams_work(streaming, capfd):
     async def scenario():
-        async with proxied(stream(*([c("x")] if streaming else []), HANG)) as (upstream, server):
-            async with Asking(server.port, "POST", "/v1/messages", R(stream=streaming)) as asking:
+        async with proxied(stream(*([ctext("x")] if streaming else []), HANG)) as (upstream, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=streaming)) as asking:
                 await (asking.until(b"text_delta") if streaming else upstream.asked.wait())
             await upstream.disconnected.wait()
 
@@ -3358,8 +3359,8 @@ def test_a_client_that_goes_away_ends_the_upstreams_work(streaming, capfd):
 
 def test_a_stream_that_runs_at_the_end_of_the_proxy_is_told():
     async def scenario():
-        async with proxied(stream(c("x"), HANG)) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", R(stream=True)) as asking:
+        async with proxied(stream(ctext("x"), HANG)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
                 await asking.until(b"text_delta")
                 await server.drain(0)
                 return said(await asking.answer())
@@ -3378,7 +3379,7 @@ NEEDS_OTHER_NAME = refusal("Unsupported parameter: 'max_tokens' is not supported
                            "Use 'max_completion_tokens' instead.", "max_tokens", "unsupported_parameter")
 BAD_SCHEMA = refusal("Invalid schema for function 'f': wrong.", "tools[0].function.parameters",
                      "invalid_function_parameters")
-HISTORY = ASKED + [U([tr("call_1", "ok"), txt("b")])]
+HISTORY = ASKED + [usr([res("call_1", "ok"), txt("b")])]
 
 
 def unsupported(name): return refusal(f"Unsupported parameter: '{name}' is not supported with this model.",
@@ -3387,115 +3388,115 @@ def unsupported(name): return refusal(f"Unsupported parameter: '{name}' is not s
 
 
 LEARNED = [  # refusal, request, members of the request sent then and from then on
-    ("the newer name of max_tokens", NEEDS_OTHER_NAME, R(),
+    ("the newer name of max_tokens", NEEDS_OTHER_NAME, req(),
      {"max_tokens": None, "max_completion_tokens": 100}),
-    ("the older name", unsupported("max_completion_tokens"), R(model="o3"),
+    ("the older name", unsupported("max_completion_tokens"), req(model="o3"),
      {"max_tokens": 100, "max_completion_tokens": None}),
     ("a cap",
      refusal("max_tokens is too large: 32000. This model supports at most 16384 completion tokens, "
-             "whereas you provided 32000.", "max_tokens"), R(max_tokens=32000), {"max_tokens": 16384}),
-    ("a cap in other words", refusal("max_tokens must be less than or equal to 50", "max_tokens"), R(),
+             "whereas you provided 32000.", "max_tokens"), req(max_tokens=32000), {"max_tokens": 16384}),
+    ("a cap in other words", refusal("max_tokens must be less than or equal to 50", "max_tokens"), req(),
      {"max_tokens": 50}),
     ("a minimum",
      refusal("Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16, but got 1 "
-             "instead.", "max_tokens"), R(max_tokens=1), {"max_tokens": 16}),
+             "instead.", "max_tokens"), req(max_tokens=1), {"max_tokens": 16}),
     ("no temperature",
      refusal("Unsupported value: 'temperature' does not support 0.1 with this model. Only the default "
              "(1) value is supported.", "temperature", "unsupported_value"),
-     R(temperature=0.1), {"temperature": None}),
-    ("no top_p", unsupported("top_p"), R(top_p=0.1), {"top_p": None}),
-    ("no stop", unsupported("stop"), R(stop_sequences=["x"]), {"stop": None}),
+     req(temperature=0.1), {"temperature": None}),
+    ("no top_p", unsupported("top_p"), req(top_p=0.1), {"top_p": None}),
+    ("no stop", unsupported("stop"), req(stop_sequences=["x"]), {"stop": None}),
     ("no stream_options, in FastAPI's words",
      reply(422, {"detail": [{"loc": ["body", "stream_options"], "msg": "Extra inputs are not permitted: "
                              "stream_options", "type": "extra_forbidden"}]}),
-     R(stream=True), {"stream": True, "stream_options": None}),
+     req(stream=True), {"stream": True, "stream_options": None}),
     ("no parallel_tool_calls", refusal("Unrecognized request argument supplied: parallel_tool_calls"),
-     R(tools=[T("f")], **choice("auto", disable_parallel_tool_use=True)),
+     req(tools=[tool("f")], **choice("auto", disable_parallel_tool_use=True)),
      {"tool_choice": "auto", "parallel_tool_calls": None}),
     ("no effort with tools",
      refusal("Function tools are not supported here; set reasoning_effort to 'none'."),
-     R(model="gpt-5.2", tools=[T("f")], **effort("high")), {"reasoning_effort": "none"}),
+     req(model="gpt-5.2", tools=[tool("f")], **effort("high")), {"reasoning_effort": "none"}),
     ("the efforts there are",
      refusal("Unsupported value: 'reasoning_effort' does not support 'xhigh' with this model. "
              "Supported values are: 'low', 'medium', and 'high'.",
              "reasoning_effort",
              "unsupported_value"),
-     R(model="gpt-5.2", **effort("xhigh")), {"reasoning_effort": "high"}),
-    ("no effort at all", unsupported("reasoning_effort"), R(model="gpt-5.2", **effort("high")),
+     req(model="gpt-5.2", **effort("xhigh")), {"reasoning_effort": "high"}),
+    ("no effort at all", unsupported("reasoning_effort"), req(model="gpt-5.2", **effort("high")),
      {"reasoning_effort": None}),
-    ("no streams", unsupported("stream"), R(stream=True), {"stream": None, "stream_options": None}),
-    ("no other choice", unsupported("tool_choice"), R(tools=[T("f")], **choice("any")),
-     {"tool_choice": "auto", "tools": [F("f")]}),
+    ("no streams", unsupported("stream"), req(stream=True), {"stream": None, "stream_options": None}),
+    ("no other choice", unsupported("tool_choice"), req(tools=[tool("f")], **choice("any")),
+     {"tool_choice": "auto", "tools": [fn("f")]}),
     ("no null content", refusal("messages.1.content: expected string, got null", "messages.[1].content"),
-     R(HISTORY), {"messages": [U("a"), AC("", [call("call_1")]), TM("call_1", "ok"), U("b")]}),
+     req(HISTORY), {"messages": [usr("a"), msg("", [call("call_1")]), tmsg("call_1", "ok"), usr("b")]}),
     ("no user after a tool", refusal("Unexpected role 'user' after role 'tool'", code="3230"),
-     R(HISTORY), {"messages": CALLED + [TM("call_1", "ok"), A("(tool results received)"), U("b")]}),
+     req(HISTORY), {"messages": CALLED + [tmsg("call_1", "ok"), asst("(tool results received)"), usr("b")]}),
     ("Mistral's ids",
      refusal("Tool call id was toolu_01A09q90qw90lq917835lq9 but must be a-z, A-Z, 0-9, with a length "
              "of 9. The tool call id must have 9 characters"),
-     R(conversation_with("toolu_01A09q90qw90lq917835lq9")[0]),
+     req(conversation_with("toolu_01A09q90qw90lq917835lq9")[0]),
      {"messages": conversation_with("L4lugQ9Qs")[1]}),
-    ("no schema for the answer", unsupported("response_format"), R(**output(STRICT)),
+    ("no schema for the answer", unsupported("response_format"), req(**output(STRICT)),
      {"response_format": {"type": "json_object"},
-      "messages": [S(ONE_JSON_VALUE + compact(STRICT)), U("Hi")]}),
+      "messages": [sysm(ONE_JSON_VALUE + compact(STRICT)), usr("Hi")]}),
     ("no reasoning in a message", refusal("Unknown parameter: 'messages[1].reasoning_content'",
                                           "messages[1].reasoning_content", "unknown_parameter"),
-     R([U("a"), A([think("t", "aap1.c."), tu("call_1")]), U([tr("call_1", "ok")])]),
-     {"messages": CALLED + [TM("call_1", "ok")]}),
+     req([usr("a"), asst([think("t", "aap1.c."), use("call_1")]), usr([res("call_1", "ok")])]),
+     {"messages": CALLED + [tmsg("call_1", "ok")]}),
     ("no long descriptions",
      refusal("Invalid 'tools[0].function.description': string too long. Expected a string with "
              "maximum length 3.", "tools[0].function.description"),
-     R(tools=[T("f", description="abcdef")]), {"tools": [F("f", description="abc")]}),
-    ("no images", refusal("image_url is not supported by this model"), R([U([txt("a"), img])]),
-     {"messages": [U([P("a"), P("[image omitted: the model does not accept images]")])]}),
-    ("items of an array", BAD_SCHEMA, R(tools=[T("f", inside({"type": "array"}))]),
-     {"tools": [F("f", inside({"type": "array", "items": {}}))]}),
-    ("branches at the root", BAD_SCHEMA, R(tools=[T("f", OPEN_BRANCHES)]),
-     {"tools": [F("f", {"type": "object", "properties": {"a": {}, "b": {}}})]}),
+     req(tools=[tool("f", description="abcdef")]), {"tools": [fn("f", description="abc")]}),
+    ("no images", refusal("image_url is not supported by this model"), req([usr([txt("a"), img])]),
+     {"messages": [usr([part("a"), part("[image omitted: the model does not accept images]")])]}),
+    ("items of an array", BAD_SCHEMA, req(tools=[tool("f", inside({"type": "array"}))]),
+     {"tools": [fn("f", inside({"type": "array", "items": {}}))]}),
+    ("branches at the root", BAD_SCHEMA, req(tools=[tool("f", OPEN_BRANCHES)]),
+     {"tools": [fn("f", {"type": "object", "properties": {"a": {}, "b": {}}})]}),
     ("branches that have all of the root's", BAD_SCHEMA,
-     R(tools=[T("f", {"allOf": [{"properties": {"a": {}}, "required": ["a"]}], "properties": {"b": {}},
+     req(tools=[tool("f", {"allOf": [{"properties": {"a": {}}, "required": ["a"]}], "properties": {"b": {}},
                       "not": {}, "enum": [], "$id": "i"})]),
-     {"tools": [F("f", {"type": "object", "properties": {"b": {}, "a": {}}, "required": ["a"]})]}),
+     {"tools": [fn("f", {"type": "object", "properties": {"b": {}, "a": {}}, "required": ["a"]})]}),
     ("a reference at the root", BAD_SCHEMA,
-     R(tools=[T("f", {"$ref": "#/$defs/X", "$defs": {"X": inside({})}})]),
-     {"tools": [F("f", {**inside({}), "$defs": {"X": inside({})}})]}),
+     req(tools=[tool("f", {"$ref": "#/$defs/X", "$defs": {"X": inside({})}})]),
+     {"tools": [fn("f", {**inside({}), "$defs": {"X": inside({})}})]}),
     ("schemas that are true or false", BAD_SCHEMA,
-     R(tools=[T("f", {"type": "object", "properties": {"a": True, "b": False}, "required": None})]),
-     {"tools": [F("f", {"type": "object", "properties": {"a": {}, "b": {"not": {}}}})]}),
+     req(tools=[tool("f", {"type": "object", "properties": {"a": True, "b": False}, "required": None})]),
+     {"tools": [fn("f", {"type": "object", "properties": {"a": {}, "b": {"not": {}}}})]}),
     ("a tuple's items", BAD_SCHEMA,
-     R(tools=[T("f", inside({"type": "array", "items": [{"type": "null"}]}))]),
-     {"tools": [F("f", inside({"type": "array", "items": {"type": "null"}}))]}),
+     req(tools=[tool("f", inside({"type": "array", "items": [{"type": "null"}]}))]),
+     {"tools": [fn("f", inside({"type": "array", "items": {"type": "null"}}))]}),
 ]
 
 
 OTHER_WORDS = [  # refusals in the words of other servers: status, body, what was sent, what is sent then
     ("Groq's limit", 400, {"error": {"message": "`max_tokens` must be less than or equal to `8192`, the maximum value "
                            "for `max_tokens` is less than the `context_window` for this model"}},
-     R(max_tokens=9000), {"max_tokens": 8192}),
+     req(max_tokens=9000), {"max_tokens": 8192}),
     ("DeepSeek's limit", 400, {"error": {"message": "Invalid max_tokens value, the valid range of max_tokens is [1, "
-                               "8192]"}}, R(max_tokens=9000), {"max_tokens": 8192}),
+                               "8192]"}}, req(max_tokens=9000), {"max_tokens": 8192}),
     ("Bedrock's limit", 400, {"message": "The maximum tokens you requested exceeds the model limit of 4096. Try again "
-                              "with a maximum tokens value that is lower than 4096."}, R(max_tokens=9000),
+                              "with a maximum tokens value that is lower than 4096."}, req(max_tokens=9000),
      {"max_tokens": 4096}),
     ("Anthropic's limit", 400, {"error": {"message": "max_tokens: 9000 > 8192, which is the maximum allowed number of "
-                                "output tokens for m"}}, R(max_tokens=9000), {"max_tokens": 8192}),
+                                "output tokens for m"}}, req(max_tokens=9000), {"max_tokens": 8192}),
     ("Mistral's validation inside a message", 422, {"object": "error", "message": {"detail": [
         {"type": "extra_forbidden", "loc": ["body", "top_p"], "msg": "Extra inputs are not permitted"}]}},
-     R(top_p=0.5), {"top_p": None}),
-    ("xAI's camel case", 400, {"error": "Model m does not support parameter topP."}, R(top_p=0.5), {"top_p": None}),
+     req(top_p=0.5), {"top_p": None}),
+    ("xAI's camel case", 400, {"error": "Model m does not support parameter topP."}, req(top_p=0.5), {"top_p": None}),
     ("vLLM's validation as text", 400, {"object": "error", "type": "BadRequestError", "message": "[{'type': "
      "'extra_forbidden', 'loc': ('body', 'top_p'), 'msg': 'Extra inputs are not permitted'}]"},
-     R(top_p=0.5), {"top_p": None}),
+     req(top_p=0.5), {"top_p": None}),
     ("Kimi's tool_choice", 400, {"error": {"message": "tool_choice 'required' is incompatible with thinking enabled"}},
-     R(tools=[T("f")], tool_choice={"type": "any"}), {"tool_choice": "auto"}),
+     req(tools=[tool("f")], tool_choice={"type": "any"}), {"tool_choice": "auto"}),
     ("Gemini's keyword", 400, [{"error": {"message": "Invalid JSON payload received. Unknown name \"const\" at "
                                 "'tools[0].function_declarations[0].parameters.properties[0].value': Cannot find "
                                 "field."}}],
-     R(tools=[T("f", {"type": "object", "properties": {"a": {"type": "string", "const": "x"}}})]),
-     {"tools": [F("f", {"type": "object", "properties": {"a": {"type": "string"}}})]}),
+     req(tools=[tool("f", {"type": "object", "properties": {"a": {"type": "string", "const": "x"}}})]),
+     {"tools": [fn("f", {"type": "object", "properties": {"a": {"type": "string"}}})]}),
     ("SGLang's window", 400, {"message": "Requested token count exceeds the model's maximum context length of 32768 "
                               "tokens. You requested a total of 40000 tokens: 8000 tokens from the input messages and "
-                              "32000 tokens for the completion."}, R(max_tokens=32000, stream=True),
+                              "32000 tokens for the completion."}, req(max_tokens=32000, stream=True),
      {"max_tokens": 24760}),
 ]
 
@@ -3524,7 +3525,7 @@ WINDOWS = [  # a prompt that does not fit, in other servers' words; its tokens, 
 
 @pytest.mark.parametrize("words, tokens, window", WINDOWS)
 def test_other_servers_words_for_a_window_that_is_too_small(words, tokens, window):
-    answer, _ = run(asked_once(reply(400, {"error": {"message": words}}), R()))
+    answer, _ = run(asked_once(reply(400, {"error": {"message": words}}), req()))
     assert said(answer) == f"400 invalid_request_error: prompt is too long: {tokens} tokens > {window} maximum"
 
 
@@ -3548,18 +3549,18 @@ def test_a_schema_is_simplified_step_by_step():
     async def scenario():
         async with proxied(refusal("failed to parse grammar", status=400), OK, **LOCAL_MODELS) as (upstream,
                                                                                                    server):
-            status, _, _ = await ask(server.port, body=R(tools=[T("f", patterns)]))
+            status, _, _ = await ask(server.port, body=req(tools=[tool("f", patterns)]))
             return status, upstream.requests[-1].body["tools"], len(upstream.requests)
 
     # Step 1 would change nothing in this schema, and the same request is never repeated.
-    assert run(scenario()) == (200, [F("f", inside({"type": "string"}))], 2)
+    assert run(scenario()) == (200, [fn("f", inside({"type": "string"}))], 2)
 
 
 def test_two_refusals_are_learned_one_by_one():
     async def scenario():
         async with proxied(NEEDS_OTHER_NAME, unsupported("temperature"), OK, **LOCAL_MODELS) as (upstream,
                                                                                                  server):
-            status, _, _ = await ask(server.port, body=R(temperature=0.1))
+            status, _, _ = await ask(server.port, body=req(temperature=0.1))
             return status, [without(heard.body, "model", "messages") for heard in upstream.requests]
 
     assert run(scenario()) == (200, [{"max_tokens": 100, "temperature": 0.1},
@@ -3571,12 +3572,12 @@ def test_two_refusals_are_learned_one_by_one():
                                           (500, "500 api_error")])
 def test_only_a_400_or_422_teaches(status, want):
     refused = refusal("Unsupported parameter: 'temperature'", "temperature", "unsupported_parameter", status)
-    answer, requests = run(asked_once(refused, R(temperature=0.1)))
+    answer, requests = run(asked_once(refused, req(temperature=0.1)))
     assert said(answer).startswith(want + ": ") and len(requests) == 1
 
 
 def test_the_same_refusal_again_is_passed_on():
-    answer, requests = run(asked_once(unsupported("temperature"), R(temperature=0.1)))
+    answer, requests = run(asked_once(unsupported("temperature"), req(temperature=0.1)))
     assert said(answer) == ("400 invalid_request_error: "
                             "Unsupported parameter: 'temperature' is not supported with this model.")
     assert len(requests) == 2
@@ -3586,7 +3587,7 @@ def test_at_most_four_changes_are_tried():
     async def scenario():
         names = ["temperature", "top_p", "stop", "tool_choice", "response_format"]
         async with proxied(*[unsupported(name) for name in names], OK) as (upstream, server):
-            asked = R(temperature=0.1, top_p=0.1, stop_sequences=["x"], tools=[T("f")], **choice("any"),
+            asked = req(temperature=0.1, top_p=0.1, stop_sequences=["x"], tools=[tool("f")], **choice("any"),
                       **output(STRICT))
             return said(await ask(server.port, body=asked)), len(upstream.requests)
 
@@ -3597,8 +3598,8 @@ def test_at_most_four_changes_are_tried():
 def test_what_is_learned_of_one_model_is_not_held_against_another():
     async def scenario():
         async with proxied(unsupported("temperature"), OK, **LOCAL_MODELS) as (upstream, server):
-            await ask(server.port, body=R(temperature=0.1))
-            await ask(server.port, body=R(temperature=0.1, model="claude-haiku-4-5"))
+            await ask(server.port, body=req(temperature=0.1))
+            await ask(server.port, body=req(temperature=0.1, model="claude-haiku-4-5"))
             return [heard.body.get("temperature") for heard in upstream.requests]
 
     assert run(scenario()) == [0.1, None, 0.1]
@@ -3607,7 +3608,7 @@ def test_what_is_learned_of_one_model_is_not_held_against_another():
 def test_a_streamed_request_to_an_upstream_that_cannot_stream():
     async def scenario():
         async with proxied(unsupported("stream"), OK) as (_, server):
-            return said(await ask(server.port, body=R(stream=True)))
+            return said(await ask(server.port, body=req(stream=True)))
 
     assert run(scenario()) == 'MS 0+text 0t"Hello" ' + CLOSED
 
@@ -3621,7 +3622,7 @@ def test_an_answer_that_does_not_fit_is_asked_shorter():
     async def scenario():
         async with proxied(too_long(10000, 32000, 32768), OK, **LOCAL_MODELS) as (upstream, server):
             for _ in range(2):
-                status, _, _ = await ask(server.port, body=R(max_tokens=32000))
+                status, _, _ = await ask(server.port, body=req(max_tokens=32000))
                 assert status == 200
             return [heard.body["max_tokens"] for heard in upstream.requests]
 
@@ -3629,13 +3630,13 @@ def test_an_answer_that_does_not_fit_is_asked_shorter():
 
 
 def test_an_answer_that_does_not_fit_twice_is_told():
-    answer, requests = run(asked_once(too_long(10000, 32000, 32768), R(max_tokens=32000), **LOCAL_MODELS))
+    answer, requests = run(asked_once(too_long(10000, 32000, 32768), req(max_tokens=32000), **LOCAL_MODELS))
     assert said(answer) == "400 invalid_request_error: prompt is too long: 42000 tokens > 32768 maximum"
     assert [heard.body["max_tokens"] for heard in requests] == [32000, 22760]
 
 
 def test_an_answer_without_room_is_told_at_once():
-    answer, requests = run(asked_once(too_long(7500, 2000, 8192), R(max_tokens=2000), **LOCAL_MODELS))
+    answer, requests = run(asked_once(too_long(7500, 2000, 8192), req(max_tokens=2000), **LOCAL_MODELS))
     assert said(answer) == "400 invalid_request_error: prompt is too long: 9500 tokens > 8192 maximum"
     assert len(requests) == 1
 
@@ -3759,7 +3760,7 @@ def chunks(*sizes_and_data, end=b"0\r\n\r\n"):
 
 
 SMUGGLED = GET("/smuggled")
-HI = json.dumps(R()).encode()
+HI = json.dumps(req()).encode()
 CHUNKED_HI = b"%x\r\n%b\r\n" % (len(HI), HI)
 BAD, KIND = "400 invalid_request_error", "invalid_request_error"
 
@@ -3984,7 +3985,7 @@ def test_a_keep_alive_connection_carries_messages_and_streams():
         async with proxied(OK, stream(SIMPLE), OK, stream(SIMPLE)) as (upstream, server):
             async with Wire(server.port) as wire:
                 for streaming in (False, True, False, True):
-                    body = json.dumps(R(stream=streaming)).encode()
+                    body = json.dumps(req(stream=streaming)).encode()
                     await wire.send(POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages"))
                     status, headers, _ = await wire.answer()
                     assert status == 200 and headers.get("connection") != "close"
@@ -4288,7 +4289,7 @@ def test_how_a_connection_goes_on(given, want):
 def test_a_stream_for_HTTP_1_0_ends_with_its_connection(asked_for):
     async def scenario():
         async with proxied(stream(SIMPLE)) as (_, server), Wire(server.port) as wire:
-            body = json.dumps(R(stream=True)).encode()
+            body = json.dumps(req(stream=True)).encode()
             await wire.send(HTTP("POST /v1/messages HTTP/1.0", f"Content-Length: {len(body)}",
                                  *asked_for) + body)
             status, headers, body = await wire.answer()
@@ -4299,12 +4300,12 @@ def test_a_stream_for_HTTP_1_0_ends_with_its_connection(asked_for):
     assert run(scenario()) == (200, HELLO)
 
 
-@pytest.mark.parametrize("parts", [[HANG], [c("x"), HANG]], ids=["before the answer", "in the stream"])
+@pytest.mark.parametrize("parts", [[HANG], [ctext("x"), HANG]], ids=["before the answer", "in the stream"])
 @pytest.mark.parametrize("way", ["half-closed", "closed", "reset"])
 def test_a_client_that_closes_while_it_is_answered_is_gone(way, parts):
     async def scenario():
         async with proxied(stream(*parts)) as (upstream, server), Wire(server.port) as wire:
-            body = json.dumps(R(stream=True)).encode()
+            body = json.dumps(req(stream=True)).encode()
             await wire.send(POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages"))
             await upstream.asked.wait()
             if len(parts) > 1:
@@ -4410,8 +4411,8 @@ EVERY_BLOCK = {
     "document of text": doc({"type": "text", "media_type": "text/plain", "data": "a"}),
     "document of content": doc({"type": "content", "content": [txt("a")]}),
     "document by URL": doc({"type": "url", "url": "https://a/b.pdf"}),
-    "tool_use": tu("call_1", "f", {"a": 1}),
-    "tool_result": {**tr("call_1", [txt("a"), img]), "is_error": True},
+    "tool_use": use("call_1", "f", {"a": 1}),
+    "tool_result": {**res("call_1", [txt("a"), img]), "is_error": True},
     "thinking": think("a", "b"), "redacted_thinking": {"type": "redacted_thinking", "data": "a"},
     "search_result": {"type": "search_result", "source": "s", "title": "t", "content": [txt("a")]},
     "server_tool_use": {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
@@ -4420,9 +4421,9 @@ EVERY_BLOCK = {
     "container_upload": {"type": "container_upload", "file_id": "f"},
 }
 EVERY_FIELD = {
-    **R(), "system": [txt("s")], "stream": False, "temperature": 0.5, "top_p": 0.5, "top_k": 5,
+    **req(), "system": [txt("s")], "stream": False, "temperature": 0.5, "top_p": 0.5, "top_k": 5,
     "stop_sequences": ["a"], "metadata": {"user_id": "u"}, "service_tier": "auto",
-    "tools": [{**T("f"), "description": "d", "strict": True, "cache_control": {"type": "ephemeral"},
+    "tools": [{**tool("f"), "description": "d", "strict": True, "cache_control": {"type": "ephemeral"},
                "input_examples": [{}], "type": "custom", "defer_loading": False}, WEB_SEARCH],
     "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
     "thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"},
@@ -4443,23 +4444,23 @@ def places(value):
 def with_block(block):
     kind = block["type"]
     if kind in ("tool_use", "thinking", "redacted_thinking", "server_tool_use", "web_search_tool_result"):
-        return R([U("a"), A([block]), U("b")])
-    return R([U("a"), A([tu("call_1")]), U([block])] if kind == "tool_result" else [U([block])])
+        return req([usr("a"), asst([block]), usr("b")])
+    return req([usr("a"), asst([use("call_1")]), usr([block])] if kind == "tool_result" else [usr([block])])
 
 
 def check_is_served_or_refused(request):
     """Translated, or refused by a sentence that names a field: never anything else."""
     try:
-        exchange = aiapiproxy.translation_of(request, SETTINGS["openai"])
-        aiapiproxy.json_bytes(exchange.body)
-        exchange.input_estimate()
+        translation = aiapiproxy.translation_of(request, SETTINGS["openai"])
+        aiapiproxy.json_bytes(translation.body)
+        translation.input_estimate()
     except aiapiproxy.ProxyError as error:
         assert 400 <= error.status < 500 and "\n" not in error.message, (request, error.message)
 
 
 @table([("a request", EVERY_FIELD), *((f"a block {name}", with_block(each)) for name,
                                       each in EVERY_BLOCK.items()),
-        ("a block's result in a tool's", with_block(tr("call_1", list(EVERY_BLOCK.values()))))], "given")
+        ("a block's result in a tool's", with_block(res("call_1", list(EVERY_BLOCK.values()))))], "given")
 def test_a_wrong_type_in_any_field(given):
     check_is_served_or_refused(given)
     for parent, key in list(places(given)):
@@ -4781,7 +4782,7 @@ def deflated(data, wbits):
 
 
 FINE = json.dumps(completion({"content": "x"}, usage=used(5, 3))).encode()
-FINE_SSE = sse([c("x"), f("stop"), u(5, 3), D])
+FINE_SSE = sse([ctext("x"), cend("stop"), cuse(5, 3), DONE])
 JSON_TYPE = "Content-Type: application/json"
 LOST = "The upstream closed the connection before the end of the answer"
 
@@ -4881,7 +4882,7 @@ def test_an_upstream_that_answers_anything(given, want, streaming):
         async with facing(given) as (upstream, server):
             if isinstance(given, bytes):
                 upstream.scripts = [given.replace(b"{port}", str(upstream.port).encode())]
-            answer = await ask(server.port, body=R(stream=streaming))
+            answer = await ask(server.port, body=req(stream=streaming))
             assert (await ask(server.port, "GET", "/health"))[0] == 200
             return answer, upstream
 
@@ -4898,7 +4899,7 @@ def test_a_redirect_leads_nobody_elsewhere_and_names_its_host():
             moved = raw_answer(b"", f"Location: http://localhost:{other.port}/v1/chat/completions",
                                status=307)
             async with facing(moved) as (upstream, server):
-                answer = await ask(server.port, body=R())
+                answer = await ask(server.port, body=req())
                 return shown(answer), answer[1], other.opened
 
     message, headers, opened = run(scenario())
@@ -4913,7 +4914,7 @@ def test_nothing_of_the_upstreams_headers_reaches_the_client():
                   "Via: v"]
         body = FINE_SSE if streaming else FINE
         async with facing(raw_answer(body, *fields)) as (_, server):
-            return (await ask(server.port, body=R(stream=streaming)))[1]
+            return (await ask(server.port, body=req(stream=streaming)))[1]
 
     assert run(scenario(False)).keys() == {"date", "request-id", "content-type", "content-length",
                                            "connection"}
@@ -4950,7 +4951,7 @@ POOLS = [  # what each connection answers, what the clients get one after the ot
 def test_the_pool(scripts, want, opened, asked):
     async def scenario():
         async with facing(*scripts) as (upstream, server):
-            got = [shown(await ask(server.port, body=R())).replace(f":{upstream.port}", "") for _ in want]
+            got = [shown(await ask(server.port, body=req())).replace(f":{upstream.port}", "") for _ in want]
             return got, upstream.opened, len(upstream.heads)
 
     got, *counts = run(scenario())
@@ -4964,7 +4965,7 @@ def test_a_stream_for_a_client_that_wants_none_gives_its_connection_back_when_it
         gates = [asyncio.Event() for _ in range(3)]
         async with facing([*([answer, gate, b"0\r\n\r\n"] for gate in gates), HANG]) as (upstream, server):
             for gate in gates:
-                assert shown(await ask(server.port, body=R(max_tokens=16000))) == "x"
+                assert shown(await ask(server.port, body=req(max_tokens=16000))) == "x"
                 gate.set()
                 while not server.app.upstream.idle_count:
                     await asyncio.sleep(0.001)
@@ -4978,12 +4979,12 @@ def test_an_idle_connection_that_the_upstream_touches_is_not_used_again(late):
     async def scenario():
         gate = asyncio.Event()
         async with facing([[KEPT, gate, late]], [KEPT]) as (upstream, server):
-            await ask(server.port, body=R())
+            await ask(server.port, body=req())
             gate.set()
             await upstream.closed.wait()
             while server.app.upstream.idle_count:
                 await asyncio.sleep(0.001)
-            assert shown(await ask(server.port, body=R())) == "x"
+            assert shown(await ask(server.port, body=req())) == "x"
             return len(upstream.heads)
 
     assert run(scenario()) == 2
@@ -4995,7 +4996,7 @@ def test_a_connection_that_was_idle_too_long_or_slept_is_not_used():
             for seconds in (0, 59, 61, -5):                    # the clock may also have been put back
                 for connection in server.app.upstream._idle:
                     connection.idle_since -= seconds
-                assert shown(await ask(server.port, body=R())) == "x"
+                assert shown(await ask(server.port, body=req())) == "x"
             return upstream.opened
 
     assert run(scenario()) == 3
@@ -5006,7 +5007,7 @@ def test_idle_connections_are_closed_in_time(monkeypatch):
 
     async def scenario():
         async with facing([[KEPT, HANG]]) as (upstream, server):
-            await ask(server.port, body=R())
+            await ask(server.port, body=req())
             await upstream.closed.wait()
             return server.app.upstream.idle_count
 
@@ -5016,13 +5017,13 @@ def test_idle_connections_are_closed_in_time(monkeypatch):
 # ---- silence
 
 @table([
-    ("before the head", [HANG], R(), "REQUEST_TIMEOUT"),
-    ("in the head", [b"HTTP/1.1 200 O", HANG], R(), "REQUEST_TIMEOUT"),
-    ("in the body", [raw_answer(FINE)[:-5], HANG], R(), "REQUEST_TIMEOUT"),
-    ("before a stream's head", [HANG], R(stream=True), "STREAM_TIMEOUT"),
+    ("before the head", [HANG], req(), "REQUEST_TIMEOUT"),
+    ("in the head", [b"HTTP/1.1 200 O", HANG], req(), "REQUEST_TIMEOUT"),
+    ("in the body", [raw_answer(FINE)[:-5], HANG], req(), "REQUEST_TIMEOUT"),
+    ("before a stream's head", [HANG], req(stream=True), "STREAM_TIMEOUT"),
     ("before a stream's first byte", [raw_answer(b"", "Content-Type: text/event-stream", length=False), HANG],
-     R(stream=True), "STREAM_TIMEOUT"),
-    ("before the head of a stream that the client did not ask for", [HANG], R(max_tokens=30000),
+     req(stream=True), "STREAM_TIMEOUT"),
+    ("before the head of a stream that the client did not ask for", [HANG], req(max_tokens=30000),
      "REQUEST_TIMEOUT"),
 ], "parts, asked, setting")
 def test_an_upstream_that_falls_silent(parts, asked, setting):
@@ -5053,7 +5054,7 @@ def test_an_answer_that_drips_has_REQUEST_TIMEOUT_in_all_and_a_stream_has_not():
         upstream = await asyncio.start_server(drip, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
         async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2", STREAM_TIMEOUT="0.2") as server:
-            got = [shown(await ask(server.port, body=R(stream=streaming))) for streaming in (False, True)]
+            got = [shown(await ask(server.port, body=req(stream=streaming))) for streaming in (False, True)]
         upstream.close()
         return got
 
@@ -5077,7 +5078,7 @@ def test_a_host_that_swallows_packets_is_given_up():
     async def scenario():
         with packet_hole() as url:
             async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2") as server:
-                answers = [await ask(server.port, body=R(stream=streaming)) for streaming in (False, True, False)]
+                answers = [await ask(server.port, body=req(stream=streaming)) for streaming in (False, True, False)]
                 ready = await ask(server.port, "GET", "/health/ready")
                 assert (await ask(server.port, "GET", "/health"))[0] == 200
                 return answers, ready
@@ -5198,7 +5199,7 @@ def test_TLS(certificate, host, want, tmp_path):
             async with bare(OPENAI_BASE_URL=f"https://{host}:{port}/v1",
                             SSL_CERT_FILE=str(tmp_path / "ca.pem"),
                             REQUEST_TIMEOUT="0.5") as proxy:
-                answers = [await ask(proxy.port, body=R()) for _ in range(2)]
+                answers = [await ask(proxy.port, body=req()) for _ in range(2)]
             assert upstream.opened <= 1 or want != "x"
         server.close()
         return answers
@@ -5255,7 +5256,7 @@ def test_https_goes_through_a_tunnel_with_the_proxys_credentials_alone(tmp_path)
                 async with bare(OPENAI_BASE_URL="https://upstream.example/v1",
                                 SSL_CERT_FILE=str(tmp_path / "ca.pem"),
                                 HTTPS_PROXY=f"http://user:p%40ss@{tunnel.url}") as server:
-                    got = [shown(await ask(server.port, body=R())) for _ in range(2)]
+                    got = [shown(await ask(server.port, body=req())) for _ in range(2)]
             return got, tunnel.heads, upstream.heads
 
     got, tunnelled, heads = run(scenario())
@@ -5276,7 +5277,7 @@ def test_a_tunnel(answer, word, tmp_path):
             async with Tunnel(upstream.port, answer) as tunnel:
                 async with bare(OPENAI_BASE_URL="https://upstream.example/v1",
                                 https_proxy=f"http://user:password1@{tunnel.url}") as server:
-                    return shown(await ask(server.port, body=R())), upstream.heads
+                    return shown(await ask(server.port, body=req())), upstream.heads
 
     message, heads = run(scenario())
     assert message.startswith("502: ") and word in message and "password1" not in message and heads == []
@@ -5288,7 +5289,7 @@ def test_the_certificate_is_asked_for_in_a_tunnel_too(tmp_path):
             async with Tunnel(upstream.port) as tunnel:
                 async with bare(OPENAI_BASE_URL="https://upstream.example/v1", HTTPS_PROXY=tunnel.url,
                                 SSL_CERT_FILE=str(tmp_path / "ca.pem")) as server:
-                    return shown(await ask(server.port, body=R()))
+                    return shown(await ask(server.port, body=req()))
 
     assert run(scenario()).startswith("502: The certificate of upstream.example is not accepted: Hostname")
 
@@ -5310,7 +5311,7 @@ def test_an_outgoing_proxy_for_http(url, more, want):
         async with RawUpstream([KEPT]) as proxy:
             at = f"http://user:password1@127.0.0.1:{proxy.port}"
             async with bare(OPENAI_BASE_URL=url, http_proxy=at, REQUEST_TIMEOUT="1", **more) as server:
-                answer = await ask(server.port, body=R())
+                answer = await ask(server.port, body=req())
             return shown(answer), proxy.heads
 
     answer, heads = run(scenario())
@@ -5325,7 +5326,7 @@ def test_this_machine_is_never_behind_an_outgoing_proxy():
     async def scenario():
         async with facing([KEPT], HTTP_PROXY="http://127.0.0.1:1",
                           HTTPS_PROXY="http://127.0.0.1:1") as (_, server):
-            return shown(await ask(server.port, body=R()))
+            return shown(await ask(server.port, body=req()))
 
     assert run(scenario()) == "x"
 
@@ -5333,15 +5334,15 @@ def test_this_machine_is_never_behind_an_outgoing_proxy():
 # ---- streams that break
 
 def test_a_stream_that_is_cut_anywhere_ends_in_an_error_event():
-    whole = sse([ROLE, c("x"), k(0, "call_1", "f", '{"a":'), k(0, None, None, "1}"), f("tool_calls"),
-                 u(5, 3), D])
+    whole = sse([ROLE, ctext("x"), frag(0, "call_1", "f", '{"a":'), frag(0, None, None, "1}"), cend("tool_calls"),
+                 cuse(5, 3), DONE])
     enough = whole.index(b"\n\n", whole.index(b"finish_reason\":\"tool")) + 1
 
     async def scenario():
         async with FakeUpstream(*[stream(whole[:at], CUT) for at in range(1, len(whole))]) as upstream:
             async with bare(OPENAI_BASE_URL=upstream.url) as server:
                 for at in range(1, len(whole)):
-                    answer = await ask(server.port, body=R(stream=True, tools=[T("f")]))
+                    answer = await ask(server.port, body=req(stream=True, tools=[tool("f")]))
                     if answer[0] == 200:
                         shape = printed(answer[2])
                         assert shape.endswith("MD(tool_use) ME"
@@ -5353,27 +5354,27 @@ def test_a_stream_that_is_cut_anywhere_ends_in_an_error_event():
 
 
 @table([
-    ("a line that is no JSON", [c("x"), sse(["{oops"]), c("y"), f("stop"), D], BROKEN),
-    ("JSON cut off", [c("x"), sse(['{"choices":[{"delta":{"content":"']), D], BROKEN),
-    ("an error in the middle", [c("x"), error_like(500), D], BROKEN),
-    ("the end without a finish reason", [c("x"), CUT], BROKEN),
-    ("a line of 17 MiB", [c("x"), b"data: " + b" " * (17 << 20)], BROKEN),
+    ("a line that is no JSON", [ctext("x"), sse(["{oops"]), ctext("y"), cend("stop"), DONE], BROKEN),
+    ("JSON cut off", [ctext("x"), sse(['{"choices":[{"delta":{"content":"']), DONE], BROKEN),
+    ("an error in the middle", [ctext("x"), error_like(500), DONE], BROKEN),
+    ("the end without a finish reason", [ctext("x"), CUT], BROKEN),
+    ("a line of 17 MiB", [ctext("x"), b"data: " + b" " * (17 << 20)], BROKEN),
 ])
 def test_a_stream_that_goes_wrong_is_told_by_an_event(given, want):
-    answer, _ = run(asked_once(stream(*given), R(stream=True)))
+    answer, _ = run(asked_once(stream(*given), req(stream=True)))
     assert said(answer) == want
 
 
 def test_a_line_of_5_MB_is_carried():
     text = "0123456789" * 500000
-    answer, _ = run(asked_once(stream(c(text), f("stop"), D), R(stream=True)))
+    answer, _ = run(asked_once(stream(ctext(text), cend("stop"), DONE), req(stream=True)))
     assert shown(answer) == text
 
 
 def test_arguments_in_one_line_of_5_MB_are_carried():
     arguments = json.dumps({"a": "\u00e4\"\\" * 800000})
-    answer, _ = run(asked_once(stream(k(0, "call_1", "f", arguments), f("tool_calls"), D),
-                               R(stream=True, tools=[T("f")])))
+    answer, _ = run(asked_once(stream(frag(0, "call_1", "f", arguments), cend("tool_calls"), DONE),
+                               req(stream=True, tools=[tool("f")])))
     got = "".join(event["delta"]["partial_json"] for event in events(answer[2])
                   if event["type"] == "content_block_delta")
     assert json.loads(got) == json.loads(arguments)
@@ -5381,8 +5382,8 @@ def test_arguments_in_one_line_of_5_MB_are_carried():
 
 def test_a_stream_that_stalls_is_ended_and_its_upstream_left():
     async def scenario():
-        async with proxied(stream(c("x"), HANG), STREAM_TIMEOUT="0.2") as (upstream, server):
-            answer = await ask(server.port, body=R(stream=True))
+        async with proxied(stream(ctext("x"), HANG), STREAM_TIMEOUT="0.2") as (upstream, server):
+            answer = await ask(server.port, body=req(stream=True))
             await asyncio.wait_for(upstream.disconnected.wait(), 1)
             return said(answer), server.app.upstream.idle_count
 
@@ -5393,18 +5394,18 @@ def test_comments_keep_a_stream_alive():
     async def comment(reader, writer):
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             await reader.readuntil(b"\r\n\r\n")
-            writer.write(raw_answer(sse([c("x")]), "Content-Type: text/event-stream", length=False))
+            writer.write(raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream", length=False))
             for _ in range(8):
                 await asyncio.sleep(0.06)
                 writer.write(b": keep-alive\n\n")
-            writer.write(sse([f("stop"), D]))
+            writer.write(sse([cend("stop"), DONE]))
         writer.close()
 
     async def scenario():
         upstream = await asyncio.start_server(comment, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
         async with bare(OPENAI_BASE_URL=url, STREAM_TIMEOUT="0.3") as server:
-            answer = await ask(server.port, body=R(stream=True))
+            answer = await ask(server.port, body=req(stream=True))
         upstream.close()
         return said(answer)
 
@@ -5413,11 +5414,11 @@ def test_comments_keep_a_stream_alive():
 
 def test_a_client_that_reads_nothing_slows_the_upstream_and_is_not_cut():
     async def scenario():
-        piece = sse([c("0123456789" * 3000)] * 1000)
+        piece = sse([ctext("0123456789" * 3000)] * 1000)
         async with facing([[raw_answer(b"", "Content-Type: text/event-stream", length=False), piece,
-                            sse([f("stop"), D])]], STREAM_TIMEOUT="0.3") as (upstream, server):
+                            sse([cend("stop"), DONE])]], STREAM_TIMEOUT="0.3") as (upstream, server):
             async with Wire(server.port) as wire:
-                body = json.dumps(R(stream=True)).encode()
+                body = json.dumps(req(stream=True)).encode()
                 await wire.send(POST(f"Content-Length: {len(body)}", "Connection: close", body=body,
                                      path="/v1/messages"))
                 await wire.more()
@@ -5427,8 +5428,8 @@ def test_a_client_that_reads_nothing_slows_the_upstream_and_is_not_cut():
                     seen = upstream.written
                     await asyncio.sleep(0.4)
                 assert seen < len(piece) * 0.8
-                (tx,) = server._active
-                assert tx._stream.unsent_bytes <= 262144
+                (exchange,) = server._active
+                assert exchange._stream.unsent_bytes <= 262144
                 wire.reader._transport.resume_reading()
                 return seen + len(await wire.reader.read(-1)), await upstream.closed.wait()
 
@@ -5437,7 +5438,7 @@ def test_a_client_that_reads_nothing_slows_the_upstream_and_is_not_cut():
 
 def test_a_CRLF_that_chunks_and_reads_part_is_one_end_of_line():
     head = raw_answer(b"", "Transfer-Encoding: chunked", "Content-Type: text/event-stream", length=False)
-    first, second = sse([c("x")]).replace(b"\n", b"\r\n"), sse([c("y"), f("stop"), D]).replace(b"\n", b"\r\n")
+    first, second = sse([ctext("x")]).replace(b"\n", b"\r\n"), sse([ctext("y"), cend("stop"), DONE]).replace(b"\n", b"\r\n")
     second = second.replace(b'data: {', b'data: {\r\ndata: ', 1)
     place = second.index(b"\n")
     pieces = [framed(first), framed(second[:place]), b"%x\r\n" % len(second[place:]), second[place:] + b"\r\n",
@@ -5447,7 +5448,7 @@ def test_a_CRLF_that_chunks_and_reads_part_is_one_end_of_line():
         gates = [asyncio.Event() for _ in pieces]
         script = [head, *itertools.chain(*zip(gates, pieces))]
         async with facing([script]) as (upstream, server), Asking(server.port, "POST", "/v1/messages",
-                                                                  R(stream=True)) as client:
+                                                                  req(stream=True)) as client:
             for gate in gates:
                 gate.set()
                 await asyncio.sleep(0.02)
@@ -5467,13 +5468,13 @@ def test_an_end_that_comes_in_the_moment_of_the_shutdown_is_sent_whole(monkeypat
 
     async def scenario():
         gate = asyncio.Event()
-        async with facing([[raw_answer(sse([c("x")]), "Content-Type: text/event-stream", length=False), gate]]) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", R(stream=True)) as client:
+        async with facing([[raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream", length=False), gate]]) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as client:
                 await client.until(b"text_delta")
-                ((tx, task),) = server._active.items()
-                tx.is_shut_down = True
+                ((exchange, task),) = server._active.items()
+                exchange.is_shut_down = True
                 task.cancel()
-                relays[0]._reply._stream._protocol.data_received(sse([c("y"), f("stop"), D]))
+                relays[0]._reply._stream._protocol.data_received(sse([ctext("y"), cend("stop"), DONE]))
                 return said(await client.answer())
 
     assert run(scenario()) == 'MS 0+text 0t"x" 0t"y" ' + CLOSED
@@ -5488,12 +5489,12 @@ def descriptors():
 def test_a_hundred_streams_half_of_whose_clients_leave_leave_nothing_behind():
     async def scenario():
         gate = asyncio.Event()
-        async with proxied(stream(c("x"), gate, f("stop"), D)) as (upstream, server):
+        async with proxied(stream(ctext("x"), gate, cend("stop"), DONE)) as (upstream, server):
             await ask(server.port, "GET", "/health")
             before, tasks = descriptors(), len(asyncio.all_tasks())
             async with contextlib.AsyncExitStack() as stack:
                 clients = [await stack.enter_async_context(Asking(server.port, "POST", "/v1/messages",
-                                                                  R(stream=True))) for _ in range(100)]
+                                                                  req(stream=True))) for _ in range(100)]
                 await asyncio.gather(*[client.until(b"text_delta") for client in clients])
                 assert server.app.in_flight == 100
                 for client in clients[::2]:
@@ -5516,21 +5517,21 @@ def test_a_hundred_streams_half_of_whose_clients_leave_leave_nothing_behind():
 def test_one_request_more_than_MAX_CONCURRENT_REQUESTS_is_told_at_once():
     async def scenario():
         gate = asyncio.Event()
-        async with proxied(stream(c("x"), gate, f("stop"), D), MAX_CONCURRENT_REQUESTS="2") as (_, server):
+        async with proxied(stream(ctext("x"), gate, cend("stop"), DONE), MAX_CONCURRENT_REQUESTS="2") as (_, server):
             async with contextlib.AsyncExitStack() as stack:
                 for _ in range(5):                            # connections and unfinished heads do not count
                     await (await stack.enter_async_context(Wire(server.port))).send(b"POST /v1/messages HT")
                 clients = [await stack.enter_async_context(Asking(server.port, "POST", "/v1/messages",
-                                                                  R(stream=True))) for _ in range(2)]
+                                                                  req(stream=True))) for _ in range(2)]
                 for client in clients:
                     await client.until(b"text_delta")
-                refused = await ask(server.port, body=R())
+                refused = await ask(server.port, body=req())
                 assert (await ask(server.port, "GET", "/health"))[0] == 200
                 assert (await ask(server.port, "GET", "/metrics"))[0] == 200
                 gate.set()
                 for client in clients:
                     await client.answer()
-                assert (await ask(server.port, body=R(stream=True)))[0] == 200
+                assert (await ask(server.port, body=req(stream=True)))[0] == 200
                 return refused
 
     refused = run(scenario())
@@ -5821,7 +5822,7 @@ ECHOES = [  # how an upstream tells the key that it was sent
     ("in a page with 200", raw_answer(f"<html><title>{KEY}</title></html>".encode(),
                                       "Content-Type: text/html")),
     ("in plain text", raw_answer(f"no {KEY}".encode(), status=500)),
-    ("in a stream's error", raw_answer(sse([c("x"), error_like(500, KEY)]),
+    ("in a stream's error", raw_answer(sse([ctext("x"), error_like(500, KEY)]),
                                        "Content-Type: text/event-stream")),
     ("in an event named error", raw_answer(b"event: error\ndata: " + KEY.encode() + b"\n\n",
                                            "Content-Type: text/event-stream")),
@@ -5840,7 +5841,7 @@ def test_a_key_that_the_upstream_echoes_is_not_seen(answer, streaming, passed_on
     async def scenario():
         more = {"OPENAI_API_KEY": ""} if passed_on else {}
         async with facing([answer], **more, RUST_BACKTRACE="1") as (_, server):
-            got = await ask(server.port, body=R(stream=streaming), authorization=f"Bearer {KEY}")
+            got = await ask(server.port, body=req(stream=streaming), authorization=f"Bearer {KEY}")
             pages = [await ask(server.port, "GET", path, accept="text/html")
                      for path in ("/", "/status", "/metrics")]
             return got, pages
@@ -5853,7 +5854,7 @@ def test_a_key_that_the_upstream_echoes_is_not_seen(answer, streaming, passed_on
 def test_a_key_that_is_echoed_is_shown_by_its_last_four():
     async def scenario():
         async with facing([ECHOES[0][1]]) as (_, server):
-            return shown(await ask(server.port, body=R()))
+            return shown(await ask(server.port, body=req()))
 
     assert run(scenario()).endswith("Incorrect API key: sk-\u20261234.")
 
@@ -5866,7 +5867,7 @@ def test_nothing_forges_a_line_of_the_log_a_metric_or_a_header(caplog):
 
     async def scenario():
         async with facing([KEPT] * 9) as (_, server):
-            for asked in (R(model=FORGED), R(model=FORGED, stream=True), R(model=FORGED.upper())):
+            for asked in (req(model=FORGED), req(model=FORGED, stream=True), req(model=FORGED.upper())):
                 answer = await ask(server.port, body=asked, x_request_id="a\tb{}\x80\"",
                                    user_agent="\xa0\x85",
                                    x_claude_code_session_id="\x85\"" * 200)
@@ -5892,11 +5893,11 @@ def test_what_was_said_is_in_no_line_of_the_log(caplog):
     async def scenario():
         said_there = completion({"content": "ANSWER-SECRET", "reasoning_content": "ANSWER-SECRET"})
         async with facing([raw_answer(json.dumps(said_there).encode()),
-                           raw_answer(sse([c("ANSWER-SECRET"), "{"])),
+                           raw_answer(sse([ctext("ANSWER-SECRET"), "{"])),
                            raw_answer(b"{}", status=500)]) as (_, server):
             for streaming in (False, True, False):
-                await ask(server.port, body=R([U("PROMPT-SECRET")], system="PROMPT-SECRET", stream=streaming,
-                                              tools=[T("f", description="PROMPT-SECRET")]),
+                await ask(server.port, body=req([usr("PROMPT-SECRET")], system="PROMPT-SECRET", stream=streaming,
+                                              tools=[tool("f", description="PROMPT-SECRET")]),
                                               x_api_key="CLIENT-SECRET")
 
     run(scenario())
@@ -6077,7 +6078,7 @@ class Program:
     def streaming(self):
         """A stream that has begun: (connection, answer, its first bytes)."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        connection.request("POST", "/v1/messages", json.dumps(R(stream=True)))
+        connection.request("POST", "/v1/messages", json.dumps(req(stream=True)))
         answer = connection.getresponse()
         start = b""
         while b"text_delta" not in start:
@@ -6101,7 +6102,7 @@ def hanging_upstream():
                 data = b""
                 while b"stream\":true" not in data.replace(b" ", b""):
                     data += connection.recv(65536)
-                connection.sendall(raw_answer(sse([c("x")]), "Content-Type: text/event-stream", length=False))
+                connection.sendall(raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream", length=False))
 
     threading.Thread(target=serve, daemon=True).start()
     try:
@@ -6180,8 +6181,8 @@ def test_a_second_signal_ends_it_at_once(workers, tmp_path):
 
 def test_while_it_stops_it_is_not_ready():
     async def scenario():
-        async with proxied(stream(c("x"), HANG)) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", R(stream=True)) as asking, \
+        async with proxied(stream(ctext("x"), HANG)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking, \
                     Wire(server.port) as wire:
                 await asking.until(b"text_delta")
                 server.app.is_draining = True
@@ -6311,7 +6312,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(way, tmp_path):
         wait_for(serves)
         for _ in range(20):
             assert program.get("/x")[0] == 404
-            body = json.dumps(R())
+            body = json.dumps(req())
             assert program.get("/v1/messages", "POST", body)[0] == 502
         program.signal(signal.SIGTERM)
         assert program.end()[0] == 0
@@ -6599,7 +6600,7 @@ def test_fuzz(monkeypatch, capfd, caplog):
         monkeypatch.setattr(aiapiproxy, name, 0.05)
     seed = 1 if FUZZ_SECONDS <= 5 else random.randrange(2 ** 32)
     dice = random.Random(seed)
-    plain, streaming = (json.dumps(R(stream=flag)).encode() for flag in (False, True))
+    plain, streaming = (json.dumps(req(stream=flag)).encode() for flag in (False, True))
     asked = [request for _, request, *_ in (*GOOD, *BAD_HEADS) if len(request) < 3000]
     asked += [POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages")
               for body in (plain, streaming)] * 10
@@ -6641,13 +6642,13 @@ def test_the_demo_streams_a_message_and_calls_a_tool(tmp_path):
                                                         "required": ["city"]}}
     with Program(tmp_path, "--demo", "--port", "0") as program:
         program.started()
-        _, body = program.get("/v1/messages", "POST", json.dumps(R([U("Hello")], stream=True)))
+        _, body = program.get("/v1/messages", "POST", json.dumps(req([usr("Hello")], stream=True)))
         assert printed(body).endswith("0- MD(end_turn) ME") and b"demo" in body
-        _, body = program.get("/v1/messages", "POST", json.dumps(R([U("Use get_weather")], tools=[weather])))
+        _, body = program.get("/v1/messages", "POST", json.dumps(req([usr("Use get_weather")], tools=[weather])))
         call = json.loads(body)["content"][-1]
         assert (call["name"], call["input"]) == ("get_weather", {"city": "demo"})
-        result = [U("Use get_weather"), A([call]), U([tr(call["id"], "sunny")])]
-        _, body = program.get("/v1/messages", "POST", json.dumps(R(result, tools=[weather])))
+        result = [usr("Use get_weather"), asst([call]), usr([res(call["id"], "sunny")])]
+        _, body = program.get("/v1/messages", "POST", json.dumps(req(result, tools=[weather])))
         assert "sunny" in json.loads(body)["content"][0]["text"]
 
 
@@ -6671,7 +6672,7 @@ async def served(script, *requests, path="/status", **environ):
 
 
 def test_the_status_has_the_requests_and_no_word_of_them():
-    _, _, body = run(served(OK, R([U("a secret")]), {"model": "x"}, R(stream=True)))
+    _, _, body = run(served(OK, req([usr("a secret")]), {"model": "x"}, req(stream=True)))
     found = json.loads(body)
     assert KEY.encode() not in body and b"secret" not in body and b"Hello" not in body
     assert [(entry["status"], entry["outcome"], entry["output_tokens"]) for entry in found["recent"]] == [
@@ -6710,15 +6711,15 @@ def test_runs_of_chunks_give_the_same_bytes_as_each_chunk_by_itself(kind, size, 
     if kind == "arguments":
         whole = json.dumps({"a": "".join(texts)}, ensure_ascii=False)
         cuts = sorted(dice.randrange(len(whole)) for _ in range(400))
-        chunks = [k(0, "call_1", "f", "")] + [k(0, "-", "-", whole[start:end]) for start, end in zip([0, *cuts], [
+        chunks = [frag(0, "call_1", "f", "")] + [frag(0, "-", "-", whole[start:end]) for start, end in zip([0, *cuts], [
             *cuts, len(whole)])]
     else:
-        chunks = [c(text) if kind == "text" else r(text) for text in texts]
-    raw = sse([*chunks, f("stop"), D])
+        chunks = [ctext(text) if kind == "text" else creason(text) for text in texts]
+    raw = sse([*chunks, cend("stop"), DONE])
 
     def events():
         translator = aiapiproxy.StreamTranslator(aiapiproxy.translation_of(
-            R(stream=True, thinking=ADAPTIVE, tools=[T("f")]), SETTINGS["local"]), lambda size: "x" * size)
+            req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]), SETTINGS["local"]), lambda size: "x" * size)
         return b"".join(translator.feed(raw[place:place + size]) for place in range(0, len(raw), size)), translator
 
     fast, translator = events()
@@ -6735,7 +6736,7 @@ def test_a_browser_shows_the_requests_and_runs_nothing_of_them(tmp_path):
     hostile = "<img src=x onerror=document.title='broken'>"
     with Program(tmp_path, "--demo", "--port", "0") as program:
         program.started()
-        program.get("/v1/messages", "POST", json.dumps({**R([U("Hello")]), "model": hostile}))
+        program.get("/v1/messages", "POST", json.dumps({**req([usr("Hello")]), "model": hostile}))
         page = subprocess.run([
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -6750,7 +6751,7 @@ METRIC_LINE = re.compile(r'[a-z_]+(\{[a-z_]+="([^"\\]|\\.)*"(,[a-z_]+="([^"\\]|\
 
 
 def test_the_metrics_are_prometheus_text_with_bounded_labels():
-    models = [R(model=f'm"{number}\\\n') for number in range(40)]
+    models = [req(model=f'm"{number}\\\n') for number in range(40)]
     _, headers, body = run(served(OK, *models, path="/metrics"))
     lines = body.decode().splitlines()
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -6763,8 +6764,8 @@ def test_the_metrics_are_prometheus_text_with_bounded_labels():
 
 
 def test_an_exchange_is_recorded_and_replayed(tmp_path):
-    words = [r("r"), c(f"my key is {KEY}"), k(0, "call_1", "f", '{"a":1}'), f("tool_calls"), u(5, 3), D]
-    _, headers, body = run(served_once(stream(*words), R(stream=True, thinking=ADAPTIVE, tools=[T("f")]),
+    words = [creason("r"), ctext(f"my key is {KEY}"), frag(0, "call_1", "f", '{"a":1}'), cend("tool_calls"), cuse(5, 3), DONE]
+    _, headers, body = run(served_once(stream(*words), req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]),
                                        RECORD_DIR=str(tmp_path / "records")))
     (path,) = (tmp_path / "records").iterdir()
     assert headers["request-id"] in path.name and path.stat().st_mode & 0o777 == 0o600
@@ -6792,22 +6793,22 @@ def test_old_records_make_room_for_new_ones(tmp_path, monkeypatch):
     async def scenario():
         async with proxied(OK, RECORD_DIR=str(tmp_path)) as (_, server):
             for _ in range(4):
-                await ask(server.port, body=R())
+                await ask(server.port, body=req())
 
     run(scenario())
     assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "mine.json").exists()
 
 
 @pytest.mark.parametrize("chunks, asked", [
-    ([c("x" * 600)] * 2, R(max_tokens=16000)),
-    ([k(0, "call_1", "f", '{"a":"' + "x" * 600), k(1, "call_2", "g", '{"b":"' + "x" * 1200)],
-     R(stream=True)),
-    ([r("x" * 600)] * 2, R(stream=True, thinking={"type": "adaptive", "display": "omitted"})),
-    ([k(0, "call_1", "f", "[" + "1," * 600)], R(stream=True)),
+    ([ctext("x" * 600)] * 2, req(max_tokens=16000)),
+    ([frag(0, "call_1", "f", '{"a":"' + "x" * 600), frag(1, "call_2", "g", '{"b":"' + "x" * 1200)],
+     req(stream=True)),
+    ([creason("x" * 600)] * 2, req(stream=True, thinking={"type": "adaptive", "display": "omitted"})),
+    ([frag(0, "call_1", "f", "[" + "1," * 600)], req(stream=True)),
 ], ids=["a collected answer", "a call behind another", "hidden reasoning", "arguments to be repaired"])
 def test_what_is_kept_of_an_answer_has_a_bound(chunks, asked, monkeypatch):
     monkeypatch.setattr(aiapiproxy, "MAX_BUFFERED_ANSWER", 1000)
-    answer, _ = run(asked_once(stream(*chunks, f("stop"), D), asked))
+    answer, _ = run(asked_once(stream(*chunks, cend("stop"), DONE), asked))
     assert "ERR(api_error)" in said(answer) if asked.get("stream") else said(answer).startswith("502 api_error: ")
 
 
@@ -6816,8 +6817,8 @@ def test_a_fault_of_the_proxy_in_a_stream_is_an_error_event(monkeypatch):
 
     async def scenario():
         gate = asyncio.Event()
-        async with proxied(stream(c("x"), gate, k(0, "call_1", "f", "{}"), D)) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", R(stream=True)) as asking:
+        async with proxied(stream(ctext("x"), gate, frag(0, "call_1", "f", "{}"), DONE)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
                 await asking.until(b"text_delta")
                 gate.set()
                 return await asking.answer()
@@ -6825,7 +6826,7 @@ def test_a_fault_of_the_proxy_in_a_stream_is_an_error_event(monkeypatch):
     assert said(run(scenario())) == 'MS 0+text 0t"x" ERR(api_error)'
 
 
-@pytest.mark.parametrize("asked", [R(), R(stream=True)], ids=["plain", "stream"])
+@pytest.mark.parametrize("asked", [req(), req(stream=True)], ids=["plain", "stream"])
 def test_an_error_of_strange_numbers_is_an_error(asked):
     answer, _ = run(asked_once(reply(400, b'{"error":{"message":1e999,"code":NaN}}'), asked))
     assert said(answer).startswith("400 invalid_request_error: ")
@@ -6833,7 +6834,7 @@ def test_an_error_of_strange_numbers_is_an_error(asked):
 
 def test_the_upstream_request_of_a_large_body_is_dropped_when_it_answers_early():
     refusal = reply(413, {"error": {"message": "too large for us"}})
-    answer, _ = run(asked_once(refusal, R([U("x" * 3_000_000)])))
+    answer, _ = run(asked_once(refusal, req([usr("x" * 3_000_000)])))
     assert said(answer) == "413 request_too_large: too large for us"
 
 
@@ -7912,17 +7913,17 @@ def filled(asked, size):
     opening, *others = asked["messages"]
     left = size - len(compact(asked))
     filler = ("Please look at this once more. " * (left // 31 + 1))[:left]
-    return compact({**asked, "messages": [U(filler + opening["content"]), *others]}).encode()
+    return compact({**asked, "messages": [usr(filler + opening["content"]), *others]}).encode()
 
 
 def conversation(turns):
     """A question, then `turns` times a call and its result, TURN bytes each."""
-    said = [U(NUMBER.decode())]
+    said = [usr(NUMBER.decode())]
     for turn in range(turns):
         id = f"toolu_{turn:024d}"
         edit = {"path": f"/src/total_{turn}.py", "text": CODE * 9}
-        said += [A([txt("I will change the file."), tu(id, "Edit", edit)]),
-                 U([tr(id, f"{turn}\n" + CODE * 18)])]
+        said += [asst([txt("I will change the file."), use(id, "Edit", edit)]),
+                 usr([res(id, f"{turn}\n" + CODE * 18)])]
     return said
 
 
@@ -7931,14 +7932,14 @@ def claude_code():
     options = {f"option_{number}": {"type": "string", "description": CODE[:75]} for number in range(8)}
     schema = {"type": "object", "properties": options, "required": ["option_0"],
               "additionalProperties": False}
-    tools = [T(f"Tool{number}", schema, description=CODE * 11) for number in range(24)]
+    tools = [tool(f"Tool{number}", schema, description=CODE * 11) for number in range(24)]
     system = {**txt(CODE * 145), "cache_control": {"type": "ephemeral"}}
-    return R(conversation(9), system=[system], tools=tools)
+    return req(conversation(9), system=[system], tools=tools)
 
 
 def grown(size):
     """A request whose conversation grows with its size, and no tools."""
-    return R(conversation(max(0, size - KB) // TURN))
+    return req(conversation(max(0, size - KB) // TURN))
 
 
 # ---- the upstream
@@ -7975,13 +7976,13 @@ def upstream_answer(kind, chunks):
         return [b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
                 % (len(body), body)]
     is_text, text = kind == "text", "word%08d "
-    pattern = event_chunk(c(text % 0) if is_text else k(0, None, None, text % 0))
+    pattern = event_chunk(ctext(text % 0) if is_text else frag(0, None, None, text % 0))
     before, after = pattern.split(b"00000000 ")
     pieces = [b"%b%08d %b" % (before, number, after) for number in range(chunks)]
-    opening = [ROLE] if is_text else [ROLE, k(0, "call_1", "Edit", ""), k(0, None, None, '{"text": "')]
-    closing = [f("stop")] if is_text else [k(0, None, None, '"}'), f("tool_calls")]
+    opening = [ROLE] if is_text else [ROLE, frag(0, "call_1", "Edit", ""), frag(0, None, None, '{"text": "')]
+    closing = [cend("stop")] if is_text else [frag(0, None, None, '"}'), cend("tool_calls")]
     pieces[0] = STREAM_HEAD + b"".join(map(event_chunk, opening)) + pieces[0]
-    pieces[-1] += b"".join(map(event_chunk, [*closing, u(PROMPT, chunks), D])) + b"0\r\n\r\n"
+    pieces[-1] += b"".join(map(event_chunk, [*closing, cuse(PROMPT, chunks), DONE])) + b"0\r\n\r\n"
     return pieces
 
 
@@ -8115,7 +8116,7 @@ class Bench:
 
     async def added(self, asked, seconds):
         """Median ms to the first token through the proxy, less those without it; both are asked in turn."""
-        direct = asked._replace(mark=b'"content":"word', end=event_chunk(D) + b"0\r\n\r\n")
+        direct = asked._replace(mark=b'"content":"word', end=event_chunk(DONE) + b"0\r\n\r\n")
         times = []
         async with connections(self.port, 1) as (through,), connections(self.upstream_port, 1) as (past,):
             end = time.perf_counter() + seconds
@@ -8252,7 +8253,7 @@ async def measure(bench, scale, row):
     row("")
     row("As the work grows")
     await measure_growing(bench, scale, row, "Answer", "chunks", {
-        chunks: work(R(conversation(0)), KB, "text", chunks) for chunks in scale.lengths})
+        chunks: work(req(conversation(0)), KB, "text", chunks) for chunks in scale.lengths})
     await measure_growing(bench, scale, row, "Conversation without tools", "KB", {
         size // KB: work(grown(size), size, "plain") for size in scale.sizes})
     await measure_streams(bench, scale, row)             # last, for it takes most memory
@@ -8260,7 +8261,7 @@ async def measure(bench, scale, row):
 
 async def measure_speed(bench, scale, row):
     """Table 1: what one proxy does."""
-    small, large = R(conversation(0)), claude_code()
+    small, large = req(conversation(0)), claude_code()
     row("")
     row("What", "measured", "CPU of the proxy")
     row("Start, to the first answer", figure(bench.start, "{:.2f} s"))
@@ -8290,7 +8291,7 @@ async def measure_streams(bench, scale, row):
     row("")
     row(f"Streams at once ({scale.chunks} chunks, {scale.interval} ms apart)", "slowest, ideal",
         "CPU per 1,000", "memory")
-    asked, costs = work(R(conversation(0)), KB, "text", scale.chunks, scale.interval, scale.interval), []
+    asked, costs = work(req(conversation(0)), KB, "text", scale.chunks, scale.interval, scale.interval), []
     for count in scale.streams:
         found = await bench.paced(asked, count, scale.spread)
         costs.append(found.cpu)
@@ -8354,7 +8355,7 @@ def test_every_measurement_of_the_benchmark_works_against_the_program():
     ("no end", lambda answer: answer[:-7] + b"\n", False),
 ], "spoil, want")
 def test_the_benchmark_tells_a_wrong_answer(spoil, want):
-    asked = work(R(conversation(0)), KB, "text", 3)._replace(mark=WORD, end=event_chunk(D) + b"0\r\n\r\n")
+    asked = work(req(conversation(0)), KB, "text", 3)._replace(mark=WORD, end=event_chunk(DONE) + b"0\r\n\r\n")
     assert asked.is_right(spoil(upstream_answer_at_once("text", 3))) == want
 
 
