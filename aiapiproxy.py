@@ -59,54 +59,6 @@ HTTP/1.1, [WHATWG] server-sent events, [Fetch] CORS, [Prometheus] its text forma
 
 from __future__ import annotations
 
-import os
-import sys
-
-
-def start_over_lean() -> None:
-    """Replaces this process by one that runs the same code without its syntax tree: 30 MB at idle instead of 44.
-
-    Python keeps the tree of the script that it was started with for as long as the script runs.  So the
-    code, once compiled, goes through an unlinked file to a fresh interpreter: same process id, arguments and
-    streams, 20 ms.  Where that can't be done, or somebody watches (a debugger, a profiler), nothing is.
-    """
-    import marshal
-    frame = sys._getframe(1)
-    is_special = any(getattr(sys.flags, name) for name in SPECIAL_FLAGS) or sys.warnoptions or sys._xoptions
-    if sys.gettrace() or sys.getprofile() or is_special or not sys.executable:
-        return
-    path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f".aiapiproxy-{os.getpid()}-{os.urandom(8).hex()}")
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        os.unlink(path)
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(marshal.dumps(frame.f_code))      # in one piece: dump() and load() take 12 ms longer
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.set_inheritable(descriptor, True)
-        isolation = ["-P", "-S"] if sys.version_info >= (3, 11) else ["-S"]
-        command = [sys.executable, *isolation, "-c", LEAN_START, __file__, str(descriptor), *sys.argv[1:]]
-        os.execve(sys.executable, command, {**MALLOC_SETTINGS, **os.environ})
-    except OSError:
-        return
-
-
-LEAN_START = """\
-import sys
-sys.path[:] = [folder for folder in sys.path if folder]      # nothing from the working folder
-import gc, marshal, os
-gc.disable()                             # until all is there: it would look through 50,000 objects for nothing, 6 ms
-del sys.argv[0]
-with os.fdopen(int(sys.argv.pop(1)), "rb") as file: code = marshal.loads(file.read())
-exec(code, {"__name__": "__main__", "__file__": sys.argv[0], "__builtins__": __builtins__, "IS_LEAN": True})
-"""
-# asyncio asks for 256 KiB before each read, which glibc would map and unmap each time: a fifth of the CPU of slow
-# streams.  Fixed, its thresholds also don't grow with the first large body, whose memory goes back at once.
-MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "2097152"}       # bytes
-SPECIAL_FLAGS = ("debug", "inspect", "interactive", "optimize", "ignore_environment", "verbose", "isolated", "dev_mode")
-
-if __name__ == "__main__" and "IS_LEAN" not in globals():
-    start_over_lean()
-
 import asyncio
 import base64
 import enum
@@ -120,6 +72,7 @@ import logging
 import math
 import mmap
 import operator
+import os
 import re
 import select
 import signal
@@ -127,6 +80,7 @@ import socket
 import ssl
 import stat
 import struct
+import sys
 import time
 import zlib
 from bisect import bisect_left
@@ -8075,7 +8029,7 @@ poll()
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """The program.  Returns its exit code: 0, 1 could not serve, 2 usage, 78 unusable configuration."""
-    options = parse_options(sys.argv[1:] if arguments is None else arguments)
+    options = Options(**vars(command_line().parse_args(arguments)))
     if options.replay:
         return replay(options.replay)
     try:
@@ -8097,8 +8051,6 @@ def main(arguments: Optional[List[str]] = None) -> int:
     files = start_logging(settings)
     for event, facts in warnings:
         log(logging.WARNING, event, **facts)
-    gc.freeze()                          # what is there now stays: nobody needs to look at it again, workers share it
-    gc.enable()
     if settings.workers > 1:
         return Supervisor(ServeOptions(settings, sockets, options, files)).run()
     try:
@@ -8117,11 +8069,6 @@ class Options(NamedTuple):
     check: bool = False
     env: bool = False
     replay: Optional[str] = None
-
-
-def parse_options(arguments: List[str]) -> Options:
-    # A service has no arguments, and starts 10 ms earlier without argparse.
-    return Options(**vars(command_line().parse_args(arguments))) if arguments else Options()
 
 
 def command_line() -> Any:
@@ -8296,7 +8243,6 @@ async def serve(worker: ServeOptions) -> None:
     else:
         loop.add_reader(worker.lifeline, asked_to_stop)      # readable only when the supervisor has died
     worker.ready()
-    loop.call_later(WARM_UP, piece_pattern)                  # before the first request needs it, if that takes its time
     try:
         await stop.wait()
         if is_alone:
@@ -8336,9 +8282,6 @@ def reload(worker: ServeOptions, server: Server, demo_url: Optional[SplitResult]
     server.app.apply_settings(fresh)
     LOG.setLevel(fresh.log_level)
     log(logging.INFO, "reloaded", message="settings read again")
-
-
-WARM_UP = 0.5                            # seconds after the start
 
 
 def with_fixed_settings(fresh: Settings, old: Settings) -> Settings:
