@@ -188,10 +188,10 @@ ERROR_KINDS = {
 def json_text(value: Any) -> str:
     """Compact ASCII JSON.  Raises ValueError for NaN, infinity and what is nested too deep."""
     try:
-        text = _encode(value)
+        text = _encoder.encode(value)
         if text.rfind("\\ud") >= 0:                      # pairs, or halves; from behind: 3 times as fast
             whole = without_lone_surrogates(value)
-            text = text if whole is value else _encode(whole)
+            text = text if whole is value else _encoder.encode(whole)
         return text
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -224,17 +224,6 @@ def well_formed_text(text: str) -> str:
 
 def json_bytes(value: Any) -> bytes:
     return json_text(value).encode("ascii")
-
-
-def body_json(body: Json) -> bytes:
-    """json_bytes of an upstream's request, whose tools are written once: half the time of 100 KB.  Raises like it."""
-    tools = body.get("tools")
-    if not isinstance(tools, CachedTools):
-        return json_bytes(body)
-    if not tools.text:
-        tools.text = json_text(tools)
-    others = {name: value for name, value in body.items() if name != "tools"}
-    return f'{json_text(others)[:-1]},"tools":{tools.text}}}'.encode("ascii")
 
 
 def utf8_json_bytes(value: Any) -> bytes:
@@ -278,7 +267,7 @@ def request_value(text: str) -> Any:
     if was_collecting:
         gc.disable()
     try:
-        return _client_decoder.decode(text) if is_large else parse_with_cached_tools(text)
+        return _client_decoder.decode(text)
     except json.JSONDecodeError as error:
         raise ProxyError(400, f"{NOT_JSON}: {error.msg} (line {error.lineno}, column {error.colno})") from None
     except ValueError as error:
@@ -290,62 +279,6 @@ def request_value(text: str) -> Any:
             gc.enable()
 
 
-class CachedTools(List[Any]):
-    """A list that comes again with each request of a session, and what was made of it the last time.
-
-    It is shared by requests: nobody may change what is in it.
-    """
-
-    text = ""                            # its JSON text
-    tokens = 0                           # its estimated size
-
-    def __init__(self, items: List[Any]) -> None:
-        super().__init__(items)
-        self.made: Dict[str, Any] = {}   # by the kind of upstream it was made for
-
-
-def parse_with_cached_tools(text: str) -> Any:
-    """The value of a client's body whose `tools` are parsed only if their text is not one of the last few.
-
-    A coding agent sends the same 50 KB of tools with each request: half of its body, and of the time to read
-    it.  The array is replaced by a string that no client can know, so that what then is the value of the
-    outermost `tools` has been that array, and nothing else has.  Raises ValueError, RecursionError.
-    """
-    place = text.rfind('"tools":[') + 8
-    if place < 8:
-        return decoded(_client_decoder, text)
-    known = next((tools for tools in TOOLS_CACHE if text.startswith(tools.text, place)), None)
-    try:
-        if known is None:
-            items, end = _client_decoder.raw_decode(text, place)
-            known = CachedTools(items)
-            known.text = text[place:end]
-        value = _client_decoder.decode(f'{text[:place]}"{PLACEHOLDER}"{text[place + len(known.text):]}')
-    except ValueError:
-        return _client_decoder.decode(text)              # for an error that names the right place
-    if not isinstance(value, dict) or value.get("tools") != PLACEHOLDER:
-        return _client_decoder.decode(text)              # some other `tools`, inside something
-    value["tools"] = known
-    if len(known.text) >= LEAST_KNOWN_TOOLS and (not TOOLS_CACHE or TOOLS_CACHE[0] is not known):
-        store_tools(known)
-    return value
-
-
-def store_tools(known: CachedTools) -> None:
-    """Puts a list of tools first, and forgets those that are too many or too large together with it."""
-    kept, values = [], 0
-    for tools in [known, *(tools for tools in TOOLS_CACHE if tools is not known)][:MAX_KNOWN_TOOLS]:
-        values += tools.text.count(",") + len(tools.text) // 100
-        if values <= KNOWN_TOOLS_VALUES:
-            kept.append(tools)
-    TOOLS_CACHE[:] = kept
-
-
-TOOLS_CACHE: List[CachedTools] = []         # newest first
-MAX_KNOWN_TOOLS = 8                      # an agent, its helpers and a few others
-KNOWN_TOOLS_VALUES = 30000               # of all of them, by commas and length: at most some 15 MB; 50 KB are 2,000
-LEAST_KNOWN_TOOLS = 1000                 # characters; less is read as fast as found
-PLACEHOLDER = os.urandom(16).hex()
 NOT_JSON = "Request body is not valid JSON"
 MAX_VALUES = 500000                      # by their commas, those in texts included: what a million tokens can have
 
@@ -361,22 +294,7 @@ def reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not allowed")
 
 
-def decoded(decoder: json.JSONDecoder, text: str) -> Any:
-    """decoder.decode(text), with less around it where nothing stands around the value, as usual."""
-    try:
-        value, end = decoder.raw_decode(text)
-    except json.JSONDecodeError:
-        return decoder.decode(text)
-    return value if end == len(text) or not text[end:].strip(" \t\r\n") else decoder.decode(text)
-
-
-def _encode(value: Any) -> str:
-    return "".join(_engine(value, 0)) if _engine is not None else _encoder.encode(value)
-
-
 _encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
-_engine = json.encoder.c_make_encoder and json.encoder.c_make_encoder(       # encode() makes one each time: 1 us more
-    None, _encoder.default, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, False)
 _client_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant)
 _tolerant_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant, strict=False)
 _upstream_decoder = json.JSONDecoder(strict=False)        # for what an upstream sends, whatever it holds
@@ -578,11 +496,6 @@ class Settings:
         return class_of_host(self.hostname)
 
     @cached_property
-    def profiles(self) -> Dict[str, Any]:
-        """Profiles (5) by the name of a model that a client asked for."""
-        return {}
-
-    @cached_property
     def completions_path(self) -> str:
         return self.openai_base_url.path + "/chat/completions"
 
@@ -750,15 +663,10 @@ def estimated_request_tokens(body: Json) -> int:
         for call in message.get("tool_calls", ()):
             function = call["function"]
             total += estimated_tokens(function["name"]) + cached_tokens(function["arguments"])
-    tools = body.get("tools", ())
-    tokens = tools.tokens if isinstance(tools, CachedTools) else 0
-    for tool in tools if not tokens else ():
+    for tool in body.get("tools", ()):
         function = tool["function"]
-        tokens += TOOL_TOKENS + estimated_tokens(function["name"]) + cached_tokens(function.get("description", "")) \
+        total += TOOL_TOKENS + estimated_tokens(function["name"]) + cached_tokens(function.get("description", "")) \
             + cached_tokens(readable_json(function["parameters"]))
-    if isinstance(tools, CachedTools):
-        tools.tokens = tokens
-    total += tokens
     schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
     return total if schema is None else total + cached_tokens(readable_json(schema))
 
@@ -1067,7 +975,7 @@ def translation_of(params: Json, settings: Settings, session_id: str = "",
     Raises ProxyError(400) naming the field.
     """
     check_fields(params, is_counting)
-    profile = profile_of(params["model"], settings)
+    profile = model_profile(upstream_model(params["model"], settings), settings.host_class)
     conversation = read_conversation(params["messages"])
     tools = NO_TOOLS
     if params.get("tools") or conversation.added_tools:
@@ -1123,8 +1031,6 @@ def check_fields(params: Json, is_counting: bool) -> None:
         if name not in params:
             raise ProxyError(400, f"{name}: Field required")
     for name, value in params.items():
-        if type(value) is PLAIN_TYPES.get(name):
-            continue
         check = FIELD_CHECKS.get(name)
         if check is None or (value is None and name not in REQUIRED_FIELDS) or check[0](value):
             continue
@@ -1152,8 +1058,6 @@ def is_object(value: Any) -> bool:
 
 
 REQUIRED_FIELDS = ("model", "messages", "max_tokens")
-PLAIN_TYPES = {"messages": list, "max_tokens": int, "stream": bool, "temperature": float, "metadata": dict,
-               "thinking": dict, "tools": list}         # nothing but the type is checked of these
 FIELD_CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "model": (lambda value: isinstance(value, str) and value not in ("", "[1m]"), "Input should be a valid string"),
     "messages": (lambda value: isinstance(value, list), "Input should be a valid list"),
@@ -1177,19 +1081,8 @@ FIELD_CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
 
 # ---- model, limits, sampling ------------------------------------------------
 
-def profile_of(requested: str, settings: Settings) -> ModelProfile:
-    """The Profile for the name that a client asks for, remembered."""
-    profile = settings.profiles.get(requested)
-    if profile is None:
-        if len(settings.profiles) >= KEPT_PROFILES:
-            settings.profiles.clear()
-        profile = settings.profiles[requested] = model_profile(upstream_model(requested, settings), settings.host_class)
-    return profile
-
-
-KEPT_PROFILES = 256                      # names of models are the client's to choose
-
-
+# Model names are the client's to choose: an upstream serves a few dozen at most.
+@lru_cache(maxsize=256)
 def model_profile(model: str, host: str) -> ModelProfile:
     base = re.sub(r"^ft:", "", model.lower()).rpartition("/")[2]
     is_reasoning = bool(re.match(r"o\d|codex", base)) or gpt_version(base) >= (5, 0)
@@ -1380,9 +1273,6 @@ NO_TOOLS = Tools([], {}, {}, [])
 
 def usable_tools(definitions: List[Any], choice: Any, conversation: Conversation, profile: ModelProfile) -> Tools:
     """The tools that the model gets, deferred ones last.  Raises ProxyError(400)."""
-    is_plain = not (conversation.added_tools or conversation.removed_tools)
-    if is_plain and isinstance(definitions, CachedTools) and profile.host_class in definitions.made:
-        return definitions.made[profile.host_class]
     functions: Dict[str, Json] = {}
     deferred: Set[str] = set()
     server_names: List[str] = []
@@ -1410,11 +1300,8 @@ def usable_tools(definitions: List[Any], choice: Any, conversation: Conversation
     loaded += [name for name in functions if name not in loaded and name in wanted]
     loaded = [name for name in loaded if name not in conversation.removed_tools]
     renamed = renamed_tools(functions)
-    made = Tools([{"type": "function", "function": functions[name]} for name in loaded],
+    return Tools([{"type": "function", "function": functions[name]} for name in loaded],
                  {functions[name]["name"]: name for name in loaded}, renamed, server_names)
-    if is_plain and not deferred and isinstance(definitions, CachedTools):
-        made = definitions.made[profile.host_class] = made._replace(functions=CachedTools(made.functions))
-    return made
 
 
 def renamed_tools(functions: Dict[str, Json]) -> Dict[str, str]:
@@ -3279,7 +3166,6 @@ def adjustment_for(status: int, body: bytes, translation: Translation) -> Option
         facts = error_facts(status, _upstream_decoder.decode(body.decode("utf-8", "replace")))
     except (ValueError, RecursionError):
         facts = ErrorFacts(status, body[:ERROR_TEXT].decode("utf-8", "replace"))
-    own_tools(translation.body)
     for adjustment in ADJUSTMENTS:
         argument = adjustment.finds(facts, translation.body) if status in adjustment.statuses else None
         if argument is not None and argument is not False and adjustment.change(translation.body, argument):
@@ -3290,16 +3176,9 @@ def adjustment_for(status: int, body: bytes, translation: Translation) -> Option
 
 def apply_adjustments(learned: Mapping[str, Any], translation: Translation) -> None:
     """Makes the changes that earlier refusals of this model have taught."""
-    own_tools(translation.body)
     for adjustment in ADJUSTMENTS:
         if adjustment.name in learned:
             adjustment.change(translation.body, learned[adjustment.name])
-
-
-def own_tools(body: Json) -> None:
-    """Lessons change functions: those of a KeptList are other requests' too."""
-    if isinstance(body.get("tools"), CachedTools):
-        body["tools"] = [{**tool, "function": dict(tool["function"])} for tool in body["tools"]]
 
 
 ANY_STATUS = tuple(range(400, 600))
@@ -3633,13 +3512,8 @@ class StreamTranslator:
         self._kept = 0                           # characters that are collected and not sent
         self._template = ChunkPattern()
         self._last_chunk: Optional[Tuple[str, Json, Any]] = None      # the last chunk that was parsed
-        self._opening = ""                       # message_start and a ping, if they have been made ready
 
     # ---- what goes in -------------------------------------------------------
-
-    def make_ready(self) -> None:
-        """Makes the start ready while the upstream still thinks, so that the first token waits for less."""
-        self._opening = self._message_start("")
 
     def feed(self, data: bytes) -> bytes:
         try:
@@ -3767,7 +3641,7 @@ class StreamTranslator:
 
     def _chunk(self, payload: str) -> None:
         try:
-            chunk = decoded(_upstream_decoder, payload)
+            chunk = _upstream_decoder.decode(payload)
         except (ValueError, RecursionError):
             chunk = payload
         if isinstance(chunk, list) and chunk and is_object(chunk[0]) and is_error_object(chunk[0]):
@@ -4037,7 +3911,7 @@ class StreamTranslator:
         if self.started:
             return
         self.started = True
-        self._out.append(self._opening if self._opening and not message_id else self._message_start(message_id))
+        self._out.append(self._message_start(message_id))
 
     def _message_start(self, message_id: str) -> str:
         message = message_object(self._translation, self._new_id, [], stop_object(None), {
@@ -4750,39 +4624,8 @@ class Response(NamedTuple):
     headers: Headers = {}
 
 
-def cached_request_head(head: bytes) -> Optional[Request]:
-    """The Request in a head that was parsed before, or in one that differs from it by its length alone; else None.
-
-    A client's heads hardly ever differ in more, and looking one up takes a fifth of the time of parsing it.
-    """
-    length = CONTENT_LENGTH.search(head)
-    if length is None:
-        return HEAD_CACHE.get((head, None))
-    request = HEAD_CACHE.get((head[:length.start(1)], head[length.end(1):]))
-    if request is None:
-        return None
-    method, path, query, headers, is_http11, authority = request
-    return Request(method, path, query, {**headers, "content-length": length[1].decode()}, is_http11, authority)
-
-
 def parse_request_head(head: bytes) -> Request:
     """The Request in a head that ends before its empty line.  Raises ProtocolError.  [RFC 9112 3]"""
-    request = parsed_request_head(head)
-    if len(head) <= KNOWN_HEAD_SIZE:
-        if len(HEAD_CACHE) >= MAX_KNOWN_HEADS:
-            HEAD_CACHE.clear()
-        length = CONTENT_LENGTH.search(head)
-        HEAD_CACHE[(head[:length.start(1)], head[length.end(1):]) if length else (head, None)] = request
-    return request
-
-
-HEAD_CACHE: Dict[Tuple[bytes, Optional[bytes]], Request] = {}       # by what stands before and behind the length
-MAX_KNOWN_HEADS = 64                     # clients, and the kinds of request that each makes
-KNOWN_HEAD_SIZE = 2048                   # bytes; Claude Code's are about 800
-CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: ?([0-9]{1,18})(?=\r\n|$)", re.I)
-
-
-def parsed_request_head(head: bytes) -> Request:
     line, _, block = head.partition(b"\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
@@ -4923,12 +4766,6 @@ class ChunkedBody:
                 self._needs_crlf = not self._left
                 continue
             end = data.find(b"\r\n", place)
-            start = end + 2
-            stop = start + CHUNK_SIZES.get(data[place:end], 0)
-            if stop > start > 1 and data[stop:stop + 2] == b"\r\n" and not self._needs_crlf and not self._in_trailer:
-                out.append(data[start:stop])             # a whole small chunk: one pass, twice as fast
-                place = stop + 2
-                continue
             if end < 0:
                 self._check_partial(data[place:])
                 self._kept = data[place:]
@@ -4942,7 +4779,7 @@ class ChunkedBody:
             else:
                 self._left = self._size(data[place:end])
                 self._in_trailer = not self._left
-            place = start
+            place = end + 2
         if self.done:
             self.rest = data[place:]
         return out[0] if len(out) == 1 else b"".join(out)
@@ -4952,9 +4789,6 @@ class ChunkedBody:
             raise ProtocolError(400, "The chunked body ended early")
 
     def _size(self, line: bytes) -> int:
-        size = CHUNK_SIZES.get(line)
-        if size is not None:
-            return size
         match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?", line)
         if match is None:
             raise ProtocolError(400, "A chunk has a malformed size")
@@ -4980,9 +4814,6 @@ class ChunkedBody:
         if b"\n" in start or len(start) > MAX_HEAD or not self._in_trailer and not self._needs_crlf \
                 and re.match(rb"[0-9A-Fa-f]{1,15}[ \t]*(;|\r?$)|[0-9A-Fa-f]{0,15}$", start) is None:
             raise ProtocolError(400, "A chunk has a malformed size")
-
-
-CHUNK_SIZES = {b"%x" % size: size for size in range(1024)}      # the usual ones need no check
 
 
 class UntilCloseBody:
@@ -5779,7 +5610,6 @@ class Upstream:
         self._settings = settings
         self._metrics = metrics
         self._idle: List[Connection] = []            # newest last: it is the least likely to have died
-        self._heads: Dict[Any, bytes] = {}           # request heads made before: they hardly ever differ
         self._reaper: Optional[asyncio.TimerHandle] = None
         self._loop = asyncio.get_running_loop()
         url = settings.openai_base_url
@@ -5797,25 +5627,21 @@ class Upstream:
         return len(self._idle)
 
     async def send(self, method: str, path: str, body: bytes, key: str, is_streamed: bool,
-                   timeout: TimeLimit, on_sent: Optional[Callable[[], Any]] = None) -> UpstreamResponse:
+                   timeout: TimeLimit) -> UpstreamResponse:
         """Sends one request and waits for the head of its answer, which must come within `timeout`.
 
-        `meanwhile` is called once the request has been sent.  Raises UpstreamError.
+        Raises UpstreamError.
         """
         due = self._loop.time() + timeout.seconds
-        head = self._heads.get((method, path, key, is_streamed))
-        if head is None:
-            if len(self._heads) >= KEPT_HEADS:
-                self._heads.clear()
-            head = self._heads[method, path, key, is_streamed] = self._request_head(method, path, key, is_streamed)
+        head = self._request_head(method, path, key, is_streamed)
         request = head + (b"\r\n" if method == "GET" else b"Content-Length: %d\r\n\r\n" % len(body))
         connection = self._take_idle() or await self._open_in_time(due)
         try:
-            return await self._send_and_read_head(connection, request, body, due, timeout, on_sent)
+            return await self._send_and_read_head(connection, request, body, due, timeout)
         except ConnectionLost as error:
             if not connection.is_reused or error.has_response:
                 raise
-        return await self._send_and_read_head(await self._open_in_time(due), request, body, due, timeout, on_sent)
+        return await self._send_and_read_head(await self._open_in_time(due), request, body, due, timeout)
 
     def _request_head(self, method: str, path: str, key: str, is_streamed: bool) -> bytes:
         """The head of a request but for its length: nothing of the client's goes into it.  [RFC 9112 3.2]"""
@@ -5943,19 +5769,16 @@ class Upstream:
     # ---- request and answer -------------------------------------------------
 
     async def _send_and_read_head(self, connection: Connection, request: bytes, body: bytes, due: float,
-                         timeout: TimeLimit, on_sent: Optional[Callable[[], Any]]) -> UpstreamResponse:
+                         timeout: TimeLimit) -> UpstreamResponse:
         stream = connection.stream
         has_answered = False
         try:
             stream.set_deadline(due)
             if len(body) <= WRITE_PIECE:
                 stream.write(request + body)             # what the socket does not take waits in a bounded buffer
-                if on_sent is not None:
-                    stream.flush()
-                    on_sent()
                 start, is_sent = await stream.read(), True
             else:
-                start, is_sent = await self._write_large(stream, request, body, on_sent)
+                start, is_sent = await self._write_large(stream, request, body)
             has_answered = bool(start)
             while True:
                 end = response_head_end(start, 0)
@@ -5971,8 +5794,7 @@ class Upstream:
             stream.abort()
             raise exchange_error(error, self, has_answered, timeout) from None
 
-    async def _write_large(self, stream: ByteStream, request: bytes, body: bytes,
-                           on_sent: Optional[Callable[[], Any]]) -> Tuple[bytes, bool]:
+    async def _write_large(self, stream: ByteStream, request: bytes, body: bytes) -> Tuple[bytes, bool]:
         """Sends a large body in pieces, as the upstream takes them.
 
         Returns (the first bytes of the answer, whether all was sent): it may answer before it has read all.
@@ -5993,8 +5815,6 @@ class Upstream:
                     await asyncio.gather(draining, return_exceptions=True)
             else:
                 is_sent = True
-            if on_sent is not None:
-                on_sent()
             return await reading, is_sent
         finally:
             reading.cancel()
@@ -6002,7 +5822,6 @@ class Upstream:
 
 
 IDLE_TIME = 60.0                         # seconds; most servers and NATs keep longer
-KEPT_HEADS = 64                          # in pass-through mode there is one for each client's key
 CONNECT_TIME = 30.0                      # seconds for TCP, tunnel and TLS
 WRITE_PIECE = 262144                     # bytes of a large body at a time
 LAST_BYTES_WAIT = 1.0                    # seconds for what follows [DONE]
@@ -6397,10 +6216,9 @@ class App:
         self.adjustments: Dict[str, Dict[str, Any]] = {}         # mapped model -> lesson's name -> argument
         self.tasks: Set[asyncio.Task] = set()
         self.truncation_warned: Set[str] = set()
-        self.accepted_hosts: Set[str] = set()                   # values of Host that passed check_host, which takes 5 us
         self.pid = os.getpid() if board is None else os.getppid()
         self.loop = asyncio.get_running_loop()
-        self.new_id = RandomIds()
+        self.new_id = random_id
         self._is_published = True
         self.upstream: Upstream = None       # type: ignore[assignment]   # set by use()
         self.apply_settings(settings)
@@ -6412,7 +6230,6 @@ class App:
             self.upstream.close()
         self.settings, self.upstream = settings, upstream
         self.adjustments.clear()
-        self.accepted_hosts.clear()
         self.stream_limit = TimeLimit(settings.stream_timeout, "STREAM_TIMEOUT")
         self.request_limit = TimeLimit(settings.request_timeout, "REQUEST_TIMEOUT")
         self.secrets = tuple(settings.secrets())
@@ -6463,21 +6280,12 @@ class App:
 
 
 PUBLISH_TIME = 0.05                      # seconds for which the counts of several requests are gathered
-KNOWN_HOSTS = 64                         # values of Host that need no second look
 LEARNED_MODELS = 100                     # names of models are the client's to choose
 
 
-class RandomIds:
-    """Makes random strings of letters and digits; asks the system for many bytes at a time."""
-
-    def __init__(self) -> None:
-        self._pool = ""
-
-    def __call__(self, size: int) -> str:
-        if len(self._pool) < size:
-            self._pool = base64.b64encode(os.urandom(3072), b"Zz").decode()
-        text, self._pool = self._pool[:size], self._pool[size:]
-        return text
+def random_id(size: int) -> str:
+    """A random string of `size` letters and digits."""
+    return base64.b64encode(os.urandom(size), b"Zz")[:size].decode()
 
 
 # ---- answering --------------------------------------------------------------
@@ -6527,9 +6335,7 @@ async def dispatch(app: App, exchange: Exchange) -> Optional[Response]:
     check_origin(exchange, settings)
     if request.method == "OPTIONS":
         return preflight(exchange)
-    if request.authority not in app.accepted_hosts:
-        if check_host(request, settings) and len(app.accepted_hosts) < KNOWN_HOSTS:
-            app.accepted_hosts.add(request.authority)
+    check_host(request, settings)
     check_key(request, settings)
     route = ROUTES.get(request.path) or (ROUTES["/v1/models/"] if request.path.startswith("/v1/models/") else None)
     if route is None:
@@ -6600,22 +6406,20 @@ def preflight(exchange: Exchange) -> Response:
     return Response(204, b"", "", headers)
 
 
-def check_host(request: Request, settings: Settings) -> bool:
+def check_host(request: Request, settings: Settings) -> None:
     """DNS rebinding: a page whose name was made to point here shows by the Host it sends.
 
-    Returns whether this Host passes with every request.  Raises ProxyError(403).
+    Raises ProxyError(403).
     """
     if settings.proxy_api_key or settings.passes_keys_on or "*" in settings.allowed_hosts:
-        return True
+        return
     if request.path.startswith("/health") and not request.authority:
-        return False
+        return
     host = re.sub(r":[0-9]*$", "", request.authority).strip("[]").lower()
     allowed = {name.lower() for name in (*settings.server_host, *settings.allowed_hosts)}
-    if is_loopback(host) or host in allowed or request.authority.lower() in allowed:
-        return True
-    if not is_placeholder(host, request):
+    if not (is_loopback(host) or host in allowed or request.authority.lower() in allowed
+            or is_placeholder(host, request)):
         raise ProxyError(403, f"The host {request.authority[:200]} is not served: list it in ALLOWED_HOSTS")
-    return False
 
 
 def is_placeholder(host: str, request: Request) -> bool:
@@ -6709,15 +6513,8 @@ async def call_and_relay(app: App, exchange: Exchange, translation: Translation,
     """Asks the upstream and brings its answer to the client."""
     if translation.is_empty:
         return await whole_answer(app, exchange, translation, empty_message(translation, app.new_id))
-    translator: Optional[StreamTranslator] = None
-
-    def make_translator() -> None:
-        nonlocal translator
-        translator = StreamTranslator(translation, app.new_id, exchange.id)
-        translator.make_ready()
-
     try:
-        reply = await call_upstream(app, exchange, translation, key, make_translator if translation.is_streamed else None)
+        reply = await call_upstream(app, exchange, translation, key)
     except OutputLimitReached:
         return await whole_answer(app, exchange, translation, empty_message(translation, app.new_id))
     limits = ratelimit_headers(reply.headers, time.time())
@@ -6738,7 +6535,7 @@ async def call_and_relay(app: App, exchange: Exchange, translation: Translation,
         reply.close()
         return await whole_answer(app, exchange, translation, message)
     kind = StreamTranslator if translation.is_streamed else MessageWriter
-    relay = Relay(app, exchange, translation, reply, recording, translator or kind(translation, app.new_id, exchange.id), start)
+    relay = Relay(app, exchange, translation, reply, recording, kind(translation, app.new_id, exchange.id), start)
     try:
         return await relay.run()
     finally:
@@ -6777,12 +6574,8 @@ def prepare_exchange(app: App, exchange: Exchange, translation: Translation, key
         apply_adjustments(app.adjustments[translation.profile.model], translation)
 
 
-async def call_upstream(app: App, exchange: Exchange, translation: Translation, key: str,
-                       on_sent: Optional[Callable[[], Any]]) -> UpstreamResponse:
-    """The upstream's 2xx answer.  A refusal that teaches something changes the request, which is sent again.
-
-    `meanwhile` is called each time that the request has been sent, or as much of it as the upstream wanted.
-    """
+async def call_upstream(app: App, exchange: Exchange, translation: Translation, key: str) -> UpstreamResponse:
+    """The upstream's 2xx answer.  A refusal that teaches something changes the request, which is sent again."""
     exchange.watch_client()
     loop = app.loop
     for tries_left in range(MAX_ADJUSTED_RETRIES, -1, -1):
@@ -6791,7 +6584,7 @@ async def call_upstream(app: App, exchange: Exchange, translation: Translation, 
         began = loop.time()
         reply = await app.upstream.send(
             "POST", "/chat/completions", encoded_body(translation), key, is_streamed,
-            silence if is_streamed and translation.is_streamed else whole, on_sent)
+            silence if is_streamed and translation.is_streamed else whole)
         app.metrics.observe("upstream_seconds", loop.time() - began)
         exchange.log_fields["upstream_status"] = reply.status
         if "x-request-id" in reply.headers:
@@ -6816,7 +6609,7 @@ async def call_upstream(app: App, exchange: Exchange, translation: Translation, 
 
 def encoded_body(translation: Translation) -> bytes:
     try:
-        data = utf8_json_bytes(translation.body) if translation.is_mostly_non_ascii else body_json(translation.body)
+        data = utf8_json_bytes(translation.body) if translation.is_mostly_non_ascii else json_bytes(translation.body)
         translation.sent_bytes = len(data)
         return data
     except ValueError as error:
@@ -7042,8 +6835,6 @@ async def read_start(reply: UpstreamResponse) -> bytes:
     Raises UpstreamError for an empty body.
     """
     start = await reply.read()
-    if start[:1] == b"{" and not reply.claims_events:
-        return start                                         # the usual answer
     while not start.strip() or (start.lstrip()[:1] in (b"{", b"[") and b"\n" not in start.strip()):
         data = await reply.read() if start else b""
         start += data
@@ -7058,7 +6849,7 @@ async def whole_message(app: App, translation: Translation, reply: UpstreamRespo
     """The message of an answer in plain JSON, whether it was to be a stream or not.  Raises UpstreamError."""
     body = start if reply.is_complete else start + await reply.read_all(ANSWER_BODY)
     try:
-        completion = decoded(_upstream_decoder, body.decode("utf-8", "replace").lstrip("\ufeff").strip())
+        completion = _upstream_decoder.decode(body.decode("utf-8", "replace").lstrip("\ufeff").strip())
     except (ValueError, RecursionError):
         message = response_summary(reply.status, {}, body) if body.lstrip()[:1] == b"<" else ""
         raise UpstreamError(502, "The upstream's answer is not JSON"
@@ -7074,8 +6865,6 @@ async def whole_message(app: App, translation: Translation, reply: UpstreamRespo
 
 def is_event_stream(claims: bool, start: bytes) -> bool:
     """Whether an answer is server-sent events: by its first bytes, which lie less often than what its type claims."""
-    if start[:1] == b"{" and not claims:
-        return False
     start = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start[:1] in (b"{", b"["):                        # a line of bare JSON, or a body that only claims to be events
         return claims and is_whole(start.partition(b"\n")[0].decode("utf-8", "replace"))
@@ -7446,14 +7235,7 @@ class Server:
                     data = data[2:]
         except ReadTimeout:
             return None
-        end = data.find(b"\r\n\r\n")
-        request = cached_request_head(data[:end]) if end >= 0 else None
-        if request is not None:
-            stream.clear_deadline()
-            stream.unread(data[end + 4:])
-            return request
-        if end < 0:
-            stream.set_deadline(self._loop.time() + HEAD_TIME)
+        stream.set_deadline(self._loop.time() + HEAD_TIME)
         try:
             head, rest = await stream.head(request_head_end, data)
         except ReadTimeout:
@@ -7693,7 +7475,7 @@ def demo_message(params: Json) -> Json:
     if wanted and choice != "none":
         arguments = demo_value(wanted[0]["parameters"])
         return {"role": "assistant", "content": "This is the demo of aiapiproxy; it calls a tool. ", "tool_calls": [{
-            "id": "call_demo_" + RandomIds()(8), "type": "function",
+            "id": "call_demo_" + random_id(8), "type": "function",
             "function": {"name": wanted[0]["name"], "arguments": json_text(arguments)}}]}
     return {"role": "assistant", "content": "Hello from the demo of aiapiproxy. No model has read this: your request of "
             f"{len(params['messages'])} message(s) was translated to Chat Completions, answered by a built-in upstream "
@@ -8560,7 +8342,7 @@ def replay(path: str) -> int:
         print_error(f"--replay {path}: {error.message}")
         return 1
     translation.is_streamed = True
-    translator = StreamTranslator(translation, RandomIds(), recorded["request_id"])
+    translator = StreamTranslator(translation, random_id, recorded["request_id"])
     try:
         claims_events = "event-stream" in recorded["upstream_headers"].get("content-type", "").lower()
         if is_event_stream(claims_events, b"".join(pieces[:1])):
@@ -8569,7 +8351,7 @@ def replay(path: str) -> int:
             sys.stdout.write(translator.finish().decode())
         else:
             completion = _upstream_decoder.decode(b"".join(pieces).decode("utf-8", "replace"))
-            sys.stdout.write(translator.message(anthropic_message(completion, translation, RandomIds())).decode())
+            sys.stdout.write(translator.message(anthropic_message(completion, translation, random_id)).decode())
     except (ProxyError, ValueError, RecursionError) as error:
         print_error(f"--replay {path}: {error}")
         return 1
