@@ -938,10 +938,20 @@ class ModelProfile(NamedTuple):
     efforts: Tuple[str, ...]             # what reasoning_effort takes; empty: nothing
 
 
+class Target(NamedTuple):
+    """An upstream and a model there: where a request is sent."""
+    model: str                               # as the upstream knows it
+    hostname: str
+    host_class: str                          # a key of HOST_CLASSES, or "other"
+    path: str                                # of the request's URL
+    uses_own_key: bool                       # OPENAI_API_KEY, not the client's key
+
+
 @dataclass(eq=False, repr=False)
 class Translation:
     """One request as the upstream gets it, and what translating its answer needs."""
-    requested_model: str                        # the answer's `model`
+    requested_model: str                    # the answer's `model`
+    target: Target
     profile: ModelProfile
     body: Json                              # the Chat Completions request
     is_streamed: bool                       # the client wants events
@@ -952,10 +962,7 @@ class Translation:
     prefill: str = ""                       # the assistant text that the answer continues
     is_single_call: bool = False            # only the first tool call counts
     is_empty: bool = False                  # max_tokens 0: nothing is to be generated
-    uses_own_key: bool = True               # OPENAI_API_KEY, not the client's
     secrets: Tuple[str, ...] = ()           # what must not be seen in errors
-    upstream_host: str = ""
-    upstream_path: str = ""
     sent_bytes: int = 0                     # size of the upstream's request
     is_mostly_non_ascii: bool = False                   # large and mostly beyond ASCII: sent as UTF-8
     dropped_fields: List[str] = field(default_factory=list)             # worth a line in the log
@@ -968,14 +975,13 @@ class Translation:
         return self.token_estimate
 
 
-def translation_of(params: Json, settings: Settings, session_id: str = "",
+def translation_of(params: Json, target: Target, session_id: str = "",
                    is_counting: bool = False) -> Translation:
-    """The Exchange for a Messages request; `is_counting` for count_tokens, which has no max_tokens.
+    """The Translation for a Messages request; `is_counting` for count_tokens, which has no max_tokens.
 
-    Raises ProxyError(400) naming the field.
+    check_fields must have passed the params.  Raises ProxyError(400) naming the field.
     """
-    check_fields(params, is_counting)
-    profile = model_profile(upstream_model(params["model"], settings), settings.host_class)
+    profile = model_profile(target.model, target.host_class)
     conversation = read_conversation(params["messages"])
     tools = NO_TOOLS
     if params.get("tools") or conversation.added_tools:
@@ -1014,11 +1020,10 @@ def translation_of(params: Json, settings: Settings, session_id: str = "",
     if not is_counting:
         body.update(stream_fields(params, profile))
     translation = Translation(
-        params["model"], profile, body, params.get("stream") is True, thinking_display(params.get("thinking")),
+        params["model"], target, profile, body, params.get("stream") is True, thinking_display(params.get("thinking")),
         tools.names, conversation.ids, tuple(filter(None, params.get("stop_sequences") or ())),
         last["content"] if last["role"] == "assistant" and "tool_calls" not in last else "", is_single_call,
-        is_empty=not is_counting and params["max_tokens"] == 0, uses_own_key=not settings.passes_keys_on,
-        upstream_host=settings.hostname, upstream_path=settings.completions_path)
+        is_empty=not is_counting and params["max_tokens"] == 0)
     if "inference_geo" in params or "container" in params:
         translation.dropped_fields += [name for name in ("inference_geo", "container") if params.get(name) is not None]
     translation.dropped_fields += tools.server_names
@@ -2863,7 +2868,7 @@ def upstream_error(status: int, headers: Mapping[str, str], body: bytes, transla
                         "(redirects are not followed, the key would go with them)"
     if status == 404 and error.status == 404:
         error.message = f"{error.message} (model {translation.requested_model} is mapped to {translation.profile.model})" \
-            if has_words else f"{translation.upstream_host} has no {translation.upstream_path}: check OPENAI_BASE_URL"
+            if has_words else f"{translation.target.hostname} has no {translation.target.path}: check OPENAI_BASE_URL"
     error.headers = {**retry_headers(error.status, headers, facts, now), **ratelimit_headers(headers, now),
                      **error.headers}
     if error.headers.get("x-should-retry") == "false":
@@ -2936,7 +2941,7 @@ def error_from_facts(facts: ErrorFacts, translation: Translation) -> UpstreamErr
         error = UpstreamError(client_status(facts.status), message)
         if error.status in (401, 402) or can_never_fit(facts):
             error.headers["x-should-retry"] = "false"
-        if error.status == 401 and translation.uses_own_key:
+        if error.status == 401 and translation.target.uses_own_key:
             error.message = "The upstream rejected OPENAI_API_KEY: " + message
         if "array_above_max_length" in facts.words and facts.names_field("tools"):
             sent = len(translation.body.get("tools", ()))
@@ -6548,10 +6553,17 @@ def model_for_log(name: str) -> str:
     return redacted(name, ())[:200]
 
 
+def target_of(requested_model: str, settings: Settings) -> Target:
+    """The Target for the model that a client asks for."""
+    return Target(upstream_model(requested_model, settings), settings.hostname, settings.host_class,
+                  settings.completions_path, not settings.passes_keys_on)
+
+
 def checked_translation(params: Json, settings: Settings, session: str = "", is_counting: bool = False) -> Translation:
     """openai_request for a body from outside, whose numbers and depth can be beyond what JSON may hold."""
     try:
-        return translation_of(params, settings, session, is_counting)
+        check_fields(params, is_counting)
+        return translation_of(params, target_of(params["model"], settings), session, is_counting)
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ProxyError(400, f"{NOT_JSON}: {what}") from None
@@ -8333,7 +8345,7 @@ def replay(path: str) -> int:
         with open(path, encoding="utf-8") as file:
             recorded = json.load(file)
         settings = load_settings(recorded["settings"])
-        translation = translation_of(recorded["client_request"], settings, recorded["session_id"])
+        translation = checked_translation(recorded["client_request"], settings, recorded["session_id"])
         pieces = [data.encode("latin-1") for _, data in recorded["upstream"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         print_error(f"--replay {path}: not a recorded exchange ({type(error).__name__}: {error})")

@@ -167,12 +167,12 @@ def response_format(schema, strict):
 def sent(asked, host="openai", session_id=""):
     """What goes upstream, as the upstream reads it; checked for what must hold of every request."""
     before = copy.deepcopy(asked)
-    translation = aiapiproxy.translation_of(asked, SETTINGS[host], session_id)
+    translation = aiapiproxy.checked_translation(asked, SETTINGS[host], session_id)
     assert asked == before, "the client's own objects are never changed"
     body = json.loads(aiapiproxy.json_bytes(translation.body).decode("ascii"))
     check_conversation(body["messages"])
     read = aiapiproxy.request_value(json.dumps(asked))  # as the server does it
-    again = aiapiproxy.translation_of(read, SETTINGS[host], session_id)
+    again = aiapiproxy.checked_translation(read, SETTINGS[host], session_id)
     assert json.loads(aiapiproxy.json_bytes(again.body)) == body
     return body
 
@@ -236,7 +236,7 @@ def readable(made):
 
 def answered(answer, asked, host="openai"):
     """The Anthropic message made of a completion, ids and signatures readable."""
-    translation = aiapiproxy.translation_of(asked, SETTINGS[host])
+    translation = aiapiproxy.checked_translation(asked, SETTINGS[host])
     message = aiapiproxy.anthropic_message(answer, translation, new_ids())
     aiapiproxy.json_bytes(message).decode("ascii")
     message["content"] = [{name: readable(value) if name in ("id", "signature") else value
@@ -422,7 +422,7 @@ def every_split(raw):
 
 
 def check_stream(raw, want, asked, host="openai"):
-    translation = aiapiproxy.translation_of(asked, SETTINGS[host])
+    translation = aiapiproxy.checked_translation(asked, SETTINGS[host])
     seen = None
     for pieces in every_split(raw):
         out = streamed(pieces, translation)
@@ -484,7 +484,7 @@ def test_broken_json_around_known_tools_is_told_with_its_place(text):
 
 def test_what_one_model_was_taught_about_tools_does_not_reach_another():
     asked = compact(req(tools=[tool("f", {**STRICT, "description": "long " * 300}, strict=True)]))
-    exchanges = [aiapiproxy.translation_of(aiapiproxy.request_value(asked), SETTINGS["openai"]) for _ in range(3)]
+    exchanges = [aiapiproxy.checked_translation(aiapiproxy.request_value(asked), SETTINGS["openai"]) for _ in range(3)]
     before = aiapiproxy.json_bytes(exchanges[0].body)
     refusal = b'{"error":{"message":"Unknown parameter: tools[0].function.strict","param":"tools[0].function.strict"}}'
     assert aiapiproxy.adjustment_for(400, refusal, exchanges[1])[0].name == "strict_dropped"
@@ -492,7 +492,7 @@ def test_what_one_model_was_taught_about_tools_does_not_reach_another():
     assert aiapiproxy.json_bytes(exchanges[2].body) == before
     aiapiproxy.apply_adjustments({"strict_dropped": True}, exchanges[2])
     assert b'"strict"' not in aiapiproxy.json_bytes(exchanges[2].body)
-    again = aiapiproxy.translation_of(aiapiproxy.request_value(asked), SETTINGS["openai"])
+    again = aiapiproxy.checked_translation(aiapiproxy.request_value(asked), SETTINGS["openai"])
     assert aiapiproxy.json_bytes(again.body) == before
 
 
@@ -506,7 +506,7 @@ SCHEMA = '{"type":"object","properties":{}}'
 def test_estimate_of_a_request():
     def estimate(*messages, **members):
         asked = req(list(messages), **members)
-        return aiapiproxy.estimated_request_tokens(aiapiproxy.translation_of(asked, SETTINGS["openai"]).body)
+        return aiapiproxy.estimated_request_tokens(aiapiproxy.checked_translation(asked, SETTINGS["openai"]).body)
 
     tokens = aiapiproxy.estimated_tokens
     assert estimate(usr("Hi")) == 8
@@ -1411,14 +1411,14 @@ REJECTED = [
 @table(REJECTED)
 def test_rejected(given, want):
     with pytest.raises(aiapiproxy.ProxyError) as caught:
-        aiapiproxy.translation_of(given, SETTINGS["openai"])
+        aiapiproxy.checked_translation(given, SETTINGS["openai"])
     assert (caught.value.status, caught.value.kind, caught.value.message) == (400, "invalid_request_error",
                                                                               want)
 
 
 def test_a_rejected_thread_tells_the_client_how_to_go_on():
     with pytest.raises(aiapiproxy.ProxyError) as caught:
-        aiapiproxy.translation_of(req(thread={"type": "create"}), SETTINGS["openai"])
+        aiapiproxy.checked_translation(req(thread={"type": "create"}), SETTINGS["openai"])
     assert caught.value.details == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 
 
@@ -1501,7 +1501,7 @@ def test_a_conversation_only_grows_at_its_end(host):
     def request(messages):
         asked = req(messages, model="claude-opus-5-5", system=[billing(len(messages)), txt("S")],
                   tools=[tool("f"), tool("my.tool")], thinking=ADAPTIVE)
-        return aiapiproxy.translation_of(asked, SETTINGS[host]).body
+        return aiapiproxy.checked_translation(asked, SETTINGS[host]).body
 
     ends = [at + 1 for at, turn in enumerate(TURNS) if turn["role"] != "assistant"
             and TURNS[at + 1:at + 2] and TURNS[at + 1]["role"] == "assistant"]
@@ -1519,7 +1519,7 @@ def test_a_conversation_only_grows_at_its_end(host):
                          ["call_1", "functions.get:0", "x" * 65, "toolu_r123456_abc", "toolu_xyz", "\u00e9",
                           "a b", "chatcmpl-tool-" + "0" * 32, "toolu_01A09q90qw90lq917835lq9"])
 def test_an_id_comes_back_to_the_upstream_as_it_was(id):
-    translation = aiapiproxy.translation_of(req(), SETTINGS["local"])
+    translation = aiapiproxy.checked_translation(req(), SETTINGS["local"])
     answer = completion({"content": None, "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
     blocks = aiapiproxy.anthropic_message(answer, translation, new_ids())["content"]
     assert all(re.fullmatch(r"[a-zA-Z0-9_-]+", block["id"]) for block in blocks)
@@ -1544,7 +1544,7 @@ def test_a_name_comes_back_to_the_client_as_it_was(name):
                          ids=["reasoning_content", "reasoning"])
 def test_reasoning_comes_back_to_the_upstream_as_it_was(reasoning, display):
     asked = req(thinking={"type": "adaptive", "display": display})
-    translation = aiapiproxy.translation_of(asked, SETTINGS["local"])
+    translation = aiapiproxy.checked_translation(asked, SETTINGS["local"])
     answer = completion({"content": "x", "tool_calls": [call("call_1")], **reasoning}, "tool_calls")
     for blocks in (aiapiproxy.anthropic_message(answer, translation, new_ids())["content"],
                    blocks_of(streamed([sse([chunk(answer["choices"][0]["message"], "tool_calls"), DONE])],
@@ -1890,7 +1890,7 @@ NO_RETRY = {"x-should-retry": "false"}
 def failed(status, body, headers=None, asked=None, settings=SETTINGS["openai"]):
     """The error that the client gets for this answer of the upstream."""
     raw = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-    translation = aiapiproxy.translation_of(asked or req(), settings)
+    translation = aiapiproxy.checked_translation(asked or req(), settings)
     return aiapiproxy.upstream_error(status, headers or {}, raw, translation, NOON)
 
 
@@ -2411,24 +2411,24 @@ def test_an_event_named_error_is_one():
 
 def test_an_error_tells_what_the_upstream_said():
     raw = streamed([sse([ctext("x"), {"error": {"message": "out of luck", "code": 500}}])],
-                   aiapiproxy.translation_of(req(), SETTINGS["openai"]))
+                   aiapiproxy.checked_translation(req(), SETTINGS["openai"]))
     assert events(raw)[-1]["error"] == {"type": "api_error", "message": "out of luck"}
 
 
 def test_a_line_without_end_is_an_error():
-    translation = aiapiproxy.translation_of(req(), SETTINGS["openai"])
+    translation = aiapiproxy.checked_translation(req(), SETTINGS["openai"])
     assert printed(streamed([sse([ctext("x")]), b"data: " + b" " * (16 << 20) + b"  "], translation)) == BROKEN
 
 
 def test_endless_white_space_in_arguments_is_an_error():
-    translation = aiapiproxy.translation_of(req(), SETTINGS["openai"])
+    translation = aiapiproxy.checked_translation(req(), SETTINGS["openai"])
     blank = frag(0, None, None, " " * 100)
     out = printed(streamed([sse([frag(0, "call_1", "f", '{"a":1,')] + [blank] * 6)], translation))
     assert out.startswith(TOOL + ' 0j`{"a":1,`') and out.endswith(" ERR(api_error)")
 
 
 def test_white_space_in_a_string_may_be_long():
-    translation = aiapiproxy.translation_of(req(), SETTINGS["openai"])
+    translation = aiapiproxy.checked_translation(req(), SETTINGS["openai"])
     long = f'{{"a":"{" " * 600}"}}'
     out = printed(streamed([sse([frag(0, "call_1", "f", long)] + ARGS_DONE)], translation))
     assert out == f"{TOOL} 0j`{long}` 0- MD(tool_use) ME"
@@ -2440,7 +2440,7 @@ def test_white_space_in_a_string_may_be_long():
 ], ids=["thinking", "no thinking"])
 def test_thinking_in_the_text_however_it_is_cut(asked, want):
     text = "<think>r</think>\n\nx"
-    translation = aiapiproxy.translation_of(asked, SETTINGS["local"])
+    translation = aiapiproxy.checked_translation(asked, SETTINGS["local"])
     for at in range(len(text) + 1):
         blocks = blocks_of(streamed([sse([ctext(text[:at]), ctext(text[at:])] + STOP)], translation))
         assert [(name, value) for block in blocks for name, value in block.items() if name != "type"] == want
@@ -2460,7 +2460,7 @@ def test_details_of_reasoning_are_joined_in_the_signature():
               {"type": "reasoning.text", "index": 0, "text": "b",
                "signature": "s"}]
     raw = streamed([sse([chunk({"reasoning_details": [each]}) for each in pieces] + [WHOLE] + ARGS_DONE)],
-                   aiapiproxy.translation_of(req(thinking=ADAPTIVE), SETTINGS["openrouter"]))
+                   aiapiproxy.checked_translation(req(thinking=ADAPTIVE), SETTINGS["openrouter"]))
     (block, _) = blocks_of(raw)
     kind, details = re.fullmatch(r"aap1\.(.)\.\((.*)\)", readable(block["signature"])).groups()
     assert (block["thinking"], kind) == ("ab", "d")
@@ -2485,7 +2485,7 @@ AT_ONCE = [  # each chunk, and what it gives before the next one comes
 @table(AT_ONCE, "steps")
 def test_what_comes_goes_at_once(steps):
     asked = req(thinking=ADAPTIVE, stop_sequences=["STOP"])
-    translator = aiapiproxy.StreamTranslator(aiapiproxy.translation_of(asked, SETTINGS["openai"]), new_ids())
+    translator = aiapiproxy.StreamTranslator(aiapiproxy.checked_translation(asked, SETTINGS["openai"]), new_ids())
     for given, want in steps:
         out = translator.feed(sse([given])).decode()
         found = [notation(json.loads(data)) for data in re.findall(r"^data: (.*)$", out, re.M)]
@@ -2513,7 +2513,7 @@ STREAM_USAGES = [
 
 @table(STREAM_USAGES, "chunks, want")
 def test_usage_of_a_stream(chunks, want):
-    found = events(streamed([sse(chunks)], aiapiproxy.translation_of(req(), SETTINGS["openai"])))
+    found = events(streamed([sse(chunks)], aiapiproxy.checked_translation(req(), SETTINGS["openai"])))
     assert found[0]["message"]["usage"]["input_tokens"] == 8
     assert found[-2]["usage"] == want
 
@@ -2521,13 +2521,13 @@ def test_usage_of_a_stream(chunks, want):
 @table([("its own words", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP, "I cannot."),
         ("the filter's", [ctext("x"), cend("content_filter"), DONE], FILTERED)])
 def test_explanation_of_a_refusal(given, want):
-    found = events(streamed([sse(given)], aiapiproxy.translation_of(req(), SETTINGS["openai"])))
+    found = events(streamed([sse(given)], aiapiproxy.checked_translation(req(), SETTINGS["openai"])))
     assert found[-2]["delta"] == {"stop_reason": "refusal", "stop_sequence": None,
                                   "stop_details": {"type": "refusal", "category": None, "explanation": want}}
 
 
 def test_a_stream_names_the_asked_model():
-    translation = aiapiproxy.translation_of(req(model="claude-sonnet-5-5[1m]"), SETTINGS["openai"])
+    translation = aiapiproxy.checked_translation(req(model="claude-sonnet-5-5[1m]"), SETTINGS["openai"])
     assert events(streamed([SIMPLE], translation))[0]["message"]["model"] == "claude-sonnet-5-5[1m]"
 
 
@@ -2544,7 +2544,7 @@ CHUNKS = [ROLE, ctext("x"), ctext("\n"), ctext("END"), ctext("\ud83d"), creason(
 def test_an_odd_stream_keeps_to_the_order_of_events():
     """Chunks in any order, some of them spoiled: printed() checks what every stream must keep to."""
     dice = random.Random(1)
-    exchanges = [aiapiproxy.translation_of(req(**members), SETTINGS[host]) for host, members in (
+    exchanges = [aiapiproxy.checked_translation(req(**members), SETTINGS[host]) for host, members in (
         ("openai", {"thinking": ADAPTIVE}), ("local", {"thinking": OMITTED}), ("local", ENDING),
         ("openai", ONE_CALL_AT_MOST))]
     for _ in range(3000):
@@ -4370,7 +4370,7 @@ def with_block(block):
 def check_is_served_or_refused(request):
     """Translated, or refused by a sentence that names a field: never anything else."""
     try:
-        translation = aiapiproxy.translation_of(request, SETTINGS["openai"])
+        translation = aiapiproxy.checked_translation(request, SETTINGS["openai"])
         aiapiproxy.json_bytes(translation.body)
         translation.input_estimate()
     except aiapiproxy.ProxyError as error:
@@ -6637,7 +6637,7 @@ def test_runs_of_chunks_give_the_same_bytes_as_each_chunk_by_itself(kind, size, 
     raw = sse([*chunks, cend("stop"), DONE])
 
     def events():
-        translator = aiapiproxy.StreamTranslator(aiapiproxy.translation_of(
+        translator = aiapiproxy.StreamTranslator(aiapiproxy.checked_translation(
             req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]), SETTINGS["local"]), lambda size: "x" * size)
         return b"".join(translator.feed(raw[place:place + size]) for place in range(0, len(raw), size)), translator
 
