@@ -6766,14 +6766,17 @@ def test_the_upstream_request_of_a_large_body_is_dropped_when_it_answers_early()
 PROGRAM = (ROOT / "aiapiproxy.py").read_text(encoding="utf-8")
 TREE = ast.parse(PROGRAM)
 BANNER = re.compile(r"^# (\d+)\. (.+)$", re.M)
+SUB_BANNER = re.compile(r"^# ---- (\d+)\.(\d+) .* -+$", re.M)
+STARTS = sorted([(PROGRAM[:match.start()].count("\n") + 1, (int(match[1]), 0)) for match in
+                 BANNER.finditer(PROGRAM)]
+                + [(PROGRAM[:match.start()].count("\n") + 1, (int(match[1]), int(match[2])))
+                   for match in SUB_BANNER.finditer(PROGRAM)])
+SECOND_PART = PROGRAM[:PROGRAM.index("# PART II. ")].count("\n")
 
 
-STARTS = [(PROGRAM[:match.start()].count("\n") + 1, int(match[1])) for match in BANNER.finditer(PROGRAM)]
-
-
-def section_of(line):
-    """The number of the section that a line stands in; 0 before the first."""
-    return max((number for start, number in STARTS if start <= line), default=0)
+def room_of(line):
+    """(section, sub-section) of a line of the program; (0, 0) before the first section."""
+    return max((start, room) for start, room in [(0, (0, 0)), *STARTS] if start <= line)[1]
 
 
 def defined_names(node):
@@ -6784,33 +6787,56 @@ def defined_names(node):
             if isinstance(name, ast.Name)]
 
 
-SECTIONS = {name: section_of(node.lineno) for node in TREE.body for name in defined_names(node)}
+ROOMS = {name: room_of(node.lineno) for node in TREE.body for name in defined_names(node)}
 
 
 def used_names(node):
-    """(name, line) of what a top-level statement uses from outside itself: annotations count, locals don't."""
-    own = {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and not isinstance(name.ctx, ast.Load)}
+    """(name, line) of the names that a top-level statement uses: annotations count, locals don't."""
+    own = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)
+           and not isinstance(name.ctx, ast.Load)}
     own |= {argument.arg for argument in ast.walk(node) if isinstance(argument, ast.arg)}
-    return [(name.id, name.lineno) for name in ast.walk(node) if isinstance(name, ast.Name) and name.id not in own]
+    return [(name.id, name.lineno) for name in ast.walk(node)
+            if isinstance(name, ast.Name) and name.id not in own]
+
+
+USES = [(room_of(line), ROOMS[name], name, line) for node in TREE.body if defined_names(node)
+        for name, line in used_names(node) if name in ROOMS]
 
 
 def test_a_section_names_nothing_from_a_section_below_it():
-    wrong = [f"line {line}: {name} is of section {SECTIONS[name]}" for node in TREE.body
-             for name, line in used_names(node) if SECTIONS.get(name, 0) > section_of(line) > 0]
+    wrong = [f"line {line}: {name} is of section {there[0]}" for here, there, name, line in USES
+             if there[0] > here[0] > 0]
     assert wrong == []
 
 
-def test_nothing_waits_in_the_first_half():
-    waiting = int(re.search(r"^# (\d+)\. .*waiting starts here", PROGRAM, re.M)[1])
-    wrong = [node.lineno for node in ast.walk(TREE) if 0 < section_of(getattr(node, "lineno", 0)) < waiting and (
-        isinstance(node, (ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith))
-        or (isinstance(node, ast.Name) and node.id in ("asyncio", "socket")))]
+def test_the_sub_sections_of_a_section_form_no_circle():
+    arrows = {(here, there) for here, there, _, _ in USES if here[0] == there[0] and here != there}
+    rooms = {room for arrow in arrows for room in arrow}
+    while rooms:
+        ends = {room for room in rooms if not any(
+            (room, other) in arrows for other in rooms if other != room)}
+        assert ends, f"these name each other: {sorted(rooms)}"
+        rooms -= ends
+
+
+def test_every_sub_section_has_a_number_and_stands_in_its_section():
+    assert re.findall(r"^# ---- (?!\d+\.\d+ ).*", PROGRAM, re.M) == []
+    rooms = [room for _, room in STARTS]
+    assert rooms == sorted(rooms) and len(rooms) == len(set(rooms))
+
+
+def test_nothing_waits_in_the_first_part_and_it_knows_neither_a_socket_nor_a_clock():
+    kinds = (ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith)
+    outside = ("asyncio", "socket", "time", "Settings", "App")
+    wrong = [node.lineno for node in ast.walk(TREE) if room_of(getattr(node, "lineno", 0)) > (0, 0)
+             and node.lineno < SECOND_PART
+             and (isinstance(node, kinds) or (isinstance(node, ast.Name) and node.id in outside))]
     assert wrong == []
 
 
 def test_the_map_in_the_docstring_lists_the_sections():
-    listed = re.findall(r"^ +(\d+) +([A-Z].*?)(?:   .*)?$", ast.get_docstring(TREE), re.M)
-    assert [(number, title) for number, title in listed] == [match.groups() for match in BANNER.finditer(PROGRAM)]
+    listed = re.findall(r"^ +(\d+)  ([A-Z].*?)(?:   .*)?$", ast.get_docstring(TREE), re.M)
+    assert listed == [match.groups() for match in BANNER.finditer(PROGRAM)]
 
 
 def test_only_the_standard_library_is_imported_and_none_of_its_http_clients():
