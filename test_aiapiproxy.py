@@ -430,1128 +430,27 @@ def check_stream(raw, want, asked, host="openai"):
             assert (out if isinstance(out, str) else printed(out)) == want, f"in {len(pieces)}: {pieces[0]!r}"
         seen = out
 
-
-# ============================================================================
-# 2. JSON
-# ============================================================================
-
-MANY_TOOLS = [{"name": f"tool_{place}", "description": 'says "so"\n' * 20, "input_schema": {
-    "type": "object", "properties": {"a": {"type": "string", "default": "x"}}}} for place in range(4)]
-MANY = compact(MANY_TOOLS)
-
-
-@table([
-    ("as clients send them", '{"model":"m","messages":[],"tools":%s,"stream":true}'),
-    ("as the only member", '{"tools":%s}'),
-    ("inside a message, before the true ones", '{"messages":[{"input":{"tools":%s}}],"tools":[1]}'),
-    ("inside a message, behind the true ones", '{"tools":[1],"messages":[{"input":{"tools":%s}}]}'),
-    ("inside a message, the same as the true ones", '{"tools":%s,"messages":[{"input":{"tools":%s}}]}'),
-    ("only inside a message", '{"messages":[{"input":{"tools":%s}}]}'),
-    ("named twice: the last wins", '{"tools":%s,"tools":[1]}'),
-    ("named twice, the last the known ones", '{"tools":[1],"tools":%s}'),
-    ("named twice, once with a blank", '{"tools":%s,"tools": [1]}'),
-    ("with blanks", ' { "tools" : %s } '),
-    ("in an array", '[{"tools":%s}]'),
-    ("with more behind them than before", '{"tools":%s,"x":"\\"tools\\":[","y":[[],{}]}'),
-    ("under a name that ends like theirs", '{"x\\"tools":%s}'),
-], "text")
-def test_tools_that_came_before_are_read_as_the_first_time(text):
-    text = text.replace("%s", MANY)
-    for _ in range(3):
-        assert aiapiproxy.request_value(text) == json.loads(text)
-
-
-def test_tools_that_differ_in_the_type_of_a_number_are_other_tools():
-    for value in ("1", "true", "1.0", '"1"', "1", "true"):
-        text = '{"tools":' + MANY.replace('"x"', value) + "}"
-        found = aiapiproxy.request_value(text)["tools"][3]["input_schema"]["properties"]["a"]["default"]
-        assert compact(found) == value
-
-
-@table([
-    ("behind the tools", '{"tools":%s,"x":}'), ("before the tools", '{"x":,"tools":%s}'),
-    ("in them", '{"tools":[%s,}'), ("no end", '{"tools":%s'), ("an end too many", '{"tools":%s}}'),
-], "text")
-def test_broken_json_around_known_tools_is_told_with_its_place(text):
-    text = text.replace("%s", MANY)
-    aiapiproxy.request_value('{"tools":' + MANY + "}")
-    with pytest.raises(json.JSONDecodeError) as wanted:
-        json.loads(text)
-    with pytest.raises(aiapiproxy.ProxyError) as found:
-        aiapiproxy.request_value(text)
-    assert f"(line {wanted.value.lineno}, column {wanted.value.colno})" in found.value.message
-
-
-def test_what_one_model_was_taught_about_tools_does_not_reach_another():
-    asked = compact(req(tools=[tool("f", {**STRICT, "description": "long " * 300}, strict=True)]))
-    exchanges = [aiapiproxy.checked_translation(aiapiproxy.request_value(asked), SETTINGS["openai"]) for _ in range(3)]
-    before = aiapiproxy.json_bytes(exchanges[0].body)
-    refusal = b'{"error":{"message":"Unknown parameter: tools[0].function.strict","param":"tools[0].function.strict"}}'
-    assert aiapiproxy.adjustment_for(400, refusal, exchanges[1])[0].name == "strict_dropped"
-    assert "strict" not in exchanges[1].body["tools"][0]["function"]
-    assert aiapiproxy.json_bytes(exchanges[2].body) == before
-    aiapiproxy.apply_adjustments({"strict_dropped": True}, exchanges[2])
-    assert b'"strict"' not in aiapiproxy.json_bytes(exchanges[2].body)
-    again = aiapiproxy.checked_translation(aiapiproxy.request_value(asked), SETTINGS["openai"])
-    assert aiapiproxy.json_bytes(again.body) == before
-
-
-# ============================================================================
-# 4. TOKENS
-# ============================================================================
-
-SCHEMA = '{"type":"object","properties":{}}'
-
-
-def test_estimate_of_a_request():
-    def estimate(*messages, **members):
-        asked = req(list(messages), **members)
-        return aiapiproxy.estimated_request_tokens(aiapiproxy.checked_translation(asked, SETTINGS["openai"]).body)
-
-    tokens = aiapiproxy.estimated_tokens
-    assert estimate(usr("Hi")) == 8
-    assert estimate(usr("Hi"), asst("Hello there"), usr("Hi")) == 8 + 4 + tokens("Hello there") + 4 + tokens("Hi")
-    assert estimate(usr([txt("Hi"), img])) == 8 + 1600
-    assert estimate(usr([txt("Hi"), doc(PDF)])) == 8 + 2000
-    assert estimate(usr("Hi"), tools=[tool("f")]) == 8 + 8 + tokens("f") + tokens(SCHEMA)
-    assert estimate(usr("Hi"), asst([use("call_1")]), usr([res("call_1", "Hello")])) == (
-        8 + 4 + tokens("f") + tokens("{}") + 4 + tokens("Hello"))
-    assert estimate(usr("Hi"), **output(STRICT)) == 8 + tokens(compact(STRICT))
-
-
-def test_estimate_of_a_text():
-    assert aiapiproxy.estimated_tokens("") == 0
-    assert aiapiproxy.estimated_tokens("Hi") == 1
-    assert aiapiproxy.estimated_tokens("Hello world, " * 100) > 100
-
-
-# ============================================================================
-# 5. REQUEST: ANTHROPIC TO OPENAI
-# ============================================================================
-
-PLAIN = {"model": "gpt-4o", "messages": [usr("Hi")], "max_tokens": 100}
-STREAMED = {**PLAIN, "stream": True, "stream_options": {"include_usage": True}}
-
-
-class Exactly(dict):
-    """The whole body; a plain dict names some of its members, None standing for "not sent"."""
-
-
-def check_body(body, want):
-    assert (body if isinstance(want, Exactly) else {name: body.get(name) for name in want}) == want
-
-
-ID_FIELDS = {"metadata": {"user_id": "user-1"}}
-NO_IDS = {"safety_identifier": None, "prompt_cache_key": None, "user": None, "metadata": None}
-
-FIELDS = [
-    ("the plain request", "openai", req(), Exactly(PLAIN)),
-    ("a stream asks for its usage", "openai", req(stream=True), Exactly(STREAMED)),
-    ("Mistral does not know stream_options", "mistral", req(stream=True),
-     {"stream": True, "stream_options": None}),
-    *[(f"{host} knows stream_options", host, req(stream=True), {"stream_options": {"include_usage": True}})
-      for host in ("azure", "openrouter", "deepseek", "gemini", "local")],
-    ("stream false is not sent", "openai", req(stream=False), Exactly(PLAIN)),
-    ("a null field is absent", "openai", req(stream=None, system=None, tools=None, thinking=None, metadata=None,
-                                           stop_sequences=None, tool_choice=None, output_config=None,
-                                           compaction=None, mcp_servers=None), Exactly(PLAIN)),
-    ("an answer of up to 8192 tokens is not streamed", "openai", req(max_tokens=8192), {"stream": None}),
-    ("a longer one is, to see that it lives", "openai", req(max_tokens=8193), {"stream": True}),
-    ("what counts there is the limit sent", "openai", req(model="gpt-4-turbo", max_tokens=16000),
-     {"stream": None}),
-    ("an o-series model takes max_completion_tokens", "openai", req(model="o3"),
-     {"max_completion_tokens": 100, "max_tokens": None}),
-    *[(f"{name} takes max_completion_tokens", host, req(model=name),
-       {"model": name, "max_completion_tokens": 100, "max_tokens": None})
-      for host, name in (("openai", "gpt-5"), ("openai", "gpt-5-chat-latest"), ("local", "openai/gpt-5-mini"),
-                         ("openai", "codex-mini-latest"), ("openai", "gpt-5.1:floor"),
-                         ("openai", "ft:o4-mini:me"))],
-    *[(f"{name} takes max_tokens", "openai", req(model=name),
-       {"max_tokens": 100, "max_completion_tokens": None})
-      for name in ("gpt-4.1", "gpt-4o-mini", "olmo-2", "my-gpt-5")],
-    ("a Claude name is mapped by its family", "local", req(), {"model": "qwen3:8b", "max_tokens": 100}),
-    ("opus", "openai", req(model="claude-opus-5-5"), {"model": "gpt-5.1"}),
-    ("haiku, in any case", "openai", req(model="Claude-HAIKU-4-5"), {"model": "gpt-4o-mini"}),
-    ("another Claude name is sonnet", "openai", req(model="claude-new"), {"model": "gpt-4o"}),
-    ("[1m] is cut off", "openai", req(model="claude-sonnet-5-5[1m]"), {"model": "gpt-4o"}),
-    ("max_tokens is capped at what the model can", "openai", req(max_tokens=32000), {"max_tokens": 16384}),
-    *[(f"the cap of {name} is {cap}", "openai", req(model=name, max_tokens=200000), {"max_tokens": cap})
-      for name, cap in (("gpt-4o-2024-05-13", 4096), ("chatgpt-4o-latest", 16384), ("gpt-4.1", 32768),
-                        ("gpt-4-turbo", 4096), ("gpt-3.5-turbo", 4096), ("gpt-4", 4096), ("gpt-4-0613", 4096),
-                        ("gpt-4-32k", 8192), ("openai/gpt-4o", 16384), ("llama", 200000))],
-    *[(f"the cap of {name} is {cap}", "openai", req(model=name, max_tokens=200000),
-       {"max_completion_tokens": cap})
-      for name, cap in (("gpt-5-chat-latest", 16384), ("gpt-5.2", 128000), ("o1-mini", 65536),
-                        ("o3", 100000))],
-    ("an unknown model has no cap", "local", req(max_tokens=32000), {"max_tokens": 32000}),
-    ("sampling is passed but for top_k", "openai", req(temperature=0.2, top_p=0.9, top_k=40),
-     Exactly({**PLAIN, "temperature": 0.2, "top_p": 0.9})),
-    ("a temperature out of range is left to the upstream", "openai", req(temperature=1.5),
-     {"temperature": 1.5}),
-    ("reasoning models take neither sampling nor stop", "openai",
-     req(model="o4-mini", temperature=0.2, top_p=0.9, stop_sequences=["x"]),
-     {"temperature": None, "top_p": None, "stop": None}),
-    ("the first four stop sequences that are not empty", "openai",
-     req(stop_sequences=["a", "", "b", "c", "d", "e"]),
-     {"stop": ["a", "b", "c", "d"]}),
-    ("one stop sequence is a list too", "openai", req(stop_sequences=["END"]), {"stop": ["END"]}),
-    ("no stop sequence", "openai", req(stop_sequences=[]), {"stop": None}),
-    ("only empty stop sequences", "openai", req(stop_sequences=[""]), {"stop": None}),
-    ("the user's id goes to OpenAI hashed", "openai", req(**ID_FIELDS),
-     {**NO_IDS, "prompt_cache_key": "aap-c6c289e49e9c05b2145860387b73bcb1",
-      "safety_identifier": "c6c289e49e9c05b2145860387b73bcb18df43fb09a1e4a4a9713c76c88bb541b"}),
-    *[(f"and not to {host}", host, req(**ID_FIELDS), NO_IDS) for host in HOSTS if host != "openai"],
-    ("metadata without an id", "openai", req(metadata={"foo": "x"}), Exactly(PLAIN)),
-    ("standard_only is OpenAI's default tier", "openai", req(service_tier="standard_only"),
-     {"service_tier": "default"}),
-    ("service tier auto is nothing", "openai", req(service_tier="auto"), {"service_tier": None}),
-    ("service tiers are OpenAI's alone", "local", req(service_tier="standard_only"), {"service_tier": None}),
-    ("what the upstream cannot know is dropped", "openai",
-     req(cache_control={"type": "ephemeral"}, container="c1", inference_geo="us", diagnostics={}, speed="fast",
-       context_management={"edits": [{"type": "clear_thinking_20251015"}]}, safeguards=[{}], betas=["x"],
-       anthropic_version="y", foo=1, fallbacks=[], user_profile_id="u", workspace_id="w", top_k=1,
-       output_config={"task_budget": {"tokens": 1}}), Exactly(PLAIN)),
-    ("an OpenAI field of the client is not passed", "openai",
-     req(n=2, user="u", seed=1, logprobs=True, store=True, verbosity="low", functions=[],
-       reasoning_effort="high",
-       response_format={"type": "json_object"}, max_completion_tokens=7, stop="x"), Exactly(PLAIN)),
-    ("no MCP servers", "openai", req(mcp_servers=[]), Exactly(PLAIN)),
-]
-
-
-@table(FIELDS, "host, asked, want")
-def test_field(host, asked, want):
-    check_body(sent(asked, host), want)
-
-
-def test_the_session_decides_the_prompt_cache_key():
-    body = sent(req(**ID_FIELDS), session_id="sess-1")
-    assert body["prompt_cache_key"] == "aap-abe633f3a47a2758174eabe9160daf36"
-    assert sent(req(), session_id="sess-1")["prompt_cache_key"] == body["prompt_cache_key"]
-    assert "safety_identifier" not in sent(req(), session_id="sess-1")
-    assert "prompt_cache_key" not in sent(req(**ID_FIELDS), "local", "sess-1")
-
-
-# ---- Thinking and effort
-
-EFFORTS = [  # model, request members, reasoning_effort
-    ("a budget under 4096 is low", "gpt-5", {"thinking": enabled(2000)}, "low"),
-    ("a budget under 16384 is medium", "gpt-5", {"thinking": enabled(8000)}, "medium"),
-    ("a budget of 4096 is medium", "gpt-5", {"thinking": enabled(4096)}, "medium"),
-    ("a budget of 16384 is high", "gpt-5", {"thinking": enabled(16384)}, "high"),
-    ("a budget that is no integer is nothing", "gpt-5", {"thinking": enabled("many")}, None),
-    ("effort wins over a budget", "gpt-5", {"thinking": enabled(8000), **effort("low")}, "low"),
-    ("adaptive without effort is nothing", "gpt-5", {"thinking": ADAPTIVE}, None),
-    ("adaptive with effort", "gpt-5", {"thinking": ADAPTIVE, **effort("high")}, "high"),
-    ("an unknown kind of thinking is nothing", "gpt-5", {"thinking": {"type": "new"}}, None),
-    ("disabled: the lowest that gpt-5 has", "gpt-5", {"thinking": DISABLED}, "minimal"),
-    ("disabled: gpt-5.1 has none", "gpt-5.1", {"thinking": DISABLED}, "none"),
-    ("disabled: the lowest that o3 has", "o3", {"thinking": DISABLED}, "low"),
-    ("disabled: gpt-4o does not know effort", "gpt-4o", {"thinking": DISABLED}, None),
-    ("disabled replaces an effort", "gpt-5.1", {"thinking": DISABLED, **effort("high")}, "none"),
-    ("between_tools is disabled", "gpt-5.1", {"thinking": {"type": "between_tools"}}, "none"),
-    *[(f"effort {asked} for {model}", model, effort(asked), want) for model, asked, want in (
-        ("o3", "max", "high"), ("gpt-5.1", "max", "high"), ("gpt-5.2", "max", "xhigh"),
-        ("gpt-5.6", "max", "max"),
-        ("gpt-5.6", "xhigh", "xhigh"), ("gpt-6", "max", "max"), ("gpt-5-pro", "low", "high"),
-        ("gpt-5-codex", "max", "high"), ("gpt-5.10", "max", "max"), ("gpt-4o", "max", None),
-        ("o1-mini", "high", None),
-        ("gpt-5-chat-latest", "high", None), ("gpt-5.1", "huge", None), ("grok-3-mini", "medium", "low"))],
-    ("from gpt-5.4 on without tools", "gpt-5.4", effort("high"), "high"),
-    ("from gpt-5.4 on tools forbid effort", "gpt-5.4", {**effort("high"), "tools": [tool("f")]}, "none"),
-    ("also where none was asked", "gpt-5.6", {"tools": [tool("f")]}, "none"),
-    ("before gpt-5.4 they do not", "gpt-5.2", {**effort("high"), "tools": [tool("f")]}, "high"),
-    ("tools that are not sent forbid nothing", "gpt-5.4", {**effort("high"), "tools": [WEB_SEARCH]}, "high"),
-    ("a later system message has the last word", "gpt-5.2", {**effort("low"), "messages": [
-        usr("a"), sysm("b", **effort("high")), usr("c")]}, "high"),
-    ("the newest of them", "gpt-5.2", {"messages": [
-        usr("a"), sysm("b", **effort("high")), usr("c"), sysm("", **effort("low")), sysm("d")]}, "low"),
-]
-
-
-@table(EFFORTS, "model, members, want")
-def test_effort(model, members, want):
-    check_body(sent(req(**{"model": model, **members})),
-               {"reasoning_effort": want, "thinking": None, "reasoning": None})
-
-
-OTHER_EFFORTS = [
-    ("OpenRouter has its own field", "openrouter", effort("high"),
-     {"reasoning": {"effort": "high"}, "reasoning_effort": None}),
-    ("OpenRouter, disabled", "openrouter", {"thinking": DISABLED}, {"reasoning": {"enabled": False}}),
-    ("OpenRouter, neither", "openrouter", {}, {"reasoning": None, "reasoning_effort": None}),
-    ("DeepSeek thinks only when told", "deepseek", {},
-     {"thinking": {"type": "disabled"}, "reasoning_effort": None}),
-    *[(f"DeepSeek, effort {asked}", "deepseek", {"thinking": ADAPTIVE, **effort(asked)},
-       {"thinking": {"type": "enabled"}, "reasoning_effort": want})
-      for asked, want in (("low", "low"), ("medium", "high"), ("high", "high"), ("xhigh", "max"),
-                          ("max", "max"))],
-    ("deepseek-reasoner has no switch", "deepseek", {"model": "deepseek-reasoner", "thinking": ADAPTIVE},
-     {"thinking": None}),
-    ("gpt-oss", "local", {"model": "claude-opus-5", **effort("xhigh")}, {"reasoning_effort": "high"}),
-    ("a model without a list", "local", effort("high"), {"reasoning_effort": None}),
-    ("gpt-5.4 with tools elsewhere", "local", {"model": "gpt-5.4", **effort("high"), "tools": [tool("f")]},
-     {"reasoning_effort": "high"}),
-    ("Gemini", "gemini", {"model": "gemini-2.5-pro", **effort("max")}, {"reasoning_effort": "high"}),
-    ("a Gemini name at OpenAI", "openai", {"model": "gemini-2.5-pro", **effort("max")},
-     {"reasoning_effort": None}),
-]
-
-
-@table(OTHER_EFFORTS, "host, members, want")
-def test_effort_elsewhere(host, members, want):
-    check_body(sent(req(**members), host), want)
-
-
-# ---- Structured output
-
-ONE_JSON_VALUE = "Answer with one JSON value only, no other text, that matches this JSON schema: "
-
-FORMATS = [
-    ("a schema that qualifies is strict", "openai", output(STRICT),
-     {"response_format": response_format(STRICT, True)}),
-    ("one that does not is sent all the same", "openai", output(LOOSE),
-     {"response_format": response_format(LOOSE, False)}),
-    ("cleaned up", "openai", output({"$schema": "s", "title": "t"}),
-     {"response_format": response_format({"title": "t", "type": "object", "properties": {}}, False)}),
-    ("the older name", "openai", {"output_format": output(STRICT)["output_config"]["format"]},
-     {"response_format": response_format(STRICT, True), "output_format": None}),
-    ("the newer name wins", "openai", {**output(STRICT), "output_format": {"type": "text"}},
-     {"response_format": response_format(STRICT, True)}),
-    ("DeepSeek is told in words", "deepseek", output(STRICT),
-     {"response_format": {"type": "json_object"},
-      "messages": [sysm(ONE_JSON_VALUE + compact(STRICT)), usr("Hi")]}),
-    ("and after everything else", "deepseek", {**output(STRICT), "system": "s", "tools": [WEB_SEARCH]},
-     {"messages": [sysm("s\n\nNot available in this session: web_search. Do not claim to have used them.\n\n"
-                     + ONE_JSON_VALUE + compact(STRICT)), usr("Hi")]}),
-]
-
-
-@table(FORMATS, "host, members, want")
-def test_structured_output(host, members, want):
-    check_body(sent(req(**members), host), want)
-
-
-# ---- Tools
-
-def deferred(name): return tool(name, defer_loading=True)
-def reference(name): return {"type": "tool_reference", "tool_name": name}
-def removal(name): return {"type": "tool_removal", "tool": {"type": "tool_reference", "name": name}}
-def addition(tool): return {"type": "tool_addition", "tool": tool}
-def note(names): return f"Not available in this session: {names}. Do not claim to have used them."
-
-
-def choice(kind, name=None, **members):
-    named = {} if name is None else {"name": name}
-    return {"tool_choice": {"type": kind, **named, **members}}
-
-
-SEARCH = [tool("ToolSearch"), deferred("f"), tool("g")]
-FOUND = [usr("a"), asst([use("call_1", "ToolSearch")]), usr([res("call_1", [reference("f")])])]
-NAMED_F = {"type": "function", "function": {"name": "f"}}
-NO_TOOLS = {"tools": None, "tool_choice": None, "parallel_tool_calls": None}
-DEFINED = {"type": "tool_definition", "definition": tool("h")}
-
-TOOLS = [
-    ("a tool is a function", {"tools": [tool("f")]}, {**NO_TOOLS, "tools": [fn("f")]}),
-    ("with its description", {"tools": [tool("f", description="d")]}, {"tools": [fn("f", description="d")]}),
-    ("but not an empty one", {"tools": [tool("f", description="")]}, {"tools": [fn("f")]}),
-    ("type custom", {"tools": [tool("f", type="custom")]}, {"tools": [fn("f")]}),
-    ("no tools", {"tools": []}, NO_TOOLS),
-    ("no tools, no choice", {"tools": [], **choice("auto", disable_parallel_tool_use=True)}, NO_TOOLS),
-    ("choice auto", {"tools": [tool("f")], **choice("auto")},
-     {"tool_choice": "auto", "parallel_tool_calls": None}),
-    ("choice any", {"tools": [tool("f")], **choice("any")}, {"tool_choice": "required"}),
-    ("choice none still sends the tools", {"tools": [tool("f")], **choice("none")},
-     {"tool_choice": "none", "tools": [fn("f")]}),
-    ("choice of one tool", {"tools": [tool("f")], **choice("tool", "f")}, {"tool_choice": NAMED_F}),
-    ("not in parallel", {"tools": [tool("f")], **choice("any", disable_parallel_tool_use=True)},
-     {"tool_choice": "required", "parallel_tool_calls": False}),
-    ("the o-series does not know that field", {"model": "o3", "tools": [tool("f")],
-                                               **choice("any", disable_parallel_tool_use=True)},
-     {"tool_choice": "required", "parallel_tool_calls": None}),
-    ("in parallel is nothing", {"tools": [tool("f")], **choice("auto", disable_parallel_tool_use=False)},
-     {"tool_choice": "auto", "parallel_tool_calls": None}),
-    ("one name is legal everywhere", {"tools": [tool("my.tool")], **choice("tool", "my.tool"),
-                                      "messages": [usr("a"), asst([use("call_1", "my.tool")]),
-                                                   usr([res("call_1", "ok")])]},
-     {"tools": [fn("my_tool_bca2c361")],
-      "tool_choice": {"type": "function", "function": {"name": "my_tool_bca2c361"}},
-      "messages": [usr("a"), msg(None, [call("call_1", "my_tool_bca2c361")]), tmsg("call_1", "ok")]}),
-    ("a server tool is not sent, and the model is told", {"tools": [WEB_SEARCH]},
-     {**NO_TOOLS, "messages": [sysm(note("web_search")), usr("Hi")]}),
-    ("the note is the last paragraph", {"system": "Be brief.", "tools": [
-        tool("f"), WEB_SEARCH, {"type": "code_execution_20250825", "name": "code_execution"}]},
-     {"tools": [fn("f")], "messages": [sysm("Be brief.\n\n" + note("web_search, code_execution")), usr("Hi")]}),
-    *[(f"{kind} is a server tool", {"tools": [{"type": kind, "name": "x"}]},
-       {"tools": None, "messages": [sysm(note("x")), usr("Hi")]})
-      for kind in ("web_fetch_20260318", "advisor_20260301", "future_tool_20270101")],
-    ("an auto choice goes with its last tool", {"tools": [WEB_SEARCH], **choice("auto")}, NO_TOOLS),
-    ("a tool search of the server is silent, and everything is loaded",
-     {"tools": [{"type": "tool_search_tool_bm25_20251119", "name": "tool_search_tool_bm25"}, deferred("f")]},
-     {"tools": [fn("f")], "messages": [usr("Hi")]}),
-    ("a tool search of the client defers tools", {"tools": SEARCH}, {"tools": [fn("ToolSearch"), fn("g")]}),
-    ("a tool found is sent last", {"tools": SEARCH, "messages": FOUND},
-     {"tools": [fn("ToolSearch"), fn("g"), fn("f")]}),
-    ("so is a tool called before",
-     {"tools": SEARCH, "messages": [usr("a"), asst([use("c", "f")]), usr([res("c", "1")])]},
-     {"tools": [fn("ToolSearch"), fn("g"), fn("f")]}),
-    ("so is the one chosen", {"tools": SEARCH, **choice("tool", "f")},
-     {"tools": [fn("ToolSearch"), fn("g"), fn("f")], "tool_choice": NAMED_F}),
-    ("so is one added", {"tools": SEARCH, "messages": [
-        usr("a"), sysm([addition({"type": "tool_reference", "name": "f"})])]},
-     {"tools": [fn("ToolSearch"), fn("g"), fn("f")]}),
-    ("a removed tool is not sent", {"tools": [tool("f"), tool("g")], "messages": [usr("a"), sysm([removal("f")])]},
-     {"tools": [fn("g")], "messages": [usr("a")]}),
-    ("unless it comes back", {"tools": [tool("f"), tool("g")], "messages": [
-        usr("a"), sysm([removal("f"), addition({"type": "tool_reference", "name": "f"})])]},
-        {"tools": [fn("f"), fn("g")]}),
-    ("a tool defined on the way", {"tools": [tool("f")], "messages": [usr("a"), sysm([addition(DEFINED)])]},
-     {"tools": [fn("f"), fn("h")]}),
-    ("an unknown type with a schema is a tool", {"tools": [tool("x", type="future_tool_20270101")]},
-     {"tools": [fn("x")]}),
-    ("what OpenAI does not know of a tool is dropped",
-     {"tools": [tool("f", cache_control={"type": "ephemeral"}, input_examples=[{}], eager_input_streaming=True,
-                  allowed_callers=["direct"], strict=None, citations={})]}, {"tools": [fn("f")]}),
-    ("strict, where the schema qualifies", {"tools": [tool("f", STRICT, strict=True)]},
-     {"tools": [fn("f", STRICT, strict=True)]}),
-    ("not strict, where it does not", {"tools": [tool("f", LOOSE, strict=True)]}, {"tools": [fn("f", LOOSE)]}),
-]
-
-
-@table(TOOLS, "members, want")
-def test_tools(members, want):
-    check_body(sent(req(**members)), want)
-
-
-def test_strict_is_sent_only_where_it_is_known():
-    asked = req(tools=[tool("f", STRICT, strict=True)])
-    assert sent(asked, "azure")["tools"] == [fn("f", STRICT, strict=True)]
-    for host in ("openrouter", "deepseek", "mistral", "gemini", "local"):
-        assert sent(asked, host)["tools"] == [fn("f", STRICT)]
-
-
-@table([
-    ("dots become underscores, with a hash", "my.tool", "my_tool_bca2c361"),
-    ("a long MCP name", "mcp__claude_ai_Google_Calendar_and_Contacts__list_calendar_events_for_user",
-     "mcp__claude_ai_Google_Calendar_and_Contacts__list_calen_52cbfaf7"),
-    ("64 characters are allowed", "a" * 64, "a" * 64),
-    ("65 are not", "a" * 65, "a" * 55 + "_635361c4"),
-])
-def test_tool_name(given, want):
-    assert sent(req(tools=[tool(given)]))["tools"] == [fn(want)]
-
-
-@table([("made first", ("my.tool", "my_tool_bca2c361")),
-        ("made last", ("my_tool_bca2c361", "my.tool"))], "names")
-def test_a_made_name_is_never_that_of_another_tool(names):
-    asked = req(tools=[tool(name) for name in names])
-    functions = [tool["function"]["name"] for tool in sent(asked)["tools"]]
-    assert len(set(functions)) == 2 and "my_tool_bca2c361" in functions
-    answer = completion(calling(*[call(f"call_{name}", name) for name in functions]))
-    assert [block["name"] for block in answered(answer, asked)["content"]] == list(names)
-
-
-EDITOR = {"command": "string", "path": "string", "file_text": "string", "old_str": "string",
-          "new_str": "string",
-          "insert_line": "integer", "view_range": "array"}
-SCREEN = {"action": "string", "coordinate": "array", "start_coordinate": "array", "text": "string",
-          "scroll_direction": "string", "scroll_amount": "integer", "duration": "number", "region": "array"}
-OLD_ACTIONS = ["key", "type", "mouse_move", "left_click", "left_click_drag", "right_click", "middle_click",
-               "double_click", "screenshot", "cursor_position"]
-ACTIONS = OLD_ACTIONS + ["left_mouse_down", "left_mouse_up", "triple_click", "scroll", "hold_key", "wait"]
-
-CLIENT_TOOLS = [  # type, properties, required, the values of command or action
-    ("the shell", "bash_20250124", {"command": "string", "restart": "boolean"}, [], None),
-    ("a newer shell is taken as the newest known", "bash_20270101",
-     {"command": "string", "restart": "boolean"}, [],
-     None),
-    ("the older editor", "text_editor_20250124", EDITOR, ["command", "path"],
-     ["view", "create", "str_replace", "insert", "undo_edit"]),
-    ("the newer editor", "text_editor_20250728", {**EDITOR, "insert_text": "string"}, ["command", "path"],
-     ["view", "create", "str_replace", "insert"]),
-    ("the memory", "memory_20250818",
-     {**EDITOR, "insert_text": "string", "old_path": "string", "new_path": "string"}, ["command"],
-     ["view", "create", "str_replace", "insert", "delete", "rename"]),
-    ("the first computer", "computer_20241022", SCREEN, ["action"], OLD_ACTIONS),
-    ("the computer", "computer_20250124", SCREEN, ["action"], ACTIONS),
-    ("the newest computer", "computer_20251124", SCREEN, ["action"], ACTIONS),
-]
-
-
-@table(CLIENT_TOOLS, "kind, properties, required, values")
-def test_client_tool(kind, properties, required, values):
-    tool = {"type": kind, "name": "its_name", "display_width_px": 1024, "display_height_px": 768}
-    (function,) = [each["function"] for each in sent(req(tools=[tool]))["tools"]]
-    parameters = function["parameters"]
-    assert function["name"] == "its_name" and parameters["type"] == "object"
-    assert {name: schema["type"] for name, schema in parameters["properties"].items()} == properties
-    assert sorted(parameters.get("required", [])) == required
-    for member in {"command", "action"} & properties.keys() if values else ():
-        assert sorted(parameters["properties"][member]["enum"]) == sorted(values)
-    if kind.startswith("computer"):
-        assert "1024" in function["description"] and "768" in function["description"]
-        assert sorted(parameters["properties"]["scroll_direction"]["enum"]) == ["down", "left", "right", "up"]
-
-
-def test_an_editor_tells_its_limit():
-    (editor,) = sent(req(tools=[{"type": "text_editor_20250728", "name": "e",
-                               "max_characters": 12345}]))["tools"]
-    assert "12345" in editor["function"]["description"]
-
-
-def test_zoom_is_an_action_only_where_it_is_enabled():
-    tool = {"type": "computer_20251124", "name": "computer", "display_width_px": 9, "display_height_px": 9}
-    (zooming,) = sent(req(tools=[{**tool, "enable_zoom": True}]))["tools"]
-    assert zooming["function"]["parameters"]["properties"]["action"]["enum"][-1] == "zoom"
-
-
-OPEN_BRANCHES = {"anyOf": [{"type": "object", "properties": {"a": {}}, "required": ["a", "k"]},
-                           {"type": "object", "properties": {"b": {}}, "required": ["k"]}]}
-
-
-def inside(schema): return {"type": "object", "properties": {"a": schema}}
-
-
-SCHEMAS = [
-    ("type and properties are added", {}, {"type": "object", "properties": {}}),
-    ("a type that is not object alone", {"type": ["object", "null"]}, {"type": "object", "properties": {}}),
-    ("properties null", {"type": "object", "properties": None}, {"type": "object", "properties": {}}),
-    ("an array without items is kept", inside({"type": "array"}), inside({"type": "array"})),
-    ("branches at the root are kept", OPEN_BRANCHES, {**OPEN_BRANCHES, "type": "object", "properties": {}}),
-    ("$schema goes", {"$schema": "s", **inside({})}, inside({})),
-    ("the rest stays",
-     inside({"additionalProperties": False, "pattern": "p", "format": "f", "propertyNames": {},
-             "default": 1, "anyOf": [{"allOf": [{}]}], "$schema": "nested"}),
-     inside({"additionalProperties": False, "pattern": "p", "format": "f", "propertyNames": {},
-             "default": 1, "anyOf": [{"allOf": [{}]}], "$schema": "nested"})),
-    ("an object inside gets properties", inside({"type": "object"}),
-     inside({"type": "object", "properties": {}})),
-    ("also deep inside", inside({"type": "array", "items": {"anyOf": [{"type": "object"}]}}),
-     inside({"type": "array", "items": {"anyOf": [{"type": "object", "properties": {}}]}})),
-    ("but not where additionalProperties say it", inside({"type": "object", "additionalProperties": {}}),
-     inside({"type": "object", "additionalProperties": {}})),
-    ("values are no schemas", inside({"default": {"type": "object"}, "enum": [{"type": "object"}],
-                                      "const": {"type": "object"}, "examples": [{"type": "object"}]}),
-     inside({"default": {"type": "object"}, "enum": [{"type": "object"}],
-             "const": {"type": "object"}, "examples": [{"type": "object"}]})),
-    ("required null is kept until it is refused", {**inside({}), "required": None},
-     {**inside({}), "required": None}),
-]
-
-
-@table(SCHEMAS)
-def test_schema(given, want):
-    assert sent(req(tools=[{"name": "f", "input_schema": given}]))["tools"] == [fn("f", want)]
-
-
-# ---- System and conversation
-
-def reminder(text): return f"<system-reminder>\n{text}\n</system-reminder>"
-def billing(text): return txt(f"x-anthropic-billing-header: {text}")
-
-
-ASKED, CALLED = [usr("a"), asst([use("call_1")])], [usr("a"), msg(None, [call("call_1")])]
-ASKED_TWO = [usr("a"), asst([use("call_1"), use("call_2", "g")])]
-CALLED_TWO = [usr("a"), msg(None, [call("call_1"), call("call_2", "g")])]
-LONG_ID = "toolu_" + "x" * 40
-EXTRA = {"google": {"thought_signature": "sig"}}
-
-
-def with_extra(id, extra):
-    """The id under which a client has a call with its thought signature."""
-    return "toolu_xAbC123_" + encoded(zlib.compress(json.dumps([id, extra]).encode()))
-
-
-def conversation_with(id):
-    return [usr("a"), asst([use(id)]), usr([res(id, "ok")])], [usr("a"), msg(None, [call(id)]), tmsg(id, "ok")]
-
-
-def ids_kept(sentence, id, host="openai"):
-    given, want = conversation_with(id)
-    return sentence, host, {"messages": given}, want
-
-
-def ids_sent(sentence, id, want, host="openai"):
-    return sentence, host, {"messages": conversation_with(id)[0]}, conversation_with(want)[1]
-
-
-CONVERSATIONS = [  # request members, all messages sent
-    ("system text is the first message", "openai", {"system": "S"}, [sysm("S"), usr("Hi")]),
-    ("its blocks are paragraphs", "openai", {"system": [txt("a"), txt(""), txt("b")]},
-     [sysm("a\n\nb"), usr("Hi")]),
-    ("empty system text is none", "openai", {"system": ""}, [usr("Hi")]),
-    ("only empty blocks are none", "openai", {"system": [txt("")]}, [usr("Hi")]),
-    ("marks are dropped", "openai", {"system": [{**txt("a"), "cache_control": {"type": "ephemeral"}}]},
-     [sysm("a"), usr("Hi")]),
-    ("the client's attribution is no instruction", "openai",
-     {"system": [billing("cc_version=2; cc_entrypoint=cli;"), txt("b")]}, [sysm("b"), usr("Hi")]),
-    ("and alone is nothing", "openai", {"system": [billing("cc_version=2;")]}, [usr("Hi")]),
-    ("system messages in front join the system text", "openai", {"system": "a", "messages": [sysm("b"), usr("c")]},
-     [sysm("a\n\nb"), usr("c")]),
-    *[(f"a later system message is a reminder, {host}", host, {"messages": [usr("a"), sysm("b"), usr("c")]},
-       [usr(f"a\n\n{reminder('b')}\n\nc")]) for host in HOSTS],
-    ("at the end too", "openai", {"messages": [usr("a"), sysm("b")]}, [usr("a\n\n" + reminder("b"))]),
-    ("after an assistant's message it goes to the user's next", "openai",
-     {"messages": [usr("a"), asst("x"), sysm("b"), usr("c")]}, [usr("a"), asst("x"), usr(f"{reminder('b')}\n\nc")]),
-    ("between two assistant messages it is a user message", "openai",
-     {"messages": [usr("a"), asst("x"), sysm("b"), asst("y"), usr("c")]},
-     [usr("a"), asst("x"), usr(reminder("b")), asst("y"), usr("c")]),
-    ("beside results alone it joins the last of them", "openai",
-     {"messages": ASKED + [sysm("b"), usr([res("call_1", "ok")])]},
-     CALLED + [tmsg("call_1", f"ok\n\n{reminder('b')}")]),
-    ("after results too", "openai",
-     {"messages": ASKED_TWO + [usr([res("call_1", "1"), res("call_2", "2")]), sysm("b")]},
-     CALLED_TWO + [tmsg("call_1", "1"), tmsg("call_2", f"2\n\n{reminder('b')}")]),
-    ("beside text it joins the text", "openai",
-     {"messages": ASKED + [sysm("b"), usr([res("call_1", "ok"), txt("t")])]},
-     CALLED + [tmsg("call_1", "ok"), usr(f"{reminder('b')}\n\nt")]),
-    ("one for a single turn is gone in the next", "openai",
-     {"messages": [usr("a"), sysm("b", clear_at="next_user_message"), asst("x"), usr("c")]}, [usr("a"), asst("x"), usr("c")]),
-    ("and there in its own", "openai", {"messages": [usr("a"), sysm("b", clear_at="next_user_message")]},
-     [usr("a\n\n" + reminder("b"))]),
-    ("one without content only sets the effort", "openai",
-     {"messages": [usr("a"), {"role": "system", **effort("low")}, sysm(""), sysm([])]}, [usr("a")]),
-    ("an unknown block of a system message is dropped", "openai",
-     {"messages": [usr("a"), sysm([{"type": "new"}])]},
-     [usr("a")]),
-    ("two user messages are one", "openai", {"messages": [usr("a"), usr("b")]}, [usr("a\n\nb")]),
-    ("two assistant messages are one", "openai", {"messages": [usr("a"), asst("x"), asst("y"), usr("b")]},
-     [usr("a"), asst("xy"), usr("b")]),
-    ("also when what lay between them vanished", "openai", {"messages": [usr("a"), asst(""), usr("b")]},
-     [usr("a\n\nb")]),
-    ("an assistant message of redacted thinking alone is none", "openai",
-     {"messages": [usr("a"), asst([{"type": "redacted_thinking", "data": "d"}]), usr("b")]}, [usr("a\n\nb")]),
-    ("white space in text is kept", "openai", {"messages": [usr(" a\n"), asst(" x\n"), usr("\tb ")]},
-     [usr(" a\n"), asst(" x\n"), usr("\tb ")]),
-    ("half a surrogate pair is replaced", "openai", {"messages": [usr("a\ud83db")]}, [usr("a\ufffdb")]),
-    ("a whole one is a character", "openai", {"messages": [usr("\ud83d\ude00")]}, [usr("\U0001f600")]),
-    ("a call and its result", "openai",
-     {"messages": [usr("a"), asst([txt("x"), use("call_1", "f", {"a": 1})]), usr([res("call_1", "ok")])]},
-     [usr("a"), msg("x", [call("call_1", "f", '{"a":1}')]), tmsg("call_1", "ok")]),
-    ("arguments are ASCII", "openai",
-     {"messages": [usr("a"), asst([use("call_1", "f", {"a": "\u00e9"})]), usr([res("call_1", "ok")])]},
-     [usr("a"), msg(None, [call("call_1", "f", '{"a":"\\u00e9"}')]), tmsg("call_1", "ok")]),
-    ("tool messages in the order of the results, then the user", "openai",
-     {"messages": ASKED_TWO + [usr([res("call_2", "two"), res("call_1", "one"), txt("go on")])]},
-     CALLED_TWO + [tmsg("call_2", "two"), tmsg("call_1", "one"), usr("go on")]),
-    ("text before a result comes after it", "openai",
-     {"messages": ASKED + [usr([txt("first"), res("call_1", "ok")])]},
-     CALLED + [tmsg("call_1", "ok"), usr("first")]),
-    ("a result is missing", "openai", {"messages": ASKED_TWO + [usr([res("call_1", "ok")])]},
-     CALLED_TWO + [tmsg("call_1", "ok"), tmsg("call_2", "Tool call was not executed.")]),
-    ("every result is missing", "openai", {"messages": ASKED + [usr("never mind")]},
-     CALLED + [tmsg("call_1", "Tool call was not executed."), usr("never mind")]),
-    ("a call stands last", "openai", {"messages": ASKED},
-     CALLED + [tmsg("call_1", "Tool call was not executed.")]),
-    ("a result without its call is told", "openai", {"messages": [usr([txt("a"), res("zz", "ok"), txt("b")])]},
-     [usr("a\n\n[Result of tool call zz]\nok\n\nb")]),
-    ("the first of two results counts", "openai",
-     {"messages": ASKED + [usr([res("call_1", "a"), res("call_1", "b")])]}, CALLED + [tmsg("call_1", "a")]),
-    ("results spread over user messages", "openai",
-     {"messages": ASKED_TWO + [usr([res("call_1", "1")]), usr([res("call_2", "2"), txt("x")])]},
-     CALLED_TWO + [tmsg("call_1", "1"), tmsg("call_2", "2"), usr("x")]),
-    ("one id in two turns", "openai",
-     {"messages": ASKED + [usr([res("call_1", "1")])] + [asst([use("call_1")]), usr([res("call_1", "2")])]},
-     CALLED + [tmsg("call_1", "1"), msg(None, [call("call_1")]), tmsg("call_1", "2")]),
-    ("two calls of one id in one turn", "local",
-     {"messages": [usr("a"), asst([use("c"), use("c")]), usr([res("c", "1"), res("c", "2")])]},
-     [usr("a"), msg(None, [call("c"), call("call_3c9b6429653c1bcece90ddeeb584ac98")]),
-      tmsg("c", "1"), tmsg("call_3c9b6429653c1bcece90ddeeb584ac98", "2")]),
-    ("an image in a result goes to the user's message after it", "openai",
-     {"messages": ASKED + [usr([res("call_1", [txt("see"), img])])]},
-     CALLED + [tmsg("call_1", "see\n[image 1: see the next user message]"),
-               usr([part("Image 1 from tool result call_1:"), IMG])]),
-    ("before what the user says", "openai",
-     {"messages": ASKED + [usr([res("call_1", [txt("see"), img]), txt("ok?")])]},
-     CALLED + [tmsg("call_1", "see\n[image 1: see the next user message]"),
-               usr([part("Image 1 from tool result call_1:"), IMG, part("ok?")])]),
-    ("images are counted over all results", "openai",
-     {"messages": ASKED_TWO + [usr([res("call_1", [img]), res("call_2", [img])])]},
-     CALLED_TWO + [tmsg("call_1", "[image 1: see the next user message]"),
-                   tmsg("call_2", "[image 2: see the next user message]"),
-                   usr([part("Image 1 from tool result call_1:"), IMG, part("Image 2 from tool result call_2:"),
-                      IMG])]),
-    ("a PDF in a result likewise, where files are known", "openai",
-     {"messages": ASKED + [usr([res("call_1", [txt("see"), doc(PDF, title="r")])])]},
-     CALLED + [tmsg("call_1", "see\n[document 1: see the next user message]"),
-               usr([part("Document 1 from tool result call_1:"),
-                  {"type": "file",
-                   "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}])]),
-    ("elsewhere in words", "local", {"messages": ASKED + [usr([res("call_1", [doc(PDF, title="r")])])]},
-     CALLED + [tmsg("call_1", "[PDF document: r; this endpoint cannot read it]")]),
-    # Ids
-    ids_kept("a Claude id is kept", "toolu_01A09q90qw90lq917835lq9"),
-    ids_sent("one too long for OpenAI is hashed", LONG_ID, "call_a550d5038323380edbc41fe2ac9a213c"),
-    ids_sent("also one with other characters", "call:1", "call_0af6315558b41599b4a0fbfa5d31d443"),
-    ids_sent("and on Azure", "call:1", "call_0af6315558b41599b4a0fbfa5d31d443", "azure"),
-    ids_kept("others take long ids", LONG_ID, "local"),
-    ids_kept("others take any character", "call:1", "local"),
-    ids_sent("Mistral wants nine characters", "toolu_01A09q90qw90lq917835lq9", "L4lugQ9Qs", "mistral"),
-    ids_kept("and keeps its own", "abcDEF123", "mistral"),
-    ids_sent("an encoded id is decoded", "toolu_rAbC123_ZnVuY3Rpb25zLmdldDow", "functions.get:0", "local"),
-    ids_kept("one that is none stays", "toolu_rAbC123_!", "local"),
-    ids_kept("one that does not decode stays", "toolu_rAbC123__w", "local"),
-    ids_kept("nor one with a thought signature", "toolu_xAbC123_AAAA", "local"),
-    ("a thought signature comes back on its call", "gemini",
-     {"messages": conversation_with(with_extra("c1", EXTRA))[0]},
-     [usr("a"), msg(None, [call("c1", extra_content=EXTRA)]), tmsg("c1", "ok")]),
-    # The end
-    ("a prefill is sent without the white space at its end", "openai",
-     {"messages": [usr("a"), asst("The answer is ")]},
-     [usr("a"), asst("The answer is")]),
-    ("Mistral marks it", "mistral", {"messages": [usr("a"), asst("The answer is ")]},
-     [usr("a"), {**asst("The answer is"), "prefix": True}]),
-    ("a prefill of white space alone is none", "openai", {"messages": [usr("a"), asst(" \n")]}, [usr("a")]),
-]
-
-
-@table(CONVERSATIONS, "host, members, want")
-def test_conversation(host, members, want):
-    assert sent(req(**members), host)["messages"] == want
-
-
-SEARCH_RESULT = {"type": "search_result", "title": "T", "source": "S", "content": [txt("a"), txt("b")]}
-
-def test_a_result_without_its_call_keeps_its_image():
-    (message,) = sent(req([usr([res("zz", [txt("see"), img])])]))["messages"]
-    assert message["content"][0]["text"].startswith("[Result of tool call zz]\nsee")
-    assert IMG in message["content"]
-
-
-USER_BLOCKS = [  # blocks of one user message, its content
-    ("text blocks are paragraphs", "openai", [txt("a"), txt("b")], "a\n\nb"),
-    ("empty ones vanish", "openai", [txt("a"), txt("")], "a"),
-    ("with an image it is a list of parts", "openai", [txt("a"), img, txt("b"), txt("c")],
-     [part("a"), IMG, part("b"), part("c")]),
-    ("marks are dropped", "openai", [{**txt("a"), "cache_control": {"type": "ephemeral"}, "citations": []}],
-     "a"),
-    ("an image by address is not fetched", "openai",
-     [{"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}],
-     [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]),
-    ("image/jpg is image/jpeg, and base64 has no white space", "openai",
-     [{"type": "image", "source": {"type": "base64", "media_type": "image/jpg", "data": "AA\nAA "}}],
-     [{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,AAAA"}}]),
-    ("a PDF is a file", "openai", [doc(PDF, title="r")],
-     [{"type": "file", "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
-    ("its name ends in .pdf once", "azure", [doc(PDF, title="r.pdf")],
-     [{"type": "file", "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
-    ("without a title", "openai", [doc(PDF)],
-     [{"type": "file",
-       "file": {"filename": "document.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
-    ("where no files are known it is told", "local", [doc(PDF, title="r")],
-     "[PDF document: r; this endpoint cannot read it]"),
-    ("without a title too", "local", [doc(PDF)],
-     "[PDF document: document.pdf; this endpoint cannot read it]"),
-    ("a text document", "openai",
-     [doc({"type": "text", "media_type": "text/plain", "data": "body"}, title="T",
-          context="C", citations={"enabled": True})],
-     "[Document: T]\n[Context: C]\nbody"),
-    ("without title and context", "openai",
-     [doc({"type": "text", "media_type": "text/plain", "data": "body"})],
-     "[Document]\nbody"),
-    ("as base64", "openai", [doc({"type": "base64", "media_type": "text/markdown", "data": "w6k="})],
-     "[Document]\n\u00e9"),
-    ("of blocks", "openai", [doc({"type": "content", "content": [txt("a"), img]}, title="T")],
-     [part("[Document: T]\na"), IMG]),
-    ("of a string", "openai", [doc({"type": "content", "content": "a"})], "[Document]\na"),
-    ("by address", "openai", [doc({"type": "url", "url": "https://x/a.pdf"})],
-     "[Document at https://x/a.pdf; this endpoint cannot fetch it]"),
-    ("by address, with a title", "openai", [doc({"type": "url", "url": "https://x/a.pdf"}, title="T")],
-     "[Document at https://x/a.pdf: T; this endpoint cannot fetch it]"),
-    ("a search result", "openai", [SEARCH_RESULT], "[Search result: T]\nSource: S\na\nb"),
-    ("an upload", "openai", [{"type": "container_upload", "file_id": "f"}],
-     "[unsupported content block: container_upload]"),
-    ("an unknown block", "openai", [{"type": "weird"}], "[unsupported content block: weird]"),
-    ("an unknown block with a text", "openai", [{"type": "weird", "text": "z"}], "z"),
-    ("a call of the user", "openai", [use("i")], "[unsupported content block: tool_use]"),
-    ("thinking of the user is dropped", "openai", [txt("a"), think("t", "s")], "a"),
-    ("a summary", "openai", [{"type": "compaction", "content": "s"}],
-     "[Summary of the earlier conversation]\ns"),
-    ("no summary", "openai", [txt("a"), {"type": "compaction", "content": None}], "a"),
-]
-
-
-@table(USER_BLOCKS, "host, blocks, want")
-def test_user_blocks(host, blocks, want):
-    assert sent(req([usr(blocks)]), host)["messages"] == [usr(want)]
-
-
-def found_by(kind, name, content): return {"type": kind, "tool_use_id": "s", "content": content}
-
-
-SEARCHED = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}}
-HIT = {"type": "web_search_result", "title": "T", "url": "u", "encrypted_content": "e"}
-FETCHED = {"type": "web_fetch_result", "url": "u", "content": doc({"type": "text", "media_type": "text/plain",
-                                                                  "data": "body"})}
-RAN = {"type": "bash_code_execution_result", "stdout": "out", "stderr": "err", "return_code": 2}
-
-ASSISTANT_BLOCKS = [  # blocks of one assistant message, its content
-    ("text blocks are joined directly", [txt("x"), txt("y")], "xy"),
-    ("foreign thinking is dropped", [think("t", "EqQB"), txt("x")], "x"),
-    ("text around a dropped block is two paragraphs", [txt("x"), think("t", "EqQB"), txt("y")], "x\n\ny"),
-    ("a search of the server is told",
-     [SEARCHED, found_by("web_search_tool_result", "web_search", [HIT]), txt("x")],
-     '[Called web_search with {"query":"q"}]\n\n[Result of web_search]\n- T: u\n\nx'),
-    ("a search that failed", [found_by("web_search_tool_result", "web_search", {
-        "type": "web_search_tool_result_error", "error_code": "unavailable"})],
-        "[web_search failed: unavailable]"),
-    ("a page", [txt("x"), found_by("web_fetch_tool_result", "web_fetch", FETCHED)],
-     "x\n\n[Result of web_fetch]\nu\nbody"),
-    ("a command", [found_by("bash_code_execution_tool_result", "bash_code_execution", RAN)],
-     "[Result of bash_code_execution]\nout\nerr\nexit code 2"),
-    ("a tool of an MCP server",
-     [{"type": "mcp_tool_use", "id": "m", "name": "look", "server_name": "n", "input": {}},
-      {"type": "mcp_tool_result", "tool_use_id": "m", "is_error": False, "content": [txt("a"), txt("b")]}],
-     "[Called look with {}]\n\n[Result of mcp_tool]\na\nb"),
-    ("what says nothing is dropped",
-     [txt("x"), {"type": "fallback"}, {"type": "mcp_tool_listing"},
-      {"type": "container_upload", "file_id": "f"},
-      found_by("tool_search_tool_result", "tool_search", {})], "x"),
-    ("an image", [img], "[image]"),
-    ("an unknown block", [{"type": "weird"}], "[unsupported content block: weird]"),
-    ("a summary", [{"type": "compaction", "content": "s"}, txt("x")],
-     "[Summary of the earlier conversation]\ns\n\nx"),
-]
-
-
-@table(ASSISTANT_BLOCKS, "blocks, want")
-def test_assistant_blocks(blocks, want):
-    assert sent(req([usr("a"), asst(blocks), usr("b")]))["messages"] == [usr("a"), asst(want), usr("b")]
-
-
-def test_text_around_a_call_is_two_paragraphs():
-    messages = sent(req([usr("a"), asst([txt("x"), use("call_1"), txt("y")]), usr([res("call_1", "ok")])]))["messages"]
-    assert messages == [usr("a"), msg("x\n\ny", [call("call_1")]), tmsg("call_1", "ok")]
-
-
-@table([
-    ("an object", {"a": [1, None]}, '{"a":[1,null]}'),
-    ("null", None, "{}"),
-    ("a string that is an object", '{"a":1}', '{"a":1}'),
-    ("another string", "abc", '{"INVALID_JSON":"abc"}'),
-    ("an empty string", "", "{}"),
-])
-def test_input_of_a_call_in_the_history(given, want):
-    block = {"type": "tool_use", "id": "call_1", "name": "f", "input": given}
-    messages = sent(req([usr("a"), asst([block]), usr([res("call_1", "ok")])]))["messages"]
-    assert messages[1] == msg(None, [call("call_1", "f", want)])
-
-
-def test_a_call_without_input_has_none():
-    messages = sent(req([usr("a"), asst([without(use("call_1"), "input")]), usr([res("call_1", "ok")])]))["messages"]
-    assert messages[1] == msg(None, [call("call_1", "f", "{}")])
-
-
-RESULTS = [  # a tool_result, the text of its tool message
-    ("a string", res("call_1", "ok"), "ok"),
-    ("text blocks are lines", res("call_1", [txt("a"), txt("b")]), "a\nb"),
-    ("no content", res("call_1"), "(no output)"),
-    ("null", res("call_1", None), "(no output)"),
-    ("an empty string", res("call_1", ""), "(no output)"),
-    ("an empty list", res("call_1", []), "(no output)"),
-    ("only empty text", res("call_1", [txt("")]), "(no output)"),
-    ("an error says so", res("call_1", "boom", is_error=True), "Error: boom"),
-    ("but once", res("call_1", "Error: boom", is_error=True), "Error: boom"),
-    ("in any case", res("call_1", "ERROR boom", is_error=True), "ERROR boom"),
-    ("or in Claude Code's way", res("call_1", "<tool_use_error>x</tool_use_error>", is_error=True),
-     "<tool_use_error>x</tool_use_error>"),
-    ("an error without a word", res("call_1", "", is_error=True), "Error: tool execution failed"),
-    ("a tool found", res("call_1", [reference("f")]), "Tool available: f"),
-    ("two tools found", res("call_1", [reference("f"), reference("g")]),
-     "Tool available: f\nTool available: g"),
-    ("a search result", res("call_1", [SEARCH_RESULT]), "[Search result: T]\nSource: S\na\nb"),
-    ("a text document",
-     res("call_1", [doc({"type": "text", "media_type": "text/plain", "data": "d"}, title="T")]),
-     "[Document: T]\nd"),
-    ("an unknown block is its JSON",
-     res("call_1", [{"type": "browser_state", "url": "u", "cache_control": {}}]),
-     '{"url":"u"}'),
-]
-
-
-@table(RESULTS)
-def test_result(given, want):
-    assert sent(req(ASKED + [usr([given])]))["messages"] == CALLED + [tmsg("call_1", want)]
-
-
-# ---- Reasoning on its way back
-
-def carrier(kind, text): return f"aap1.{kind}.{encoded(zlib.compress(text.encode()))}"
-
-
-DETAILS = [{"type": "reasoning.text", "text": "t", "index": 0}]
-
-REASONING = [  # blocks before the call, members of the assistant message
-    ("reasoning_content", "local", [think("t", "aap1.c.")], {"reasoning_content": "t"}),
-    ("reasoning", "local", [think("t", "aap1.r.")], {"reasoning": "t"}),
-    ("the details", "openrouter", [think("t", carrier("d", compact(DETAILS)))],
-     {"reasoning_details": DETAILS}),
-    ("OpenAI does not want it", "openai", [think("t", "aap1.c.")], {}),
-    ("nor does Mistral", "mistral", [think("t", "aap1.c.")], {}),
-    ("what was not shown", "local", [think("", carrier("c", "secret"))], {"reasoning_content": "secret"}),
-    ("damaged", "local", [think("", "aap1.c.!"), think("", "aap1.c.AAAA")], {}),
-    ("nothing to give back", "local", [think("t", "aap1.n.")], {}),
-    ("two blocks", "local", [think("a", "aap1.c."), think("b", "aap1.c.")], {"reasoning_content": "ab"}),
-    ("the first decides the kind", "local", [think("a", "aap1.r."), think("b", "aap1.c.")],
-     {"reasoning": "a"}),
-    ("DeepSeek without thinking", "deepseek", [], {}),
-]
-
-
-@table(REASONING, "host, blocks, want")
-def test_reasoning_goes_back_with_a_call(host, blocks, want):
-    messages = sent(req([usr("a"), asst(blocks + [use("call_1")]), usr([res("call_1", "ok")])], max_tokens=50),
-                    host)["messages"]
-    assert without(messages[1], "role", "content", "tool_calls") == want
-
-
-def test_reasoning_does_not_go_back_without_a_call():
-    assert sent(req([usr("a"), asst([think("t", "aap1.c."), txt("x")]), usr("b")]), "local")["messages"][1] == asst("x")
-
-
-def test_deepseek_wants_reasoning_with_every_call_while_it_thinks():
-    body = sent(req(ASKED + [usr([res("call_1", "ok")])], thinking=ADAPTIVE), "deepseek")
-    assert body["messages"][1] == msg(None, [call("call_1")], reasoning_content="")
-
-
-def test_a_carrier_that_unpacks_to_gigabytes_is_dropped():
-    bomb = "aap1.c." + encoded(zlib.compress(b"x" * (16 << 20) + b"x"))
-    messages = sent(req([usr("a"), asst([think("", bomb), use("call_1")]), usr([res("call_1", "ok")])]),
-                    "local")["messages"]
-    assert messages[1] == msg(None, [call("call_1")])
-
-
-# ---- What is rejected
-
-def source(block, **members): return req([usr([{"type": block, "source": members}])])
-
-
-BAD_MAX_TOKENS = "max_tokens: Input should be a valid integer"
-NO_FILES = "messages.0.content.0.source: file sources are not supported by this endpoint; send base64 or url"
-NO_CONTENT = "messages.0: user messages must have non-empty content"
-BAD_STOP = "stop_sequences: Input should be a valid list of strings"
-BAD_SYSTEM = "system: Input should be a valid string or list of text blocks"
-BAD_CHOICE = "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'"
-BAD_FORMAT = 'output_config.format: Input should be {"type": "json_schema", "schema": {...}}'
-NO_SERVER_TOOL = "tool_choice: web_search is a server tool, which this endpoint does not provide"
-
-REJECTED = [
-    ("no model", without(req(), "model"), "model: Field required"),
-    ("model null", req(model=None), "model: Input should be a valid string"),
-    ("an empty model", req(model=""), "model: Input should be a valid string"),
-    ("a model that is a number", req(model=4), "model: Input should be a valid string"),
-    ("no messages", without(req(), "messages"), "messages: Field required"),
-    ("messages that are no list", req(usr("a")), "messages: Input should be a valid list"),
-    ("no message", req([]), "messages: at least one message is required"),
-    ("only system messages", req([sysm("x")]), "messages: at least one user message is required"),
-    ("a message that is no object", req([usr("a"), "b"]), "messages.1: Input should be an object"),
-    ("a role of the other API", req([{"role": "tool", "content": "x"}]),
-     "messages.0.role: Input should be 'user', 'assistant' or 'system'"),
-    ("no content", req([{"role": "user"}]), "messages.0.content: Field required"),
-    ("content null", req([usr(None)]), "messages.0.content: Field required"),
-    ("content that is a number", req([usr(5)]), "messages.0.content: Input should be a valid string or list"),
-    ("a block that is a string", req([usr(["x"])]), "messages.0.content.0: Input should be an object"),
-    ("a block without type", req([usr([txt("a"), {}])]), "messages.0.content.1.type: Field required"),
-    ("an empty user message", req([usr("")]), NO_CONTENT),
-    ("a user message without blocks", req([usr([])]), NO_CONTENT),
-    ("a user message of empty text", req([usr([txt("")])]), NO_CONTENT),
-    ("a text block without text", req([usr([{"type": "text"}])]), "messages.0.content.0.text: Field required"),
-    ("an image without source", req([usr([{"type": "image"}])]), "messages.0.content.0.source: Field required"),
-    ("an uploaded image", source("image", type="file", file_id="f"), NO_FILES),
-    ("an uploaded document", source("document", type="file", file_id="f"), NO_FILES),
-    ("a tool_use without id", req([usr("a"), asst([without(use("i"), "id")])]),
-     "messages.1.content.0.id: Field required"),
-    ("a tool_use without name", req([usr("a"), asst([use("i", "")])]), "messages.1.content.0.name: Field required"),
-    ("a tool_result without id", req([usr([without(res("i", "x"), "tool_use_id")])]),
-     "messages.0.content.0.tool_use_id: Field required"),
-    ("no max_tokens", without(req(), "max_tokens"), "max_tokens: Field required"),
-    ("max_tokens as a string", req(max_tokens="100"), BAD_MAX_TOKENS),
-    ("max_tokens true", req(max_tokens=True), BAD_MAX_TOKENS),
-    ("max_tokens with a fraction", req(max_tokens=1.5), BAD_MAX_TOKENS),
-    ("max_tokens as a float", req(max_tokens=3.0), BAD_MAX_TOKENS),
-    ("max_tokens below 0", req(max_tokens=-1), "max_tokens: Input should be greater than or equal to 0"),
-    ("temperature as a word", req(temperature="hot"), "temperature: Input should be a valid number"),
-    ("top_p true", req(top_p=True), "top_p: Input should be a valid number"),
-    ("stop_sequences as a string", req(stop_sequences="x"), BAD_STOP),
-    ("stop_sequences of numbers", req(stop_sequences=[1]), BAD_STOP),
-    ("stream as a word", req(stream="yes"), "stream: Input should be a valid boolean"),
-    ("thinking as a word", req(thinking="on"), "thinking: Input should be an object"),
-    ("metadata as a word", req(metadata="m"), "metadata: Input should be an object"),
-    ("output_config as a list", req(output_config=[]), "output_config: Input should be an object"),
-    ("system as a number", req(system=5), BAD_SYSTEM),
-    ("system with an image", req(system=[img]), BAD_SYSTEM),
-    ("tools that are no list", req(tools={}), "tools: Input should be a valid list"),
-    ("a tool that is a string", req(tools=[tool("f"), "g"]), "tools.1: Input should be an object"),
-    ("a tool without name", req(tools=[without(tool("f"), "name")]), "tools.0.name: Field required"),
-    ("a tool without schema", req(tools=[{"name": "f"}]), "tools.0.input_schema: Field required"),
-    ("a tool with a schema that is null", req(tools=[{"name": "f", "input_schema": None}]),
-     "tools.0.input_schema: Field required"),
-    ("two tools of one name", req(tools=[tool("f"), tool("f")]), "tools: Tool names must be unique."),
-    ("the choice of an unknown tool", req(tools=[tool("f")], **choice("tool", "g")),
-     "tool_choice.name: Tool 'g' not found in provided tools"),
-    ("a choice without tools", req(**choice("any")),
-     "tool_choice: may only be specified while providing tools"),
-    ("a choice of one without tools", req(**choice("tool", "f")),
-     "tool_choice: may only be specified while providing tools"),
-    ("the choice of a server tool", req(tools=[WEB_SEARCH], **choice("tool", "web_search")), NO_SERVER_TOOL),
-    ("the choice of any server tool", req(tools=[WEB_SEARCH], **choice("any")), NO_SERVER_TOOL),
-    ("an unknown choice", req(tools=[tool("f")], **choice("some")), BAD_CHOICE),
-    ("a choice that is a word", req(tools=[tool("f")], tool_choice="auto"), BAD_CHOICE),
-    ("an unknown format", req(output_config={"format": {"type": "text"}}), BAD_FORMAT),
-    ("a format without schema", req(output_format={"type": "json_schema"}), BAD_FORMAT),
-    ("MCP servers", req(mcp_servers=[{"type": "url", "url": "u", "name": "n"}]),
-     "mcp_servers: MCP servers are not supported by this endpoint"),
-    ("compaction", req(compaction={}), "compaction: not supported by this endpoint"),
-    ("a thread", req(thread={"type": "create"}),
-     "thread: not supported by this endpoint; send the whole conversation"),
-]
-
-
-@table(REJECTED)
-def test_rejected(given, want):
-    with pytest.raises(aiapiproxy.ProxyError) as caught:
-        aiapiproxy.checked_translation(given, SETTINGS["openai"])
-    assert (caught.value.status, caught.value.kind, caught.value.message) == (400, "invalid_request_error",
-                                                                              want)
-
-
-def test_a_rejected_thread_tells_the_client_how_to_go_on():
-    with pytest.raises(aiapiproxy.ProxyError) as caught:
-        aiapiproxy.checked_translation(req(thread={"type": "create"}), SETTINGS["openai"])
-    assert caught.value.details == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
-
-
-# ---- Requests as Claude Code sends them
-
-SESSION = {  # the first turn of a session: attribution, a system message after the user's, deferred tools
-    "model": "claude-opus-5-5", "max_tokens": 128000, "stream": True, "thinking": {"type": "adaptive",
-                                                                                   "display": "updates"},
-    "system": [billing("cc_version=2.1.154.d3f; cc_entrypoint=cli; cch=0a1b2;"),
-               {**txt("You are the client."), "cache_control": {"type": "ephemeral"}},
-               {**txt("Work well."), "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
-    "messages": [usr([txt("<system-reminder>\nContext.\n</system-reminder>"),
-                    {**txt("Read it."), "cache_control": {"type": "ephemeral"}}]),
-                 sysm([txt("Be careful.")], output_config={"effort": "medium"})],
-    "tools": [tool("Read", {"$schema": "https://json-schema.org/draft/2020-12/schema", **STRICT}),
-              tool("ToolSearch"), deferred("DeferredToolPlaceholder"), deferred("WebFetch"),
-              deferred("TaskCreate"),
-              tool("Bash", eager_input_streaming=True)],
-    "metadata": {"user_id": "{\"device\":\"d\"}"}, "output_config": {"effort": "high"},
-    "safeguards": [{"type": "x"}],
-    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
-}
-FIRST = usr("<system-reminder>\nContext.\n</system-reminder>\n\nRead it.\n\n" + reminder("Be careful."))
-SYSTEM = sysm("You are the client.\n\nWork well.")
-SEARCHING = SESSION["messages"] + [asst([think("t", "EqQB"), use("toolu_01", "ToolSearch", {"query": "q"})]),
-                                   usr([res("toolu_01", [reference("TaskCreate"), reference("WebFetch")]),
-                                      txt("Tool loaded.")])]
-
-
-def test_the_first_request_of_a_session():
-    assert sent(SESSION, "local") == {
-        "model": "openai/gpt-oss-20b", "messages": [SYSTEM, FIRST], "max_tokens": 128000, "stream": True,
-        "stream_options": {"include_usage": True}, "reasoning_effort": "medium",
-        "tools": [fn("Read", STRICT), fn("ToolSearch"), fn("Bash")]}
-
-
-def test_the_turn_after_a_tool_search():
-    body = sent({**SESSION, "messages": SEARCHING}, "local")
-    assert body["messages"][2:] == [
-        msg(None, [call("toolu_01", "ToolSearch", '{"query":"q"}')]),
-        tmsg("toolu_01", "Tool available: TaskCreate\nTool available: WebFetch"), usr("Tool loaded.")]
-    assert [tool["function"]["name"] for tool in body["tools"]] == ["Read", "ToolSearch", "Bash", "WebFetch",
-                                                                    "TaskCreate"]
-
-
-def test_the_inner_request_of_a_web_search():
-    body = sent(req(tools=[WEB_SEARCH], system=[billing("x"), txt("You search.")], **choice("auto")), "local")
-    assert body["messages"][0] == sysm("You search.\n\n" + note("web_search")) and "tools" not in body
-    assert "tool_choice" not in body
-
-
-def test_the_request_for_a_title():
-    body = sent(req(tools=[], stream=True, **output(STRICT)), "local")
-    assert body["response_format"] == response_format(STRICT, True) and "tools" not in body
-
-
-# ---- Properties
-
-def test_an_odd_request_is_translated_or_rejected():
-    """Never anything between: no crash, no request that breaks the promises about neighbours."""
-    dice, whole = random.Random(1), {**SESSION, "messages": TURNS + [asst([use("call_1")]), usr([
-        res("call_1", [txt("a"), img, reference("f"), doc(PDF)]), SEARCH_RESULT, img, doc(PDF)])],
-        **output(STRICT), **choice("auto"), "stop_sequences": ["x"], "temperature": 0.5, "mcp_servers": []}
-    for _ in range(2000):
-        asked = spoiled(whole, dice)
-        try:
-            sent(asked, dice.choice(list(HOSTS)))
-        except aiapiproxy.ProxyError as error:
-            assert (error.status, error.kind) == (400, "invalid_request_error") and error.message, asked
-
-
-TURNS = [usr("a"), sysm("be careful"), asst([think("t", "aap1.c."), txt("x"), use("call_1"), use("call:2", "my.tool")]),
-         usr([res("call:2", [txt("2"), img]), res("call_1", "1"), txt("go on")]), asst("y"), usr([txt("c"), img]),
-         asst([use("call_1")]), usr([res("call_1", "", is_error=True)]), sysm("still careful"), asst("z"), usr("d")]
-
-
-@pytest.mark.parametrize("host", HOSTS)
-def test_a_conversation_only_grows_at_its_end(host):
-    """The upstream's prompt cache works on the head of the request: nothing there may change."""
-    def request(messages):
-        asked = req(messages, model="claude-opus-5-5", system=[billing(len(messages)), txt("S")],
-                  tools=[tool("f"), tool("my.tool")], thinking=ADAPTIVE)
-        return aiapiproxy.checked_translation(asked, SETTINGS[host]).body
-
-    ends = [at + 1 for at, turn in enumerate(TURNS) if turn["role"] != "assistant"
-            and TURNS[at + 1:at + 2] and TURNS[at + 1]["role"] == "assistant"]
-    assert len(ends) == 4
-    for end, later in zip(ends, ends[1:] + [len(TURNS)]):
-        short, long = request(TURNS[:end]), request(TURNS[:later])
-        head = aiapiproxy.json_bytes(short["messages"])[:-1]
-        whole = aiapiproxy.json_bytes(short)
-        kept = whole[:whole.index(head) + len(head)]
-        assert aiapiproxy.json_bytes(long).startswith(kept)
-        assert without(short, "messages") == without(long, "messages")
-
-
-@pytest.mark.parametrize("id",
-                         ["call_1", "functions.get:0", "x" * 65, "toolu_r123456_abc", "toolu_xyz", "\u00e9",
-                          "a b", "chatcmpl-tool-" + "0" * 32, "toolu_01A09q90qw90lq917835lq9"])
-def test_an_id_comes_back_to_the_upstream_as_it_was(id):
-    translation = aiapiproxy.checked_translation(req(), SETTINGS["local"])
-    answer = completion({"content": None, "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
-    blocks = aiapiproxy.anthropic_message(answer, translation, new_ids())["content"]
-    assert all(re.fullmatch(r"[a-zA-Z0-9_-]+", block["id"]) for block in blocks)
-    history = [usr("Hi"), asst(blocks), usr([res(block["id"], "ok") for block in blocks])]
-    assert sent(req(history), "local")["messages"][1:] == [
-        msg(None, [call(id), call("other", extra_content=EXTRA)]), tmsg(id, "ok"), tmsg("other", "ok")]
-
-
-@pytest.mark.parametrize("name",
-                         ["f", "my.tool", "my_tool", "a" * 64, "a" * 65, "a" * 128, "mcp__x__" + "y" * 70,
-                          "\u00e9", "a b"])
-def test_a_name_comes_back_to_the_client_as_it_was(name):
-    asked = req(tools=[tool(name), tool("other.tool")])
-    (function, _) = [tool["function"]["name"] for tool in sent(asked)["tools"]]
-    assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", function)
-    answer = completion({"content": None, "tool_calls": [call("call_1", function)]})
-    assert answered(answer, asked)["content"] == [use("call_1", name)]
-
-
-@pytest.mark.parametrize("display", ["summarized", "omitted"])
-@pytest.mark.parametrize("reasoning", [{"reasoning_content": "think \u00e9"}, {"reasoning": "think \u00e9"}],
-                         ids=["reasoning_content", "reasoning"])
-def test_reasoning_comes_back_to_the_upstream_as_it_was(reasoning, display):
-    asked = req(thinking={"type": "adaptive", "display": display})
-    translation = aiapiproxy.checked_translation(asked, SETTINGS["local"])
-    answer = completion({"content": "x", "tool_calls": [call("call_1")], **reasoning}, "tool_calls")
-    for blocks in (aiapiproxy.anthropic_message(answer, translation, new_ids())["content"],
-                   blocks_of(streamed([sse([chunk(answer["choices"][0]["message"], "tool_calls"), DONE])],
-                                      translation))):
-        assert blocks[0]["thinking"] == ("" if display == "omitted" else "think \u00e9")
-        history = [usr("Hi"), asst(blocks), usr([res("call_1", "ok")])]
-        assert sent(req(history), "local")["messages"][1] == msg("x", [call("call_1")], **reasoning)
+# ---- Usage and chunks that several sections need
+
+def usage(input, generated, read=0, written=0, tier=None, **details):
+    return {"input_tokens": input, "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
+            "output_tokens": generated, "service_tier": tier, **details}
+
+
+def cached(count, **more): return {"prompt_tokens_details": {"cached_tokens": count, **more}}
+
+
+CLOSED = "0- MD(end_turn) ME"
+HELLO = 'MS 0+text 0t"Hel" 0t"lo" ' + CLOSED
+ONE_X = 'MS 0+text 0t"x" ' + CLOSED
+BROKEN = 'MS 0+text 0t"x" ERR(api_error)'
+TOOL = "MS 0+tool(call_1,f)"
+ONE_TOOL = TOOL + ' 0j`{"a":1}` 0- MD(tool_use) ME'
+WHOLE = frag(0, "call_1", "f", '{"a":1}')
+ARGS_DONE = [cend("tool_calls"), DONE]
+STOP = [cend("stop"), DONE]
+BOM = b"\xef\xbb\xbf"
+SIMPLE = sse([ROLE, ctext("Hel"), ctext("lo"), cend("stop"), cuse(5, 3), DONE])
 
 
 def blocks_of(raw):
@@ -1570,998 +469,80 @@ def blocks_of(raw):
     return blocks
 
 
-# ============================================================================
-# 6. RESPONSE: OPENAI TO ANTHROPIC
-# ============================================================================
-
-def usage(input, generated, read=0, written=0, tier=None, **details):
-    return {"input_tokens": input, "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
-            "output_tokens": generated, "service_tier": tier, **details}
+def deferred(name): return tool(name, defer_loading=True)
+def reference(name): return {"type": "tool_reference", "tool_name": name}
+def note(names): return f"Not available in this session: {names}. Do not claim to have used them."
 
 
-def thought(count): return {"output_tokens_details": {"thinking_tokens": count}}
-def cached(count, **more): return {"prompt_tokens_details": {"cached_tokens": count, **more}}
+def choice(kind, name=None, **members):
+    named = {} if name is None else {"name": name}
+    return {"tool_choice": {"type": kind, **named, **members}}
 
 
-def test_the_plain_answer_is_a_whole_message():
-    message = answered(completion({"content": "Hello"}, usage=used(10, 2)), req(model="claude-sonnet-5-5[1m]"))
-    assert re.fullmatch(r"msg_[A-Za-z0-9]{24}", message.pop("id"))
-    assert message == {"type": "message", "role": "assistant", "model": "claude-sonnet-5-5[1m]",
-                       "content": [txt("Hello")], "stop_reason": "end_turn", "stop_sequence": None,
-                       "stop_details": None, "usage": usage(10, 2)}
+def reminder(text): return f"<system-reminder>\n{text}\n</system-reminder>"
+def billing(text): return txt(f"x-anthropic-billing-header: {text}")
 
 
+ASKED, CALLED = [usr("a"), asst([use("call_1")])], [usr("a"), msg(None, [call("call_1")])]
+EXTRA = {"google": {"thought_signature": "sig"}}
+
+
+def conversation_with(id):
+    return [usr("a"), asst([use(id)]), usr([res(id, "ok")])], [usr("a"), msg(None, [call(id)]), tmsg(id, "ok")]
+
+
+SEARCH_RESULT = {"type": "search_result", "title": "T", "source": "S", "content": [txt("a"), txt("b")]}
+
+
+def inside(schema): return {"type": "object", "properties": {"a": schema}}
+
+
+SESSION = {  # the first turn of a session: attribution, a system message after the user's, deferred tools
+    "model": "claude-opus-5-5", "max_tokens": 128000, "stream": True, "thinking": {"type": "adaptive",
+                                                                                   "display": "updates"},
+    "system": [billing("cc_version=2.1.154.d3f; cc_entrypoint=cli; cch=0a1b2;"),
+               {**txt("You are the client."), "cache_control": {"type": "ephemeral"}},
+               {**txt("Work well."), "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
+    "messages": [usr([txt("<system-reminder>\nContext.\n</system-reminder>"),
+                    {**txt("Read it."), "cache_control": {"type": "ephemeral"}}]),
+                 sysm([txt("Be careful.")], output_config={"effort": "medium"})],
+    "tools": [tool("Read", {"$schema": "https://json-schema.org/draft/2020-12/schema", **STRICT}),
+              tool("ToolSearch"), deferred("DeferredToolPlaceholder"), deferred("WebFetch"),
+              deferred("TaskCreate"),
+              tool("Bash", eager_input_streaming=True)],
+    "metadata": {"user_id": "{\"device\":\"d\"}"}, "output_config": {"effort": "high"},
+    "safeguards": [{"type": "x"}],
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+}
+
+
+class Exactly(dict):
+    """The whole body; a plain dict names some of its members, None standing for "not sent"."""
+
+
+def check_body(body, want):
+    assert (body if isinstance(want, Exactly) else {name: body.get(name) for name in want}) == want
+
+
+PLAIN = {"model": "gpt-4o", "messages": [usr("Hi")], "max_tokens": 100}
+STREAMED = {**PLAIN, "stream": True, "stream_options": {"include_usage": True}}
+ENDING = {"stop_sequences": ["END"]}
+CALL, TEXT = calling(call("call_1")), {"content": "x"}
+DETAILS = [{"type": "reasoning.text", "text": "t", "index": 0}]
 THINKING, HIDDEN = {"thinking": ADAPTIVE}, {"thinking": OMITTED}
 only_x = txt("x")
-
-CONTENTS = [  # request members, upstream message, content blocks
-    ("text", {}, {"content": "Hello"}, [txt("Hello")]),
-    ("a call", {}, calling(call("call_1", "f", '{"a":1}')), [use("call_1", "f", {"a": 1})]),
-    ("text and a call", {}, calling(call("call_1"), content="x"), [only_x, use("call_1")]),
-    ("calls in order", {}, calling(call("call_2", "g"), call("call_1")), [use("call_2", "g"), use("call_1")]),
-    ("reasoning", THINKING, {"content": "x", "reasoning_content": "r"}, [think("r", "aap1.c."), only_x]),
-    ("the other field for it", THINKING, {"content": "x", "reasoning": "r"}, [think("r", "aap1.r."), only_x]),
-    ("both fields are one block", THINKING, {"content": "x", "reasoning": "r", "reasoning_content": "r"},
-     [think("r", "aap1.c."), only_x]),
-    ("reasoning that nobody asked for", {}, {"content": "x", "reasoning_content": "r"}, [only_x]),
-    ("thinking disabled", {"thinking": DISABLED}, {"content": "x", "reasoning_content": "r"}, [only_x]),
-    ("thinking enabled", {"thinking": enabled(50)}, {"content": "x", "reasoning_content": "r"},
-     [think("r", "aap1.c."), only_x]),
-    ("reasoning that is not to be shown", HIDDEN, {"content": "x", "reasoning_content": "r"},
-     [think("", "aap1.c.(r)"), only_x]),
-    ("no reasoning to hide", HIDDEN, {"content": "x", "reasoning_content": ""}, [only_x]),
-    ("a list of parts", {}, {"content": [txt("a"), {"type": "output_text", "text": "b"}, {"type": "new"}]},
-     [txt("ab")]),
-    ("a thinking part", THINKING, {"content": [{"type": "thinking", "thinking": [txt("r")]}, only_x]},
-     [think("r", "aap1.n."), only_x]),
-    ("white space beside a call", {}, calling(call("call_1"), content="\n\n"), [use("call_1")]),
-    ("nothing beside a call", {}, calling(call("call_1"), content=""), [use("call_1")]),
-    ("nothing at all", {}, {"content": ""}, []),
-    ("no content", {}, {}, []),
-    ("a refusal", {}, {"content": None, "refusal": "No."}, [txt("No.")]),
-    ("a refusal after text", {}, {"content": "x", "refusal": "No."}, [txt("xNo.")]),
-    ("null and empty fields", {}, {"content": "x", "refusal": None, "tool_calls": [], "function_call": None,
-                                   "reasoning_content": None, "annotations": [{}], "audio": None}, [only_x]),
-    ("the old function_call", {}, {"content": None, "function_call": {"name": "f", "arguments": '{"a":1}'}},
-     [use("toolu_new", "f", {"a": 1})]),
-    ("a custom call", {}, calling({"id": "call_1", "type": "custom", "custom": {"name": "f", "input": "t"}}),
-     [use("call_1", "f", {"input": "t"})]),
-    ("a call of another type", {}, calling({"id": "call_1", "type": "new", "new": {}}), []),
-    ("one call when more are forbidden",
-     {"tools": [tool("f")], **choice("auto", disable_parallel_tool_use=True)},
-     calling(call("call_1"), call("call_2")), [use("call_1")]),
-    # Ids and names
-    ("no id", {}, calling({"function": {"name": "f", "arguments": "{}"}}), [use("toolu_new")]),
-    ("an empty id", {}, calling(call("")), [use("toolu_new")]),
-    ("an id of 64 characters", {}, calling(call("x" * 64)), [use("x" * 64)]),
-    ("an id of 65 characters", {}, calling(call("x" * 65)), [use(f"toolu_r({'x' * 65})")]),
-    ("an id with other characters", {}, calling(call("functions.get:0")), [use("toolu_r(functions.get:0)")]),
-    ("an id that looks like one of ours", {}, calling(call("toolu_rabc")), [use("toolu_r(toolu_rabc)")]),
-    ("an id used before", {"messages": conversation_with("call_1")[0]}, calling(call("call_1")),
-     [use("toolu_r(call_1)")]),
-    ("also under its encoded name", {"messages": conversation_with("toolu_rAbC123_Y2FsbF8x")[0]},
-     calling(call("call_1")), [use("toolu_r(call_1)")]),
-    ("an id used twice", {}, calling(call("call_1"), call("call_1")), [use("call_1"), use("toolu_r(call_1)")]),
-    ("a thought signature travels in the id", {}, calling(call("c1", extra_content={"a": 1})),
-     [use('toolu_x(["c1",{"a":1}])')]),
-    ("a mapped name", {"tools": [tool("my.tool")]}, calling(call("call_1", "my_tool_bca2c361")),
-     [use("call_1", "my.tool")]),
-    ("a prefix in front of a known name", {"tools": [tool("f")]}, calling(call("call_1", "functions.f")),
-     [use("call_1", "f")]),
-    ("an unknown name", {"tools": [tool("f")]}, calling(call("call_1", "other")), [use("call_1", "other")]),
-    # Stop sequences
-    ("text up to a stop sequence", {"stop_sequences": ["END"]},
-     calling(call("call_1"), content="abENDcd"), [txt("ab")]),
-    ("the longest at one place", {"stop_sequences": ["E", "END"]}, {"content": "abENDcd"}, [txt("ab")]),
-    # Prefill
-    ("a repeated prefill is cut", {"messages": [usr("a"), asst("{")]}, {"content": '{"t":1}'}, [txt('"t":1}')]),
-    ("one that is not repeated is not", {"messages": [usr("a"), asst("{")]}, {"content": '"t":1}'},
-     [txt('"t":1}')]),
-    ("as it was sent", {"messages": [usr("a"), asst("The answer is ")]}, {"content": "The answer is 4"},
-     [txt(" 4")]),
-]
-
-
-@table(CONTENTS, "members, message, want")
-def test_content(members, message, want):
-    assert answered(completion(message), req(**members))["content"] == want
-
-
-THOUGHT_ALOUD = [  # host, request members, text, content blocks
-    ("thinking in the text", "local", THINKING, "<think>r</think>\n\nx", [think("r", "aap1.n."), only_x]),
-    ("after white space", "local", THINKING, "\n <think>r</think>x", [think("r", "aap1.n."), only_x]),
-    ("not asked for", "local", {}, "<think>r</think>\n\nx", [only_x]),
-    ("without an end", "local", THINKING, "<think>r", [think("r", "aap1.n.")]),
-    ("not in front", "local", THINKING, "a <think>r</think>", [txt("a <think>r</think>")]),
-    ("not at OpenAI", "openai", THINKING, "<think>r</think>x", [txt("<think>r</think>x")]),
-]
-
-
-@table(THOUGHT_ALOUD, "host, members, text, want")
-def test_thinking_in_the_text(host, members, text, want):
-    assert answered(completion({"content": text}), req(**members), host)["content"] == want
-
-
-def test_details_of_reasoning_travel_in_the_signature():
-    (block, _) = answered(completion({"content": "x", "reasoning_details": DETAILS}),
-                          req(**THINKING))["content"]
-    kind, details = re.fullmatch(r"aap1\.(.)\.\((.*)\)", block["signature"]).groups()
-    assert (block["thinking"], kind, json.loads(details)) == ("t", "d", DETAILS)
-
-
-INVALID = [  # arguments that are no JSON object and not cut off
-    ("single quotes", "{'a':1}"), ("an array", "[1]"), ("a number", "1"), ("NaN", '{"a": NaN}'),
-    ("infinity", '{"a":1e999}'), ("a trailing comma", '{"a":1,}'), ("cut off", '{"a": "ab'),
-]
-
-ARGUMENTS = [
-    ("an object", '{"a":1}', {"a": 1}),
-    ("an object that is no string", {"a": 1}, {"a": 1}),
-    ("none", "", {}), ("null", None, {}), ("white space", "  ", {}), ("null as text", "null", {}),
-    ("an empty array", "[]", {}), ("an empty string", '""', {}),
-    ("encoded twice", '"{\\"a\\":1}"', {"a": 1}),
-    ("one brace too many", '{"a":1}}', {"a": 1}),
-    ("said twice", '{"a":1}{"a":1}', {"a": 1}),
-    ("a raw line end", '{"a":"x\ny"}', {"a": "x\ny"}),
-    *[(sentence, text, {"INVALID_JSON": text}) for sentence, text in INVALID],
-]
-
-
-@table(ARGUMENTS)
-def test_arguments(given, want):
-    assert answered(completion(calling(call("call_1", "f", given)), "tool_calls"), req())["content"] == [
-        {**use("call_1"), "input": want}]
-
-
-def test_a_call_without_arguments_has_empty_input():
-    assert answered(completion(calling({"id": "call_1", "function": {"name": "f"}})),
-                    req())["content"] == [use("call_1")]
-
-
-@table([(sentence, text) for sentence, text in INVALID], "text")
-def test_half_a_call_is_dropped_at_the_length_limit(text):
-    message = answered(completion(calling(call("call_1"), call("call_2", "f", text)), "length"), req())
-    assert (message["content"], message["stop_reason"]) == ([use("call_1")], "max_tokens")
-
-
-FILTERED = "The upstream's content filter stopped the answer."
-CALL, TEXT = calling(call("call_1")), {"content": "x"}
-
-STOPS = [  # message, finish_reason, stop_reason
-    ("stop", TEXT, "stop", "end_turn"), ("tool calls", CALL, "tool_calls", "tool_use"),
-    ("stop with a call", CALL, "stop", "tool_use"),
-    ("tool_calls without a call", TEXT, "tool_calls", "end_turn"),
-    ("nothing with a call", CALL, None, "tool_use"), ("function_call", CALL, "function_call", "tool_use"),
-    ("nothing", TEXT, None, "end_turn"), ("eos", TEXT, "eos", "end_turn"),
-    ("an unknown reason", TEXT, "weird", "end_turn"),
-    ("an empty reason", TEXT, "", "end_turn"),
-    ("length", TEXT, "length", "max_tokens"), ("length after a whole call", CALL, "length", "max_tokens"),
-    ("Gemini's length", TEXT, "MAX_TOKENS", "max_tokens"),
-    ("Mistral's length", TEXT, "model_length", "max_tokens"),
-    *[(f"the filter, as {each}", TEXT, each, "refusal") for each in
-      ("content_filter", "SAFETY", "recitation", "blocklist", "prohibited_content", "spii", "sensitive")],
-    ("the filter with a call", CALL, "content_filter", "refusal"),
-    ("a refusal", {"refusal": "No."}, "stop", "refusal"),
-    ("a refusal with a call", {**CALL, "refusal": "No."}, "tool_calls", "tool_use"),
-]
-
-
-@table(STOPS, "message, finish, want")
-def test_stop_reason(message, finish, want):
-    got = answered(completion(message, finish), req())
-    details = {"type": "refusal", "category": None, "explanation": message.get("refusal") or FILTERED}
-    assert (got["stop_reason"], got["stop_sequence"]) == (want, None)
-    assert got["stop_details"] == (details if want == "refusal" else None)
-
-
-STOP_SEQUENCES = [  # members of the choice, stop_reason, stop_sequence
-    ("vLLM names it", {"stop_reason": "END"}, "stop_sequence", "END"),
-    ("SGLang names it", {"matched_stop": "END"}, "stop_sequence", "END"),
-    ("a token is no sequence", {"matched_stop": 151645}, "end_turn", None),
-    ("one that was not asked for", {"stop_reason": "OTHER"}, "end_turn", None),
-    ("nobody names it", {}, "end_turn", None),
-    ("it stands in the text", {"message": {"content": "aENDb"}}, "stop_sequence", "END"),
-    ("a call ends at it", {"message": calling(call("call_1"), content="aENDb")}, "stop_sequence", "END"),
-    ("it is not searched in arguments", {"message": calling(call("call_1", "f", '{"a":"END"}'))}, "tool_use",
-     None),
-]
-
-
-@table(STOP_SEQUENCES, "members, reason, sequence")
-def test_stop_sequence(members, reason, sequence):
-    answer = completion(**{"message": TEXT, **members})
-    got = answered(answer, req(stop_sequences=["END"]))
-    assert (got["stop_reason"], got["stop_sequence"]) == (reason, sequence)
-
-
-USAGES = [
-    ("plain", used(10, 2), usage(10, 2)),
-    ("OpenAI's cache and reasoning",
-     used(100, 20, **cached(60), completion_tokens_details={"reasoning_tokens": 8}),
-     usage(40, 20, 60, **thought(8))),
-    ("no reasoning is known too", used(9, 2, completion_tokens_details={"reasoning_tokens": 0}),
-     usage(9, 2, **thought(0))),
-    ("the cache written", used(100, 1, **cached(60, cache_write_tokens=30)), usage(10, 1, 60, 30)),
-    ("DeepSeek's cache", used(100, 1, prompt_cache_hit_tokens=64), usage(36, 1, 64)),
-    ("cached twice counts once", used(100, 1, prompt_cache_hit_tokens=64, **cached(64)), usage(36, 1, 64)),
-    ("more cached than there was", used(5, 1, cache_read_input_tokens=50), usage(0, 1, 50)),
-    ("xAI leaves reasoning out",
-     used(10, 5, total_tokens=35, completion_tokens_details={"reasoning_tokens": 20}),
-     usage(10, 25, **thought(20))),
-    ("others do not", used(10, 25, total_tokens=35, completion_tokens_details={"reasoning_tokens": 20}),
-     usage(10, 25, **thought(20))),
-    ("floats", used(10.0, 2.0), usage(10, 2)),
-    ("the prompt from the total", {"completion_tokens": 2, "total_tokens": 12}, usage(10, 2)),
-    ("the prompt from the total, some of it cached", {"completion_tokens": 2, "total_tokens": 12, **cached(4)},
-     usage(6, 2, 4)),
-    ("the answer from the total", {"prompt_tokens": 10, "total_tokens": 12}, usage(10, 2)),
-    ("details null", used(10, 2, prompt_tokens_details=None, completion_tokens_details=None), usage(10, 2)),
-    ("numbers that are none", used(10, 2, prompt_tokens_details={"cached_tokens": -1}, cached_tokens="4"),
-     usage(10, 2)),
-    ("none: both are estimated", None, usage(8, 2)),
-]
-
-
-@table(USAGES)
-def test_usage(given, want):
-    assert answered(completion({"content": "Hello"}, usage=given), req())["usage"] == want
-
-
-@table([("priority", "priority", "priority"), ("fast", "fast", "priority"), ("flex", "flex", "standard"),
-        ("default", "default", "standard"), ("unknown", "gold", None), ("null", None, None)])
-def test_service_tier(given, want):
-    answer = {**completion(TEXT, usage=used(1, 1)), "service_tier": given}
-    assert answered(answer, req())["usage"] == usage(1, 1, tier=want)
-
-
-def several(*choices): return {"choices": list(choices)}
-
-
-SHAPES = [
-    ("the lowest index counts", several({"index": 1, "message": {"content": "b"}, "finish_reason": "length"},
-                                        {"index": 0, "message": {"content": "x"}, "finish_reason": "stop"})),
-    ("no index is the position", several({"message": {"content": "x"}, "finish_reason": "stop"},
-                                         {"message": {"content": "b"}})),
-    ("a delta in place of the message", several({"delta": {"content": "x"}, "finish_reason": "stop"})),
-    ("an old completion", several({"text": "x", "finish_reason": "stop"})),
-    ("an error that is null", {**completion(TEXT), "error": None}),
-]
-
-
-@table(SHAPES, "given")
-def test_shape_of_an_answer(given):
-    got = answered(given, req())
-    assert (got["content"], got["stop_reason"]) == ([only_x], "end_turn")
-
-
-NO_ANSWERS = [
-    ("no choices", {"choices": []}, 502, "api_error", "The upstream's answer has no choices"),
-    ("choices null", {"choices": None}, 502, "api_error", "The upstream's answer has no choices"),
-    ("no member choices", {"id": "x"}, 502, "api_error", "The upstream's answer has no choices"),
-    ("no message", several({"index": 0}), 502, "api_error", "The upstream's answer has no choices"),
-    ("a call without a name", completion(calling(call("call_1", ""))), 502, "api_error",
-     "The upstream's answer has a tool call without a name"),
-    ("finish reason error", completion(TEXT, "error"), 502, "api_error",
-     "The upstream ended with finish_reason error"),
-    ("a network error", completion(TEXT, "network_error"), 502, "api_error",
-     "The upstream ended with finish_reason network_error"),
-    ("DeepSeek is out of resources", completion(TEXT, "insufficient_system_resource"), 529,
-     "overloaded_error",
-     "The upstream ended with finish_reason insufficient_system_resource"),
-]
-
-
-@table(NO_ANSWERS, "given, status, kind, message")
-def test_an_answer_that_is_none(given, status, kind, message):
-    with pytest.raises(aiapiproxy.ProxyError) as caught:
-        answered(given, req())
-    assert (caught.value.status, caught.value.kind, caught.value.message) == (status, kind, message)
-
-
-def test_an_odd_answer_is_a_message_or_an_error():
-    message = calling(call("call_1", "f", '{"a":1}', extra_content=EXTRA),
-                      content=[txt("x"), think("t", "s")],
-                      refusal="No.", reasoning_details=DETAILS, reasoning="r", annotations=[{}])
-    whole = completion(message, usage=used(9, 9, total_tokens=18, **cached(2)), stop_reason="END",
-                       matched_stop=7)
-    dice, asked = random.Random(1), req(thinking=ADAPTIVE, stop_sequences=["END"])
-    for _ in range(3000):
-        try:
-            got = answered(spoiled(whole, dice), asked)
-        except aiapiproxy.ProxyError as error:
-            assert error.status in (429, 500, 502, 529) and error.message
-            continue
-        assert got["stop_reason"] in ("end_turn", "tool_use", "max_tokens", "stop_sequence", "refusal")
-        assert got["usage"]["input_tokens"] >= 0 and got["usage"]["output_tokens"] >= 0
-        for block in got["content"]:
-            assert block["type"] != "tool_use" or (isinstance(block["input"], dict) and block["name"])
-            assert block["type"] != "text" or block["text"].strip()
-
-
-# ============================================================================
-# 7. REFUSALS: WHAT THE UPSTREAM SAYS WHEN IT WILL NOT
-# ============================================================================
-
-NOON = 1795435200.0  # 2026-11-23T12:00:00Z
-JSON_ERROR = {"error": {"message": "bad", "type": "invalid_request_error"}}
-NO_RETRY = {"x-should-retry": "false"}
-
-
-def failed(status, body, headers=None, asked=None, settings=SETTINGS["openai"]):
-    """The error that the client gets for this answer of the upstream."""
-    raw = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-    translation = aiapiproxy.checked_translation(asked or req(), settings)
-    return aiapiproxy.upstream_error(status, headers or {}, raw, translation, NOON)
+ONE_CALL_AT_MOST = {"tools": [tool("f")], **choice("auto", disable_parallel_tool_use=True)}
+NOT_FOUND = "404 not_found_error: "
+MAXIMUM = "This model's maximum context length is"
 
 
 def error_like(code, message="m"): return {"error": {"message": message, "code": code}}
 
 
-STATUSES = [  # upstream status, client status, error type
-    (400, 400, "invalid_request_error"), (401, 401, "authentication_error"), (402, 402, "billing_error"),
-    (403, 403, "permission_error"), (404, 404, "not_found_error"), (405, 400, "invalid_request_error"),
-    (406, 400, "invalid_request_error"), (408, 504, "timeout_error"), (409, 409, "conflict_error"),
-    (410, 400, "invalid_request_error"), (413, 413, "request_too_large"), (415, 400, "invalid_request_error"),
-    (418, 400, "invalid_request_error"), (422, 400, "invalid_request_error"),
-    (424, 400, "invalid_request_error"),
-    (425, 500, "api_error"), (429, 429, "rate_limit_error"), (451, 400, "invalid_request_error"),
-    (499, 500, "api_error"), (500, 500, "api_error"), (501, 500, "api_error"), (502, 502, "api_error"),
-    (503, 529, "overloaded_error"), (504, 504, "timeout_error"), (507, 500, "api_error"),
-    (520, 502, "api_error"),
-    (521, 502, "api_error"), (524, 504, "timeout_error"), (529, 529, "overloaded_error"),
-    (530, 502, "api_error"),
-    (599, 500, "api_error"),
-]
+JSON_ERROR = {"error": {"message": "bad", "type": "invalid_request_error"}}
 
 
-@pytest.mark.parametrize("upstream, status, kind", STATUSES)
-def test_status_of_an_error(upstream, status, kind):
-    error = failed(upstream, JSON_ERROR)
-    assert (error.status, error.kind) == (status, kind)
-    assert error.headers == (NO_RETRY if upstream in (401, 402) else {})
-
-
-MESSAGES = [  # status, body, message
-    ("OpenAI's own", 400, JSON_ERROR, "bad"),
-    ("Google's list", 400, [{"error": {"code": 400, "message": "m", "status": "INVALID_ARGUMENT"}}], "m"),
-    ("a string", 400, {"error": "m"}, "m"),
-    ("a detail", 400, {"detail": "m"}, "m"),
-    ("a message", 400, {"message": "m"}, "m"),
-    ("an error message", 400, {"error_message": "m"}, "m"),
-    ("a list of errors", 400, {"errors": [{"message": "m"}]}, "m"),
-    ("OpenRouter's provider", 400,
-     {"error": {"message": "Provider returned error", "metadata": {"raw": "why"}}},
-     "Provider returned error: why"),
-    ("Azure's filter, unchanged", 400, error_like("content_filter", "The response was filtered."),
-     "The response was filtered."),
-    ("the key is shortened", 400, error_like(None, f"Incorrect key {KEY}."), "Incorrect key sk-\u20261234."),
-    ("control characters", 400, error_like(None, "a\nb\x00c"), "a b c"),
-    ("a long one", 400, error_like(None, "x" * 5000), "x" * 4096),
-    ("a page", 502, "<html><title>Bad Gateway</title><body>...",
-     "The upstream answered 502 Bad Gateway: Bad Gateway"),
-    ("a text", 500, "it <b>broke</b>", "The upstream answered 500 Internal Server Error: it broke"),
-    ("nothing", 500, "", "The upstream answered 500 Internal Server Error"),
-    ("a refused key", 401, JSON_ERROR, "The upstream rejected OPENAI_API_KEY: bad"),
-]
-
-
-@table(MESSAGES, "status, body, want")
-def test_message_of_an_error(status, body, want):
-    assert failed(status, body).message == want
-
-
-def test_an_unknown_model_tells_the_mapping():
-    error = failed(404, error_like("model_not_found", "The model `gpt-9` does not exist"),
-                   settings=settings_for("openai", CLAUDE_SONNET_MODEL="gpt-9"))
-    assert (error.status, error.kind, error.message) == (
-        404, "not_found_error",
-        "The model `gpt-9` does not exist (model claude-sonnet-5-5 is mapped to gpt-9)")
-
-
-TOO_FAST = ("Request too large for gpt-4o in organization org-x on tokens per min (TPM): "
-            "Limit 30000, Requested 33684.")
-DATE = "Mon, 23 Nov 2026 12:00:30 GMT"
-RATE = ("rate_limit_error", 429)
-
-LIMITS = [  # status, body, headers, (type, status), headers to the client
-    ("quota is no rate limit", 429, error_like("insufficient_quota"), {"retry-after": "7"},
-     ("billing_error", 402),
-     NO_RETRY),
-    ("nor is a billing limit", 429, error_like("billing_hard_limit_reached"), {}, ("billing_error", 402),
-     NO_RETRY),
-    ("nor an empty account", 403, error_like("insufficient_credits"), {}, ("billing_error", 402), NO_RETRY),
-    ("nor OpenAI's words for it", 429, error_like(None, "You exceeded your current quota, please check"), {},
-     ("billing_error", 402), NO_RETRY),
-    ("retry-after is passed", 429, error_like("rate_limit_exceeded"), {"retry-after": "7"}, RATE,
-     {"retry-after": "7"}),
-    ("rounded up", 429, error_like(None), {"retry-after": "0.2"}, RATE, {"retry-after": "1"}),
-    ("a date is counted from now", 429, error_like(None), {"retry-after": DATE}, RATE, {"retry-after": "30"}),
-    ("seconds in the message", 429, error_like(None, "Limit. Please try again in 1.5s."), {}, RATE,
-     {"retry-after": "2"}),
-    ("minutes", 429, error_like(None, "Please try again in 6m0s."), {}, RATE, {"retry-after": "360"}),
-    ("milliseconds", 429, error_like(None, "Please try again in 20ms."), {}, RATE, {"retry-after": "1"}),
-    ("hours", 429, error_like(None, "Please try again in 1h2m."), {}, RATE, {"retry-after": "3720"}),
-    ("Google's delay", 429, {"error": {"message": "m", "details": [{"retryDelay": "34s"}]}}, {}, RATE,
-     {"retry-after": "34"}),
-    ("the reset of a limit that is used up", 429, error_like(None), {
-        "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1.57s",
-        "x-ratelimit-remaining-requests": "9", "x-ratelimit-reset-requests": "6m0s"}, RATE,
-     {"retry-after": "2", "anthropic-ratelimit-tokens-remaining": "0",
-      "anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:02Z", "anthropic-ratelimit-requests-remaining": "9",
-      "anthropic-ratelimit-requests-reset": "2026-11-23T12:06:00Z"}),
-    ("milliseconds of the upstream", 429, error_like(None), {"retry-after-ms": "1500"}, RATE,
-     {"retry-after-ms": "1500"}),
-    ("what will never fit", 429, error_like("rate_limit_exceeded", TOO_FAST), {}, RATE, NO_RETRY),
-    ("what will fit later", 429, error_like(None, TOO_FAST.replace("33684", "20000")), {}, RATE, {}),
-    ("the upstream knows whether to retry", 500, error_like(None), {"x-should-retry": "false"},
-     ("api_error", 500),
-     NO_RETRY),
-    ("in no other words", 500, error_like(None), {"x-should-retry": "maybe"}, ("api_error", 500), {}),
-    ("retry-after of an overload", 503, error_like(None), {"retry-after": "3"}, ("overloaded_error", 529),
-     {"retry-after": "3"}),
-    ("not of a bad request", 400, error_like(None), {"retry-after": "3"}, ("invalid_request_error", 400), {}),
-    ("nothing else", 500, error_like(None), {"set-cookie": "c", "server": "s", "openai-organization": "o",
-                                             "x-request-id": "i"}, ("api_error", 500), {}),
-    ("the limits of requests", 429, error_like(None), {
-        "x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "499",
-        "x-ratelimit-reset-requests": "6m0s"}, RATE, {
-        "anthropic-ratelimit-requests-limit": "500", "anthropic-ratelimit-requests-remaining": "499",
-        "anthropic-ratelimit-requests-reset": "2026-11-23T12:06:00Z"}),
-    ("the limits of tokens", 429, error_like(None), {
-        "x-ratelimit-limit-tokens": "9", "x-ratelimit-reset-tokens": "1.5s"}, RATE, {
-        "anthropic-ratelimit-tokens-limit": "9", "anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:02Z"}),
-    ("a limit's end as a number", 429, error_like(None), {"x-ratelimit-reset-tokens": "1795435206000"}, RATE,
-     {"anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:06Z"}),
-    ("a limit's end in words", 429, error_like(None), {"x-ratelimit-reset-tokens": "soon"}, RATE, {}),
-]
-
-
-@table(LIMITS, "status, body, headers, kind, want")
-def test_limits(status, body, headers, kind, want):
-    error = failed(status, body, headers)
-    assert ((error.kind, error.status), error.headers) == (kind, want)
-
-
-LLAMA = {"code": 400, "type": "exceed_context_size_error", "message": "no room", "n_prompt_tokens": 9000,
-         "n_ctx": 8192}
-MAXIMUM = "This model's maximum context length is"
-
-OVERFLOWS = [  # upstream's message or error, its numbers for the client
-    (f"{MAXIMUM} 128000 tokens. However, your messages resulted in 131072 tokens.", 131072, 128000),
-    (f"{MAXIMUM} 128,000 tokens. However, your messages resulted in 131_072 tokens.", 131072, 128000),
-    (f"{MAXIMUM} 8192 tokens. However, you requested 9000 tokens (8500 in the messages, 500 in the "
-     "completion).",
-     8500, 8192),
-    (f"{MAXIMUM} 8192 tokens. However, you requested 9500 tokens (8000 in the messages, 500 in the "
-     "functions, 1000 in the completion).", 8500, 8192),
-    (f"{MAXIMUM} 8192 tokens. However, you requested 9500 tokens (7500 in the messages, 2000 in the "
-     "completion).",
-     9500, 8192),
-    (f"{MAXIMUM} 4097 tokens, however you requested 5000 tokens.", 5000, 4097),
-    (f"{MAXIMUM} 4096 tokens. However, you requested 512 output tokens and your prompt contains at least "
-     "5000 input tokens.", 5000, 4096),
-    (f"'max_tokens' or 'max_completion_tokens' is too large: 4000. {MAXIMUM} 4096 tokens and your request "
-     "has 4090 input tokens (4000 > 4096 - 4090).", 8090, 4096),
-    ("You passed 4000 input tokens and requested 200 output tokens. However, the model's context length "
-     "is only 4096 tokens", 4200, 4096),
-    ("Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 300000 tokens.",
-     300000, 272000),
-    (LLAMA, 9000, 8192),
-    ("request (9000 tokens) exceeds the available context size (8192 tokens), try increasing it", 9000, 8192),
-    ("input (9000 tokens) is larger than the max context size (8192 tokens). skipping", 9000, 8192),
-    ("Trying to keep the first 9000 tokens when context overflows. However, the model is loaded with context "
-     "length of only 4096 tokens", 9000, 4096),
-    ("The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).", 1200000,
-     1048576),
-    ("This model's maximum prompt length is 131072 but the request contains 150000 tokens.", 150000, 131072),
-    ("Prompt contains 40000 tokens, too large for model with 32768 maximum context length", 40000, 32768),
-    ("inputs tokens + max_new_tokens must be <= 4096. Given: 5000 `inputs` tokens and 20 `max_new_tokens`",
-     5000, 4096),
-    ("prompt is too long: 210000 tokens > 200000 maximum", 210000, 200000),
-    ("input length and `max_tokens` exceed context limit: 199500 + 2000 > 200000, decrease it", 201500,
-     200000),
-    ("prompt token count of 70000 exceeds the limit of 64000", 70000, 64000),
-    (f"{MAXIMUM} 8192 tokens. Please reduce the length of the messages.", 8193, 8192),
-    *[(words, 8, 6) for words in (
-        "Your input exceeds the context window of this model.", "This exceeds the context length.",
-        "It exceeds the model's context.", "Input is too long for requested model.", "Prompt is too long",
-        "Please reduce the length of the messages.", "Too many tokens in the prompt",
-        "Context size has been exceeded.", "model_max_prompt_tokens_exceeded", "n_keep >= n_ctx",
-        "the number of tokens to keep from the initial prompt is greater than the context length",
-        "Range of input length is exceeded", "no user query found in messages")],
-    (error_like("context_length_exceeded")["error"], 8, 6),
-    ({"message": "m", "type": "ContextWindowExceededError"}, 8, 6),
-]
-
-
-@pytest.mark.parametrize("upstream, needed, maximum", OVERFLOWS, ids=[str(row[0]) for row in OVERFLOWS])
-def test_a_prompt_that_does_not_fit(upstream, needed, maximum):
-    body = {"error": {"message": upstream} if isinstance(upstream, str) else upstream}
-    for status in (400, 413, 500):
-        error = failed(status, body)
-        assert (error.status, error.kind) == (400, "invalid_request_error")
-        assert error.message == f"prompt is too long: {needed} tokens > {maximum} maximum"
-
-
-def test_tokens_per_minute_are_no_prompt_that_does_not_fit():
-    assert failed(429, error_like("rate_limit_exceeded", TOO_FAST)).kind == "rate_limit_error"
-
-
-# ============================================================================
-# 8. STREAM: CHUNKS TO EVENTS
-# ============================================================================
-#
-# A row is (sentence, chunks, events).  Thinking is adaptive, so reasoning shows.  Each stream is read whole,
-# byte by byte and cut in two at every place, and has to give the same events.
-
-CLOSED = "0- MD(end_turn) ME"
-HELLO = 'MS 0+text 0t"Hel" 0t"lo" ' + CLOSED
-ONE_X = 'MS 0+text 0t"x" ' + CLOSED
-BROKEN = 'MS 0+text 0t"x" ERR(api_error)'
-TOOL = "MS 0+tool(call_1,f)"
-ONE_TOOL = TOOL + ' 0j`{"a":1}` 0- MD(tool_use) ME'
-EMPTY_TOOL = TOOL + " 0- MD(tool_use) ME"
-PARTS = '0j`{"a"` 0j`:1}`'
-BEGIN, REST = frag(0, "call_1", "f", '{"a"'), frag(0, None, None, ":1}")
-WHOLE = frag(0, "call_1", "f", '{"a":1}')
-ARGS_DONE = [cend("tool_calls"), DONE]
-STOP = [cend("stop"), DONE]
-
-
-def usage_on(chunk, prompt, generated): return {**chunk, "usage": used(prompt, generated)}
-
-
-TEXTS = [
-    ("text", [ROLE, ctext("Hel"), ctext("lo"), cend("stop"), cuse(5, 3), DONE], HELLO),
-    ("an answer without content", [ROLE, cend("stop"), cuse(5, 0), DONE], "MS MD(end_turn) ME"),
-    ("the role on each chunk", [chunk({"role": "assistant", "content": "Hel"}),
-                                chunk({"role": "assistant", "content": "lo"})] + STOP, HELLO),
-    ("the last text with the finish reason", [ctext("Hel"), chunk({"content": "lo"}, "stop"), DONE], HELLO),
-    ("text after the finish reason", [chunk({"content": "Hel"}, "stop"), ctext("lo"), DONE], HELLO),
-    ("what says nothing",
-     [{"choices": [], "prompt_filter_results": []}, {"choices": None}, {"id": "x"}, chunk(None),
-      chunk({}), chunk({"content": None, "tool_calls": None}), ctext(""),
-      chunk({"tool_calls": []}), chunk({"content": "x"}, usage=None), chunk({}, ""),
-      chunk({"annotations": [{}], "audio": {}, "new": 1})] + STOP, ONE_X),
-    ("a list of parts",
-     [chunk({"content": [txt("Hel"), {"type": "new"}]}), chunk({"content": [txt("lo")]})] + STOP,
-     HELLO),
-    ("a message in place of the delta", [{"choices": [{"index": 0, "message": {"content": "x"},
-                                                       "finish_reason": "stop"}]}, DONE], ONE_X),
-    ("only the first choice", [{"choices": [{"index": 0, "delta": {"content": "x"}},
-                                            {"index": 1, "delta": {"content": "y"}}]},
-                               {"choices": [{"index": 1, "delta": {"content": "z"}}]}] + STOP, ONE_X),
-    ("white space in front of text", [ctext("\n"), ctext("hi")] + STOP, 'MS 0+text 0t"\\nhi" ' + CLOSED),
-    ("only white space", [ctext("\n\n")] + STOP, "MS MD(end_turn) ME"),
-    ("a refusal", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP,
-     'MS 0+text 0t"I can" 0t"not." 0- MD(refusal) ME'),
-    ("the filter", [ctext("x"), cend("content_filter"), DONE], 'MS 0+text 0t"x" 0- MD(refusal) ME'),
-    ("the length limit", [ctext("x"), cend("length"), DONE], 'MS 0+text 0t"x" 0- MD(max_tokens) ME'),
-    ("the last finish reason counts", [ctext("x"), cend("length"), cend("stop"), cend(""), DONE], ONE_X),
-    ("an unknown finish reason", [ctext("x"), cend("weird"), DONE], ONE_X),
-    ("tool_calls without a call", [ctext("x"), cend("tool_calls"), DONE], ONE_X),
-    ("an emoji in halves", [ctext("a\ud83d"), ctext("\ude00b")] + STOP, 'MS 0+text 0t"a" 0t"\U0001f600b" ' + CLOSED),
-    ("half an emoji", [ctext("a\ud83d")] + STOP, 'MS 0+text 0t"a" 0t"\ufffd" ' + CLOSED),
-    ("half an emoji, then text", [ctext("a\ud83d"), ctext("b")] + STOP, 'MS 0+text 0t"a" 0t"\ufffdb" ' + CLOSED),
-    ("the other half", [ctext("\ude00b")] + STOP, 'MS 0+text 0t"\ufffdb" ' + CLOSED),
-]
-
-THOUGHTS = [
-    ("reasoning, then text", [creason("a"), creason("b"), ctext("x")] + STOP,
-     'MS 0+thinking 0h"a" 0h"b" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("the other field", [chunk({"reasoning": "a"}), ctext("x")] + STOP,
-     'MS 0+thinking 0h"a" 0s"aap1.r." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("the same text in both fields", [chunk({"reasoning_content": "a", "reasoning": "a"}), ctext("x")] + STOP,
-     'MS 0+thinking 0h"a" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("all in one chunk", [chunk({"reasoning_content": "r", "content": "x",
-                                 "tool_calls": [entry(0, "call_1", "f", '{"a":1}')]}, "tool_calls"), DONE],
-     'MS 0+thinking 0h"r" 0s"aap1.c." 0- 1+text 1t"x" 1- 2+tool(call_1,f) 2j`{"a":1}` 2- MD(tool_use) ME'),
-    ("in turns", [creason("a"), ctext("x"), creason("b"), ctext("y")] + STOP,
-     'MS 0+thinking 0h"a" 0s"aap1.c." 0- 1+text 1t"x" 1- 2+thinking 2h"b" 2s"aap1.c." 2- 3+text 3t"y" 3- '
-     'MD(end_turn) ME'),
-    ("after a call", [WHOLE, creason("a")] + ARGS_DONE,
-     TOOL + ' 0j`{"a":1}` 0- 1+thinking 1h"a" 1s"aap1.c." 1- MD(tool_use) ME'),
-    ("a thinking part", [chunk({"content": [{"type": "thinking", "thinking": [txt("a")]}, txt("x")]})] + STOP,
-     'MS 0+thinking 0h"a" 0s"aap1.n." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("empty reasoning", [creason(""), chunk({"reasoning": None}), ctext("x")] + STOP, ONE_X),
-    ("only reasoning", [creason("a")] + STOP, 'MS 0+thinking 0h"a" 0s"aap1.c." 0- MD(end_turn) ME'),
-    ("an emoji in halves, thought", [creason("a\ud83d"), creason("\ude00")] + STOP,
-     'MS 0+thinking 0h"a" 0h"\U0001f600" 0s"aap1.c." 0- MD(end_turn) ME'),
-]
-
-CALLS = [
-    ("arguments in fragments, cut in an escape",
-     [frag(0, "call_1", "f", ""), frag(0, None, None, '{"c": "Par'), frag(0, None, None, 'is \\u00'),
-      frag(0, None, None, 'e9"}')]
-     + ARGS_DONE, TOOL + ' 0j`{"c": "Par` 0j`is \\u00` 0j`e9"}` 0- MD(tool_use) ME'),
-    ("a name in fragments",
-     [frag(0, "call_1", "get_", None), frag(0, None, "weather", None), frag(0, None, None, "{}")]
-     + ARGS_DONE, "MS 0+tool(call_1,get_weather) 0j`{}` 0- MD(tool_use) ME"),
-    ("a name that is repeated", [BEGIN, frag(0, "call_1", "f", ":1}")] + ARGS_DONE,
-     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("an empty name after the name", [BEGIN, frag(0, "", "", ":1}")] + ARGS_DONE,
-     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("one after another", [WHOLE, frag(1, "call_2", "g", '{"b"'), frag(1, None, None, ":2}")] + ARGS_DONE,
-     TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,g) 1j`{"b"` 1j`:2}` 1- MD(tool_use) ME'),
-    ("two in turns: the second waits",
-     [frags((0, "call_1", "f", ""), (1, "call_2", "g", "")), frag(0, None, None, '{"a"'), frag(1, None, None, '{"b"'),
-      frag(0, None, None, ":1}"), frag(1, None, None, ":2}")] + ARGS_DONE,
-     f'{TOOL} {PARTS} 0- 1+tool(call_2,g) 1j`{{"b"` 1j`:2}}` 1- MD(tool_use) ME'),
-    ("what has waited is one delta",
-     [frag(0, "call_1", "f", '{"a"'), frag(1, "call_2", "g", '{"b"'), frag(1, None, None, ":2}"),
-      frag(0, None, None, ":1}")]
-     + ARGS_DONE, f'{TOOL} {PARTS} 0- 1+tool(call_2,g) 1j`{{"b":2}}` 1- MD(tool_use) ME'),
-    ("two at one index with two ids", [WHOLE, frag(0, "call_2", "f", '{"a":2}')] + STOP,
-     TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
-    ("two without index", [frags((None, "call_1", "f", '{"a":1}'), (None, "call_2", "g", "{}"))] + ARGS_DONE,
-     TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,g) 1j`{}` 1- MD(tool_use) ME'),
-    ("fragments without index", [frag(None, "call_1", "f", '{"a"'), frag(None, None, None, ":1}")] + ARGS_DONE,
-     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("two without ids", [frag(0, None, "f", '{"a":1}'), frag(0, None, "f", '{"a":2}')] + STOP,
-     'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- 1+tool(toolu_new,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
-    ("neither index nor id", [frag(None, None, "f", '{"a":1}'), frag(None, None, "f", '{"a":2}')] + STOP,
-     'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- 1+tool(toolu_new,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
-    ("neither index nor id, one call", [frag(None, None, "f", '{"a"'), frag(None, None, "f", ":1}")] + STOP,
-     f"MS 0+tool(toolu_new,f) {PARTS} 0- MD(tool_use) ME"),
-    ("an id made up for each fragment", [BEGIN, frag(0, "id2", None, ":1}")] + ARGS_DONE,
-     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("with the name again", [BEGIN, frag(0, "id2", "f", ":1}")] + ARGS_DONE,
-     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("an id on each fragment", [BEGIN, frag(0, "call_1", None, ":1}")] + ARGS_DONE,
-     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("an id that is late", [frag(0, None, "f", None), frag(0, "call_9", None, "{}")] + ARGS_DONE,
-     "MS 0+tool(call_9,f) 0j`{}` 0- MD(tool_use) ME"),
-    ("indexes that start at 1", [frag(1, "call_1", "f", '{"a":1}')] + ARGS_DONE, ONE_TOOL),
-    ("no arguments", [frag(0, "call_1", "f", "")] + ARGS_DONE, EMPTY_TOOL),
-    ("arguments null", [frag(0, "call_1", "f", None)] + ARGS_DONE, EMPTY_TOOL),
-    ("arguments of white space", [frag(0, "call_1", "f", " \n")] + ARGS_DONE, EMPTY_TOOL),
-    ("arguments null as text", [frag(0, "call_1", "f", "null")] + ARGS_DONE, EMPTY_TOOL),
-    ("white space in front", [frag(0, "call_1", "f", '\n {"a":1}')] + ARGS_DONE, ONE_TOOL),
-    ("arguments that are no string", [chunk({"tool_calls": [
-        {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": {"a": 1}}}]})] + ARGS_DONE,
-        ONE_TOOL),
-    ("one brace too many", [frag(0, "call_1", "f", '{"a":1}}')] + ARGS_DONE, ONE_TOOL),
-    ("said twice", [WHOLE, frag(0, None, None, '{"a":1}')] + ARGS_DONE, ONE_TOOL),
-    ("braces in strings", [frag(0, "call_1", "f", '{"a":"}\\"}"'), frag(0, None, None, "}")] + ARGS_DONE,
-     TOOL + ' 0j`{"a":"}\\"}"` 0j`}` 0- MD(tool_use) ME'),
-    ("an empty object in front of the real one", [frag(0, "call_1", "f", "{}"), frag(0, None, None, '{"a"'), REST]
-     + ARGS_DONE, f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("raw control characters in a string", [frag(0, "call_1", "f", '{"a":"x\n\t\x01y"}')] + ARGS_DONE,
-     TOOL + ' 0j`{"a":"x\\n\\t\\u0001y"}` 0- MD(tool_use) ME'),
-    ("encoded twice", [frag(0, "call_1", "f", '"{\\"a\\":'), frag(0, None, None, '1}"')] + ARGS_DONE, ONE_TOOL),
-    ("an array", [frag(0, "call_1", "f", "[1]")] + ARGS_DONE,
-     TOOL + ' 0j`{"INVALID_JSON":"[1]"}` 0- MD(tool_use) ME'),
-    ("malformed inside the braces is the client's", [frag(0, "call_1", "f", "{'a':1}")] + ARGS_DONE,
-     TOOL + " 0j`{'a':1}` 0- MD(tool_use) ME"),
-    ("an emoji in halves, as arguments", [frag(0, "call_1", "f", '{"a":"\ud83d'), frag(0, None, None, '\ude00"}')]
-     + ARGS_DONE, TOOL + ' 0j`{"a":"` 0j`\U0001f600"}` 0- MD(tool_use) ME'),
-    ("cut off at the length limit", [frag(0, "call_1", "f", '{"a": "ab'), cend("length"), DONE],
-     TOOL + ' 0j`{"a": "ab` 0- MD(max_tokens) ME'),
-    ("cut off by the filter", [frag(0, "call_1", "f", '{"a": "ab'), cend("content_filter"), DONE],
-     TOOL + ' 0j`{"a": "ab` 0- MD(refusal) ME'),
-    ("cut off without a reason is never finished", [frag(0, "call_1", "f", '{"a": "ab')] + ARGS_DONE,
-     TOOL + ' 0j`{"a": "ab` ERR(api_error)'),
-    ("complete at the length limit", [WHOLE, cend("length"), DONE], TOOL + ' 0j`{"a":1}` 0- MD(max_tokens) ME'),
-    ("text, call, text", [ctext("A"), frag(0, "call_1", "f", "{}"), ctext("B")] + ARGS_DONE,
-     'MS 0+text 0t"A" 0- 1+tool(call_1,f) 1j`{}` 1- 2+text 2t"B" 2- MD(tool_use) ME'),
-    ("text inside a call waits for its end", [BEGIN, ctext("B"), REST] + ARGS_DONE,
-     f'{TOOL} {PARTS} 0- 1+text 1t"B" 1- MD(tool_use) ME'),
-    ("white space in front of a call", [ctext("\n\n"), WHOLE] + ARGS_DONE, ONE_TOOL),
-    ("stop after a call", [WHOLE] + STOP, ONE_TOOL),
-    ("the old function_call", [chunk({"function_call": {"name": "f", "arguments": ""}}),
-                               chunk({"function_call": {"arguments": '{"a":1}'}}), cend("function_call"), DONE],
-     'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- MD(tool_use) ME'),
-    ("an id with other characters", [frag(0, "functions.get:0", "get", "{}")] + ARGS_DONE,
-     "MS 0+tool(toolu_r(functions.get:0),get) 0j`{}` 0- MD(tool_use) ME"),
-    ("a thought signature travels in the id", [chunk({"tool_calls": [
-        {**entry(0, "c1", "f", '{"a":1}'), "extra_content": {"b": 1}}]})] + ARGS_DONE,
-     'MS 0+tool(toolu_x(["c1",{"b":1}]),f) 0j`{"a":1}` 0- MD(tool_use) ME'),
-    ("a call without a name", [frag(0, "call_1", None, "{}")] + ARGS_DONE, "MS ERR(api_error)"),
-    ("a call without a name, then text", [frag(0, "call_1", None, "{}"), ctext("x")] + ARGS_DONE,
-     "MS ERR(api_error)"),
-]
-
-BAD_502 = {"error": {"message": "m", "code": 502}}
-ENDS = [
-    ("without [DONE], after a finish reason", [ctext("x"), cend("stop")], ONE_X),
-    ("[DONE] without a finish reason", [ctext("x"), DONE], ONE_X),
-    ("[DONE] after usage alone", [cuse(5, 0), DONE], "MS MD(end_turn) ME"),
-    ("[DONE] after nothing", [ROLE, DONE], "MS ERR(api_error)"),
-    ("white space around [DONE]", [ctext("x"), " [DONE] "], ONE_X),
-    ("what follows [DONE] is not read", [ctext("x"), DONE, ctext("y"), BAD_502], ONE_X),
-    ("the end without a finish reason", [ctext("x")], BROKEN),
-    ("the end in the middle of a call", [BEGIN], TOOL + ' 0j`{"a"` ERR(api_error)'),
-    ("[DONE] alone", [DONE], "HTTP 502 api_error"),
-    ("nothing", [], "HTTP 502 api_error"),
-    ("an error", [ctext("x"), BAD_502], BROKEN),
-    ("an error with a useful code", [ctext("x"), {"error": {"message": "m", "code": 529}}],
-     'MS 0+text 0t"x" ERR(overloaded_error)'),
-    ("an error with a useful type", [ctext("x"), {"error": {"message": "m", "type": "rate_limit_error"}}],
-     'MS 0+text 0t"x" ERR(rate_limit_error)'),
-    ("an error that is a string", [ctext("x"), {"error": "m"}], BROKEN),
-    ("an error by its object", [ctext("x"), {"object": "error", "message": "m", "code": 503}],
-     'MS 0+text 0t"x" ERR(overloaded_error)'),
-    ("an error by its type",
-     [ctext("x"), {"type": "error", "error": {"type": "overloaded_error", "message": "m"}}],
-     'MS 0+text 0t"x" ERR(overloaded_error)'),
-    ("an error in other members", [ctext("x"), {"error_type": "timeout", "error_message": "m"}],
-     'MS 0+text 0t"x" ERR(timeout_error)'),
-    ("an error in a list", [ctext("x"), [BAD_502]], BROKEN),
-    ("an unknown object at the end", [ctext("x"), {"detail": "m"}], BROKEN),
-    ("an error that is null", [{**ctext("x"), "error": None}] + STOP, ONE_X),
-    ("an error after the finish reason", [ctext("x"), cend("stop"), BAD_502], BROKEN),
-    ("an error first is a status", [{"error": {"message": "slow", "code": 429}}],
-     "HTTP 429 rate_limit_error"),
-    ("an overflow first is a status", [{"error": {"message": "m", "code": "context_length_exceeded"}}],
-     "HTTP 400 invalid_request_error"),
-    ("no JSON", [ctext("x"), "{oops"], BROKEN),
-    ("no object", [ctext("x"), "5"], BROKEN),
-    ("no JSON first", ["oops"], "HTTP 502 api_error"),
-    ("finish reason error", [ctext("x"), cend("error"), DONE], BROKEN),
-    ("finish reason of a server out of resources", [ctext("x"), cend("insufficient_system_resource"), DONE],
-     'MS 0+text 0t"x" ERR(overloaded_error)'),
-]
-
-
-@table([(name + ": " + sentence, chunks, want) for name, rows in
-        (("text", TEXTS), ("thinking", THOUGHTS), ("a call", CALLS), ("the end", ENDS))
-        for sentence, chunks, want in rows], "chunks, want")
-def test_stream(chunks, want):
-    check_stream(sse(chunks), want, req(thinking=ADAPTIVE))
-
-
-ONE_CALL_AT_MOST = {"tools": [tool("f")], **choice("auto", disable_parallel_tool_use=True)}
-ENDING = {"stop_sequences": ["END"]}
-PREFILLED = {"messages": [usr("a"), asst("The answer is ")]}
-THOUGHT_X = [creason("a"), creason("b"), ctext("x")] + STOP
-
-OTHER_STREAMS = [  # request members
-    ("thinking absent: reasoning is not shown", {}, THOUGHT_X, ONE_X),
-    ("thinking disabled", {"thinking": DISABLED}, THOUGHT_X, ONE_X),
-    ("thinking omitted: it travels in the signature", {"thinking": OMITTED}, THOUGHT_X,
-     'MS 0+thinking 0s"aap1.c.(ab)" 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("thinking omitted, and there is none", {"thinking": OMITTED}, [creason(""), ctext("x")] + STOP, ONE_X),
-    ("hidden reasoning does not part text", {}, [ctext("Hel"), creason("a"), ctext("lo")] + STOP, HELLO),
-    ("only the first call when more are forbidden", ONE_CALL_AT_MOST,
-     [WHOLE, frag(1, "call_2", "f", '{"b":2}')] + ARGS_DONE, ONE_TOOL),
-    ("also side by side", ONE_CALL_AT_MOST,
-     [frags((0, "call_1", "f", '{"a":1}'), (1, "call_2", "f", "{}"))] + ARGS_DONE, ONE_TOOL),
-    ("a mapped name", {"tools": [tool("my.tool")]}, [frag(0, "call_1", "my_tool_bca2c361", "{}")] + ARGS_DONE,
-     "MS 0+tool(call_1,my.tool) 0j`{}` 0- MD(tool_use) ME"),
-    ("a prefix in front of a known name", {"tools": [tool("f")]},
-     [frag(0, "call_1", "functions.f", '{"a":1}')] + ARGS_DONE,
-     ONE_TOOL),
-    ("an id used before", {"messages": conversation_with("call_1")[0]}, [WHOLE] + ARGS_DONE,
-     'MS 0+tool(toolu_r(call_1),f) 0j`{"a":1}` 0- MD(tool_use) ME'),
-    *[(f"a stop sequence ends the text of {model}", {"model": model, **ENDING},
-       [ctext("abcE"), ctext("NDxyz"), cend("stop"), DONE],
-       'MS 0+text 0t"abc" 0- MD(stop_sequence,"END") ME') for model in ("gpt-4o", "o3")],
-    ("what might begin one is held", ENDING, [ctext("abcE"), ctext("x")] + STOP,
-     'MS 0+text 0t"abc" 0t"Ex" ' + CLOSED),
-    ("and let go at the end", ENDING, [ctext("abcE")] + STOP, 'MS 0+text 0t"abc" 0t"E" ' + CLOSED),
-    ("one at the very start", ENDING, [ctext("END")] + STOP, 'MS MD(stop_sequence,"END") ME'),
-    ("the earliest counts", {"stop_sequences": ["c", "b"]}, [ctext("abc")] + STOP,
-     'MS 0+text 0t"a" 0- MD(stop_sequence,"b") ME'),
-    ("the longest at one place", {"stop_sequences": ["E", "END"]}, [ctext("aEND")] + STOP,
-     'MS 0+text 0t"a" 0- MD(stop_sequence,"END") ME'),
-    ("the fifth too", {"stop_sequences": list("vwxyz")}, [ctext("az")] + STOP,
-     'MS 0+text 0t"a" 0- MD(stop_sequence,"z") ME'),
-    ("not in arguments", ENDING, [frag(0, "call_1", "f", '{"a":"END"}')] + ARGS_DONE,
-     TOOL + ' 0j`{"a":"END"}` 0- MD(tool_use) ME'),
-    ("not in reasoning", {**ENDING, "thinking": ADAPTIVE}, [creason("END"), ctext("x")] + STOP,
-     'MS 0+thinking 0h"END" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("an upstream that names it", ENDING, [ctext("x"), chunk({}, "stop", stop_reason="END"), DONE],
-     'MS 0+text 0t"x" 0- MD(stop_sequence,"END") ME'),
-    ("a repeated prefill is cut", PREFILLED, [ctext("The ans"), ctext("wer is 4")] + STOP,
-     'MS 0+text 0t" 4" ' + CLOSED),
-    ("one that is not repeated is not", PREFILLED, [ctext("The"), ctext("re")] + STOP,
-     'MS 0+text 0t"There" ' + CLOSED),
-]
-
-
-@table(OTHER_STREAMS, "members, chunks, want")
-def test_stream_of_a_request(members, chunks, want):
-    check_stream(sse(chunks), want, req(**members))
-
-
-BOM = b"\xef\xbb\xbf"
-SIMPLE = sse([ROLE, ctext("Hel"), ctext("lo"), cend("stop"), cuse(5, 3), DONE])
-HEL, LO, FINISHED = (compact(each).encode() for each in (ctext("Hel"), ctext("lo"), cend("stop")))
-
-WIRES = [  # the bytes of an answer that says Hello
-    ("LF", SIMPLE),
-    ("CRLF", SIMPLE.replace(b"\n", b"\r\n")),
-    ("CR", SIMPLE.replace(b"\n", b"\r")),
-    ("no space after data:", SIMPLE.replace(b"data: ", b"data:")),
-    ("a byte order mark", BOM + SIMPLE),
-    ("comments", b": OPENROUTER PROCESSING\n\n" + SIMPLE.replace(b"\n\n", b"\n: still here\n\n:\n\n")),
-    ("other fields", SIMPLE.replace(b"data: ", b"event: message\nid: 1\nretry: 5\nfoo\ndata: ")),
-    ("blank lines", b"\n\n\n" + SIMPLE.replace(b"\n\n", b"\n\n\n")),
-    ("empty data", b"data:\n\ndata: \n\n" + SIMPLE),
-    ("no empty line between",
-     b"data: " + HEL + b"\ndata: " + LO + b"\ndata: " + FINISHED + b"\ndata: [DONE]\n\n"),
-    ("one chunk on two lines", SIMPLE.replace(b'"delta":', b'"delta":\ndata: ')),
-    ("lines without data:", HEL + b"\n" + LO + b"\n\n" + FINISHED + b"\n\ndata: [DONE]\n\n"),
-    ("no last empty line", SIMPLE[:-1]),
-    ("no last line end", SIMPLE[:-2]),
-    ("no end of the last chunk", sse([ctext("Hel"), ctext("lo"), cend("stop")])[:-2]),
-    ("CRLF after a mark and a comment", BOM + b":\r\n" + SIMPLE.replace(b"\n\n", b"\r\n\r\n")),
-]
-
-
-@table(WIRES, "raw")
-def test_bytes_of_a_stream(raw):
-    check_stream(raw, HELLO, req())
-
-
-def test_a_character_cut_in_its_bytes():
-    raw = b'data: {"choices":[{"delta":{"content":"\xc3\xa9\xf0\x9f\x98\x80"}}]}\n\n' + sse(STOP)
-    check_stream(raw, f'MS 0+text 0t"\u00e9\U0001f600" {CLOSED}', req())
-
-
-def test_bytes_that_are_no_utf8():
-    raw = b'data: {"choices":[{"delta":{"content":"a\xffb"}}]}\n\n' + sse(STOP)
-    check_stream(raw, f'MS 0+text 0t"a\ufffdb" {CLOSED}', req())
-
-
-def test_an_event_named_error_is_one():
-    raw = sse([ctext("x")]) + b'event: error\ndata: {"message":"m","code":529}\n\n' + sse(STOP)
-    check_stream(raw, 'MS 0+text 0t"x" ERR(overloaded_error)', req())
-
-
-def test_an_error_tells_what_the_upstream_said():
-    raw = streamed([sse([ctext("x"), {"error": {"message": "out of luck", "code": 500}}])],
-                   aiapiproxy.checked_translation(req(), SETTINGS["openai"]))
-    assert events(raw)[-1]["error"] == {"type": "api_error", "message": "out of luck"}
-
-
-def test_a_line_without_end_is_an_error():
-    translation = aiapiproxy.checked_translation(req(), SETTINGS["openai"])
-    assert printed(streamed([sse([ctext("x")]), b"data: " + b" " * (16 << 20) + b"  "], translation)) == BROKEN
-
-
-def test_endless_white_space_in_arguments_is_an_error():
-    translation = aiapiproxy.checked_translation(req(), SETTINGS["openai"])
-    blank = frag(0, None, None, " " * 100)
-    out = printed(streamed([sse([frag(0, "call_1", "f", '{"a":1,')] + [blank] * 6)], translation))
-    assert out.startswith(TOOL + ' 0j`{"a":1,`') and out.endswith(" ERR(api_error)")
-
-
-def test_white_space_in_a_string_may_be_long():
-    translation = aiapiproxy.checked_translation(req(), SETTINGS["openai"])
-    long = f'{{"a":"{" " * 600}"}}'
-    out = printed(streamed([sse([frag(0, "call_1", "f", long)] + ARGS_DONE)], translation))
-    assert out == f"{TOOL} 0j`{long}` 0- MD(tool_use) ME"
-
-
-@pytest.mark.parametrize("asked, want", [
-    (req(thinking=ADAPTIVE), [("thinking", "r"), ("signature", "aap1.n."), ("text", "x")]),
-    (req(), [("text", "x")]),
-], ids=["thinking", "no thinking"])
-def test_thinking_in_the_text_however_it_is_cut(asked, want):
-    text = "<think>r</think>\n\nx"
-    translation = aiapiproxy.checked_translation(asked, SETTINGS["local"])
-    for at in range(len(text) + 1):
-        blocks = blocks_of(streamed([sse([ctext(text[:at]), ctext(text[at:])] + STOP)], translation))
-        assert [(name, value) for block in blocks for name, value in block.items() if name != "type"] == want
-
-
-def test_a_tag_inside_the_text_is_text():
-    check_stream(sse([ctext("a <think>")] + STOP), f'MS 0+text 0t"a <think>" {CLOSED}', req(thinking=ADAPTIVE),
-                 "local")
-    check_stream(sse([ctext("<th"), ctext("x")] + STOP), f'MS 0+text 0t"<thx" {CLOSED}', req(thinking=ADAPTIVE),
-                 "local")
-    check_stream(sse([ctext("<think>x")] + STOP), f'MS 0+text 0t"<think>x" {CLOSED}', req(thinking=ADAPTIVE),
-                 "openai")
-
-
-def test_details_of_reasoning_are_joined_in_the_signature():
-    pieces = [{"type": "reasoning.text", "index": 0, "text": "a"},
-              {"type": "reasoning.text", "index": 0, "text": "b",
-               "signature": "s"}]
-    raw = streamed([sse([chunk({"reasoning_details": [each]}) for each in pieces] + [WHOLE] + ARGS_DONE)],
-                   aiapiproxy.checked_translation(req(thinking=ADAPTIVE), SETTINGS["openrouter"]))
-    (block, _) = blocks_of(raw)
-    kind, details = re.fullmatch(r"aap1\.(.)\.\((.*)\)", readable(block["signature"])).groups()
-    assert (block["thinking"], kind) == ("ab", "d")
-    assert json.loads(details) == [{"type": "reasoning.text", "index": 0, "text": "ab", "signature": "s"}]
-
-
-AT_ONCE = [  # each chunk, and what it gives before the next one comes
-    ("text", [(ROLE, "MS"), (ctext("Hel"), '0+text 0t"Hel"'), (ctext("lo"), '0t"lo"'), (cend("stop"), ""),
-              (DONE, "0- MD(end_turn) ME")]),
-    ("thinking",
-     [(creason("a"), 'MS 0+thinking 0h"a"'), (creason("b"), '0h"b"'), (ctext("x"), '0s"aap1.c." 0- 1+text 1t"x"')]),
-    ("arguments", [(frag(0, "call_1", "f", ""), "MS"), (frag(0, None, None, '{"a"'), '0+tool(call_1,f) 0j`{"a"`'),
-                   (frag(0, None, None, ":1"), "0j`:1`"), (frag(0, None, None, "}"), "0j`}`"),
-                   (frag(1, "call_2", "g", '{"b"'), '0- 1+tool(call_2,g) 1j`{"b"`')]),
-    ("Azure's first chunk", [({"choices": [], "prompt_filter_results": []}, "MS")]),
-    ("what might begin a stop sequence", [(ctext("abcSTO"), 'MS 0+text 0t"abc"'), (ctext("x"), '0t"STOx"')]),
-    ("a call that waits", [(BEGIN, 'MS 0+tool(call_1,f) 0j`{"a"`'), (frag(1, "call_2", "g", '{"b"'), ""),
-                           (REST, '0j`:1}` 0- 1+tool(call_2,g) 1j`{"b"`')]),
-]
-
-
-@table(AT_ONCE, "steps")
-def test_what_comes_goes_at_once(steps):
-    asked = req(thinking=ADAPTIVE, stop_sequences=["STOP"])
-    translator = aiapiproxy.StreamTranslator(aiapiproxy.checked_translation(asked, SETTINGS["openai"]), new_ids())
-    for given, want in steps:
-        out = translator.feed(sse([given])).decode()
-        found = [notation(json.loads(data)) for data in re.findall(r"^data: (.*)$", out, re.M)]
-        assert " ".join(each for each in found if each != "PING") == want
-
-
-def stream_usage(input, generated, read=0, written=0, **details):
-    return without(usage(input, generated, read, written, **details), "service_tier")
-
-
-STREAM_USAGES = [
-    ("at the end", [ctext("x"), cend("stop"), cuse(5, 3), DONE], stream_usage(5, 3)),
-    ("on the last chunk", [ctext("x"), usage_on(cend("stop"), 5, 3), DONE], stream_usage(5, 3)),
-    ("on each chunk the total so far",
-     [usage_on(ctext("x"), 5, 1), usage_on(ctext("y"), 5, 2), usage_on(cend("stop"), 5, 3), DONE],
-     stream_usage(5, 3)),
-    ("null on the others", [usage_on(ctext("x"), 5, 3), {**cend("stop"), "usage": None}, DONE], stream_usage(5, 3)),
-    ("before the text", [cuse(5, 3), ctext("x")] + STOP, stream_usage(5, 3)),
-    ("Groq's place", [ctext("x"), {**cend("stop"), "x_groq": {"usage": used(5, 3)}}, DONE], stream_usage(5, 3)),
-    ("with cache and reasoning", [ctext("x"), cend("stop"), cuse(100, 20, **cached(60), completion_tokens_details={
-        "reasoning_tokens": 8}), DONE], stream_usage(40, 20, 60, **thought(8))),
-    ("none: both are estimated", [ctext("Hello")] + STOP, stream_usage(8, 2)),
-]
-
-
-@table(STREAM_USAGES, "chunks, want")
-def test_usage_of_a_stream(chunks, want):
-    found = events(streamed([sse(chunks)], aiapiproxy.checked_translation(req(), SETTINGS["openai"])))
-    assert found[0]["message"]["usage"]["input_tokens"] == 8
-    assert found[-2]["usage"] == want
-
-
-@table([("its own words", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP, "I cannot."),
-        ("the filter's", [ctext("x"), cend("content_filter"), DONE], FILTERED)])
-def test_explanation_of_a_refusal(given, want):
-    found = events(streamed([sse(given)], aiapiproxy.checked_translation(req(), SETTINGS["openai"])))
-    assert found[-2]["delta"] == {"stop_reason": "refusal", "stop_sequence": None,
-                                  "stop_details": {"type": "refusal", "category": None, "explanation": want}}
-
-
-def test_a_stream_names_the_asked_model():
-    translation = aiapiproxy.checked_translation(req(model="claude-sonnet-5-5[1m]"), SETTINGS["openai"])
-    assert events(streamed([SIMPLE], translation))[0]["message"]["model"] == "claude-sonnet-5-5[1m]"
-
-
-CHUNKS = [ROLE, ctext("x"), ctext("\n"), ctext("END"), ctext("\ud83d"), creason("r"), WHOLE, BEGIN, REST,
-          frag(1, "call_2", "g", '{"b":'),
-          frag(1, None, None, "2}"), frag(None, None, "h", "{}"), frag(None, None, None, " "), frag(0, None, "f", None),
-          frags((2, "call_3", "f", "{"), (3, "call_4", "f", "[1]")), chunk({"refusal": "No."}), cuse(5, 3),
-          cend("stop"),
-          cend("length"), cend("tool_calls"), chunk({"reasoning_details": DETAILS}),
-          chunk({"function_call": {"name": "f"}}),
-          {"error": {"message": "m", "code": 529}}, DONE, chunk({"content": "<think>a</think>"}), ctext(" x")]
-
-
-def test_an_odd_stream_keeps_to_the_order_of_events():
-    """Chunks in any order, some of them spoiled: printed() checks what every stream must keep to."""
-    dice = random.Random(1)
-    exchanges = [aiapiproxy.checked_translation(req(**members), SETTINGS[host]) for host, members in (
-        ("openai", {"thinking": ADAPTIVE}), ("local", {"thinking": OMITTED}), ("local", ENDING),
-        ("openai", ONE_CALL_AT_MOST))]
-    for _ in range(3000):
-        chunks = [dice.choice(CHUNKS) for _ in range(dice.randrange(1, 9))]
-        chunks = [spoiled(each, dice) if isinstance(each, dict) and dice.random() < 0.2 else each
-                  for each in chunks]
-        raw, translation = sse(chunks), dice.choice(exchanges)
-        cut = dice.randrange(len(raw))
-        whole, parts = streamed([raw], translation), streamed([raw[:cut], raw[cut:]], translation)
-        assert whole == parts, chunks
-        if isinstance(whole, bytes):
-            printed(whole)
-
-
-# ============================================================================
-# 13. HANDLERS, over real sockets
-# ============================================================================
+# ---- The upstream as a server, and clients of the proxy
 #
 # `FakeUpstream` plays replies, one a request, the last one again and again.  The parts of a reply's body are
 # bytes to send, gates (asyncio.Event) to wait for, and at last how it ends.
@@ -2770,71 +751,438 @@ async def asked_once(script, asked, **environ):
 
 
 OK = reply(200, completion({"content": "Hello"}, usage=used(10, 2)))
-NOT_FOUND = "404 not_found_error: "
+X_ONLY = [ctext("x"), cend("stop"), cuse(5, 3), DONE]
 
 
-def test_a_message():
-    (status, headers, body), (heard,) = run(asked_once(OK, req()))
-    message = json.loads(body)
-    assert (status, headers["content-type"], message["content"]) == (200, "application/json", [txt("Hello")])
-    assert re.fullmatch(r"req_[A-Za-z0-9]{24}", headers["request-id"])
-    assert heard.line == "POST /v1/chat/completions HTTP/1.1" and heard.body == PLAIN
-    assert {name: heard.headers[name]
-            for name in ("authorization", "content-type", "accept", "accept-encoding")} == {
-        "authorization": f"Bearer {KEY}", "content-type": "application/json", "accept": "application/json",
-        "accept-encoding": "identity"}
-    assert heard.headers["user-agent"] == f"aiapiproxy/{aiapiproxy.__version__}"
+def refusal(message, param=None, code=None, status=400):
+    return reply(status, {"error": {"message": message, "param": param, "code": code}})
 
 
-def test_a_stream():
-    # Clients send "accept: application/json" even for streams.
-    async def scenario():
-        async with proxied(stream(SIMPLE)) as (upstream, server):
-            answer = await ask(server.port, path="/v1/messages?beta=true", body=req(stream=True),
-                               accept="application/json", anthropic_beta="new-2030-01-01")
-            return answer, upstream.requests[0]
+# ---- Clients that send any bytes
+#
+# `Wire` is a client that sends any bytes and reads answers one by one.  `bare` is the proxy without an
+# upstream.  Behind each hostile request stands SMUGGLED, which must never be answered.
 
-    (status, headers, body), heard = run(scenario())
-    assert (status, printed(body)) == (200, HELLO)
-    assert {name: headers[name] for name in (
-        "content-type", "cache-control", "x-accel-buffering", "transfer-encoding")} == {
-        "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
-        "x-accel-buffering": "no", "transfer-encoding": "chunked"}
-    assert heard.body == STREAMED and heard.headers["accept"] == "text/event-stream"
-    assert not any(name.startswith("anthropic") for name in heard.headers)
+def within(seconds, coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, seconds))
+
+
+@contextlib.asynccontextmanager
+async def bare(**environ):
+    """The proxy in front of a port where nobody listens."""
+    settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:1/v1",
+                                         **environ}, server_port=0)
+    async with running(settings) as server:
+        yield server
+
+
+class Wire:
+    """A connection to the proxy, byte by byte."""
+
+    def __init__(self, port):
+        self.port, self.data = port, b""
+
+    async def __aenter__(self):
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2 ** 20)
+        return self
+
+    async def __aexit__(self, *_):
+        self.writer.transport.abort()
+
+    async def send(self, data, piece=0):
+        for at in range(0, len(data), piece or len(data) or 1):
+            self.writer.write(data[at:at + (piece or len(data))])
+            await self.writer.drain()
+            await asyncio.sleep(0)
+
+    async def more(self):
+        piece = await self.reader.read(65536)
+        self.data += piece
+        return piece
+
+    async def answer(self, has_body=True):
+        """(status, headers, body) of the next answer; a missing end is a failure."""
+        while b"\r\n\r\n" not in self.data:
+            assert await self.more(), f"no answer: {self.data!r}"
+        head, _, self.data = self.data.partition(b"\r\n\r\n")
+        line, *fields = head.decode("latin-1").split("\r\n")
+        assert re.fullmatch(r"HTTP/1\.1 [1-5]\d\d [A-Za-z -]+", line), line
+        headers = {}
+        for field in fields:
+            name, _, value = field.partition(": ")
+            assert re.fullmatch(r"[a-z0-9-]+", name) and name not in headers, field
+            headers[name] = value
+        status = int(line.split()[1])
+        if status == 100:
+            return status, headers, b""
+        assert re.fullmatch(r"req_[A-Za-z0-9]{24}", headers["request-id"]) and "date" in headers
+        assert "server" not in headers
+        if not has_body or status == 204:
+            return status, headers, b""
+        if "transfer-encoding" in headers:
+            assert headers["transfer-encoding"] == "chunked" and "content-length" not in headers
+            while not self.data.endswith(b"0\r\n\r\n"):
+                assert await self.more(), "the last chunk is missing"
+            body, self.data = unchunked(self.data), b""
+        elif "content-length" in headers:
+            length = int(headers["content-length"])
+            while len(self.data) < length:
+                assert await self.more(), "the body ended early"
+            body, self.data = self.data[:length], self.data[length:]
+        else:
+            assert headers["connection"] == "close"
+            body, self.data = self.data + await self.reader.read(-1), b""
+        return status, headers, body
+
+    async def end(self):
+        """The connection ends here, without another byte."""
+        with contextlib.suppress(ConnectionError):
+            while await self.more():
+                pass
+        assert self.data == b""
+
+
+def checked(answer):
+    """An answer's status and kind of error; the envelope is Anthropic's."""
+    status, headers, body = answer
+    assert status != 500, body
+    if status < 400:
+        return str(status)
+    found = json.loads(body)
+    assert found.keys() == {"type", "error", "request_id"} and found["type"] == "error"
+    assert found["request_id"] == headers["request-id"] and found["error"]["message"]
+    assert headers["content-type"] == "application/json"
+    return f"{status} {found['error']['type']}"
+
+
+def GET(path="/health", *fields, version="HTTP/1.1", host="Host: 127.0.0.1"):
+    return HTTP(f"GET {path} {version}", *fields, host=host)
+
+
+def POST(*fields, body=b"", host="Host: 127.0.0.1", path="/v1/messages/count_tokens"):
+    return HTTP(f"POST {path} HTTP/1.1", *fields, host=host) + body
+
+
+def HTTP(line, *fields, host="Host: 127.0.0.1"):
+    lines = [each if isinstance(each, bytes) else each.encode("latin-1")
+             for each in (line, *([host] if host else []), *fields)]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def chunks(*sizes_and_data, end=b"0\r\n\r\n"):
+    return POST("Transfer-Encoding: chunked", body=b"".join(sizes_and_data) + end)
+
+
+HI = json.dumps(req()).encode()
+CHUNKED_HI = b"%x\r\n%b\r\n" % (len(HI), HI)
+BAD, KIND = "400 invalid_request_error", "invalid_request_error"
+
+
+def descriptors():
+    return len(os.listdir("/dev/fd"))
+
+
+# ---- An upstream that sends any bytes
+#
+# `RawUpstream` answers by bytes, however wrong.
+
+class RawUpstream:
+    """A server on 127.0.0.1: the n-th request of a connection gets the n-th of its answers, byte by byte.
+
+    `scripts` has a list of answers for each connection, the last one for all that follow.  An answer is
+    bytes, or a list of bytes, gates and endings; behind the last answer the connection closes.
+    """
+
+    def __init__(self, *scripts, tls=None):
+        self.scripts, self.tls, self.connections = list(scripts), tls, set()
+        self.heads, self.opened, self.written, self.closed = [], 0, 0, asyncio.Event()
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=self.tls, limit=2 ** 26)
+        self.port = self.server.sockets[0].getsockname()[1]
+        self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/v1"
+        return self
+
+    async def __aexit__(self, *_):
+        self.server.close()
+        for connection in self.connections:
+            connection.cancel()
+        await asyncio.gather(*self.connections, return_exceptions=True)
+
+    async def serve(self, reader, writer):
+        task = asyncio.current_task()
+        self.connections.add(task)
+        self.opened += 1
+        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+        try:
+            for answer in script if isinstance(script, list) else [script]:
+                head = await reader.readuntil(b"\r\n\r\n")
+                self.heads.append(head.decode("latin-1"))
+                length = re.search(rb"(?i)content-length: *(\d+)", head)
+                await reader.readexactly(int(length[1]) if length else 0)
+                for part in answer if isinstance(answer, list) else [answer]:
+                    if isinstance(part, asyncio.Event):
+                        await part.wait()
+                    elif part == HANG:
+                        await reader.read(1)
+                    elif part == RESET:
+                        reset(writer)
+                        return
+                    else:
+                        for at in range(0, len(part), 65536):
+                            writer.write(part[at:at + 65536])
+                            await writer.drain()
+                            self.written += len(part[at:at + 65536])
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self.closed.set()
+            self.connections.discard(task)
+            writer.close()
+
+
+def reset(writer):
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+def framed(data):
+    """Data as one chunk."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def raw_answer(body, *fields, status=200, length=True):
+    """The bytes of an answer."""
+    lines = [f"HTTP/1.1 {status} X", *fields, *([f"Content-Length: {len(body)}"] if length else [])]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+@contextlib.asynccontextmanager
+async def facing(*scripts, **environ):
+    """The proxy in front of a RawUpstream."""
+    async with RawUpstream(*scripts) as upstream:
+        async with bare(**{"OPENAI_BASE_URL": upstream.url, **environ}) as server:
+            yield upstream, server
+
+
+FINE = json.dumps(completion({"content": "x"}, usage=used(5, 3))).encode()
+FINE_SSE = sse([ctext("x"), cend("stop"), cuse(5, 3), DONE])
+JSON_TYPE = "Content-Type: application/json"
+KEPT = raw_answer(FINE)
+
+
+def shown(answer):
+    """The text of a message however it came, or the status and words of an error."""
+    status, headers, body = answer
+    if headers["content-type"].startswith("text/event-stream"):
+        return "".join(event["delta"].get("text", "") for event in events(body)
+                       if event["type"] == "content_block_delta")
+    found = json.loads(body)
+    if status == 200:
+        return "".join(block["text"] for block in found["content"])
+    checked_kind = found["error"]["type"]
+    assert checked_kind and found["request_id"] == headers["request-id"]
+    return f"{status}: {found['error']['message']}"
+
+
+@contextlib.contextmanager
+def packet_hole():
+    """The URL of a host that swallows packets: its backlog is full."""
+    with contextlib.ExitStack() as stack:
+        hole, *fillers = [stack.enter_context(socket.socket()) for _ in range(5)]
+        hole.bind(("127.0.0.1", 0))
+        hole.listen(0)
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(hole.getsockname())
+        yield f"http://127.0.0.1:{hole.getsockname()[1]}/v1"
+
+
+# ---- The program as a process
+#
+# `Program` starts it with a clean environment in an empty folder and reads what it writes, line by line.
+# One that hangs is killed after 20 s, so that nothing waits for ever.
+
+PATCHED = "import sys, aiapiproxy; {}; sys.exit(aiapiproxy.main(sys.argv[1:]))"
+
+
+class Program:
+    """A process of the proxy; `patch` changes constants of it first."""
+
+    def __init__(self, folder, *arguments, patch="", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                 before=None,
+                 **environ):
+        path = os.path.abspath(aiapiproxy.__file__)
+        command = [sys.executable, "-c", PATCHED.format(patch)] if patch else [sys.executable, path]
+        environ = {"PATH": os.environ["PATH"], "PYTHONPATH": os.path.dirname(path),
+                   "PYTHONDONTWRITEBYTECODE": "1",
+                   "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:1/v1", **environ}
+        self.process = subprocess.Popen([*command, *arguments], cwd=str(folder), env=environ, stdout=stdout,
+                                        stderr=stderr, stdin=subprocess.DEVNULL, preexec_fn=before)
+        self.timer = threading.Timer(20, self.process.kill)
+        self.timer.start()
+        self.lines, self.port = [], 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.timer.cancel()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdout, self.process.stderr):
+            if file is not None:
+                file.close()
+
+    def until(self, event, file=None):
+        """The line of an event; each line before it is JSON too."""
+        file = file or self.process.stdout
+        while True:
+            line = file.readline()
+            assert line, f"ended before {event}: {self.lines}"
+            self.lines.append(json.loads(line))
+            if self.lines[-1]["event"] == event:
+                return self.lines[-1]
+
+    def started(self):
+        self.port = int(self.until("started")["address"].rpartition(":")[2])
+        return self
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def end(self):
+        """(exit code, what is left of stdout and stderr)."""
+        out, err = self.process.communicate()
+        return self.process.returncode, (out or b"").decode(), (err or b"").decode()
+
+    def get(self, path="/health", method="GET", body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def streaming(self):
+        """A stream that has begun: (connection, answer, its first bytes)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request("POST", "/v1/messages", json.dumps(req(stream=True)))
+        answer = connection.getresponse()
+        start = b""
+        while b"text_delta" not in start:
+            piece = answer.read1(65536)
+            assert piece, (answer.status, start)
+            start += piece
+        return connection, answer, start
+
+
+@contextlib.contextmanager
+def hanging_upstream():
+    """A server that begins each stream and never ends it; its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    kept = []
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                kept.append(connection)
+                data = b""
+                while b"stream\":true" not in data.replace(b" ", b""):
+                    data += connection.recv(65536)
+                connection.sendall(raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream", length=False))
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        listener.close()
+        for connection in kept:
+            connection.close()
+
+
+def wait_for(fact):
+    """Waits until something outside of this process is so; 10 s at most."""
+    end = time.monotonic() + 10
+    while not fact():
+        assert time.monotonic() < end, "it does not come"
+        threading.Event().wait(0.01)
+
+
+def free_port():
+    """A port that nobody has, below those that the system gives to outgoing connections."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(20000, 30000))) as free:
+            return free.getsockname()[1]
+
+
+def children(pid):
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE,
+                             check=True).stdout.decode()
+    return {int(child) for child, parent in (line.split() for line in listing.splitlines())
+            if int(parent) == pid}
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+        return True
+    except ProcessLookupError:
+        return False
+
+
+# ============================================================================
+# 2. JSON
+# ============================================================================
+
+MANY_TOOLS = [{"name": f"tool_{place}", "description": 'says "so"\n' * 20, "input_schema": {
+    "type": "object", "properties": {"a": {"type": "string", "default": "x"}}}} for place in range(4)]
+MANY = compact(MANY_TOOLS)
 
 
 @table([
-    ("a client's headers are not passed on", {"x_stainless_os": "Linux", "anthropic_version": "2023-06-01",
-                                              "x_api_key": "sk-ant-1", "cookie": "c=1", "x_app": "cli"}),
-    ("old and new clients are served alike",
-     {"anthropic_version": "2026-10-21", "authorization": "Bearer x"}),
-], "headers")
-def test_headers_of_a_client(headers):
-    async def scenario():
-        async with proxied(OK) as (upstream, server):
-            status, _, _ = await ask(server.port, body=req(), **headers)
-            return status, upstream.requests[0].headers
+    ("as clients send them", '{"model":"m","messages":[],"tools":%s,"stream":true}'),
+    ("as the only member", '{"tools":%s}'),
+    ("inside a message, before the true ones", '{"messages":[{"input":{"tools":%s}}],"tools":[1]}'),
+    ("inside a message, behind the true ones", '{"tools":[1],"messages":[{"input":{"tools":%s}}]}'),
+    ("inside a message, the same as the true ones", '{"tools":%s,"messages":[{"input":{"tools":%s}}]}'),
+    ("only inside a message", '{"messages":[{"input":{"tools":%s}}]}'),
+    ("named twice: the last wins", '{"tools":%s,"tools":[1]}'),
+    ("named twice, the last the known ones", '{"tools":[1],"tools":%s}'),
+    ("named twice, once with a blank", '{"tools":%s,"tools": [1]}'),
+    ("with blanks", ' { "tools" : %s } '),
+    ("in an array", '[{"tools":%s}]'),
+    ("with more behind them than before", '{"tools":%s,"x":"\\"tools\\":[","y":[[],{}]}'),
+    ("under a name that ends like theirs", '{"x\\"tools":%s}'),
+], "text")
+def test_tools_that_came_before_are_read_as_the_first_time(text):
+    text = text.replace("%s", MANY)
+    for _ in range(3):
+        assert aiapiproxy.request_value(text) == json.loads(text)
 
-    status, heard = run(scenario())
-    assert status == 200 and heard["authorization"] == f"Bearer {KEY}"
-    assert heard.keys() <= {"host", "content-length", "content-type", "accept", "accept-encoding",
-                            "user-agent",
-                            "authorization", "connection"}
+
+def test_tools_that_differ_in_the_type_of_a_number_are_other_tools():
+    for value in ("1", "true", "1.0", '"1"', "1", "true"):
+        text = '{"tools":' + MANY.replace('"x"', value) + "}"
+        found = aiapiproxy.request_value(text)["tools"][3]["input_schema"]["properties"]["a"]["default"]
+        assert compact(found) == value
 
 
-# ---- Without the upstream
-
-@pytest.mark.parametrize("streamed_too", [False, True])
-def test_max_tokens_0_is_answered_here(streamed_too):
-    answer, requests = run(asked_once(OK, req(max_tokens=0, stream=streamed_too)))
-    assert answer[0] == 200 and requests == []
-    if streamed_too:
-        assert printed(answer[2]) == "MS MD(max_tokens) ME"
-    else:
-        message = json.loads(answer[2])
-        assert (message["content"], message["stop_reason"]) == ([], "max_tokens")
-        assert (message["usage"]["input_tokens"], message["usage"]["output_tokens"]) == (8, 0)
+@table([
+    ("behind the tools", '{"tools":%s,"x":}'), ("before the tools", '{"x":,"tools":%s}'),
+    ("in them", '{"tools":[%s,}'), ("no end", '{"tools":%s'), ("an end too many", '{"tools":%s}}'),
+], "text")
+def test_broken_json_around_known_tools_is_told_with_its_place(text):
+    text = text.replace("%s", MANY)
+    aiapiproxy.request_value('{"tools":' + MANY + "}")
+    with pytest.raises(json.JSONDecodeError) as wanted:
+        json.loads(text)
+    with pytest.raises(aiapiproxy.ProxyError) as found:
+        aiapiproxy.request_value(text)
+    assert f"(line {wanted.value.lineno}, column {wanted.value.colno})" in found.value.message
 
 
 NO_JSON = "400 invalid_request_error: Request body is not valid JSON: "
@@ -2859,194 +1207,2148 @@ def test_a_body_with_a_byte_order_mark():
     assert answer[0] == 200
 
 
-def test_a_rejected_thread_over_the_wire():
-    (status, _, body), _ = run(asked_once(OK, req(thread={"type": "create"})))
-    assert (status, json.loads(body)["error"]["details"]) == (
-        400, {"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
+def deep(levels, inside): return b'{"a":' * levels + inside + b"}" * levels
+def in_request(member): return HI[:-1] + b"," + member + b"}"
+def in_schema(value): return b'"tools":[{"name":"a","input_schema":' + value + b"}]"
 
 
-COUNTS = [
-    ("the plain request", req(), 8),
-    ("without max_tokens", without(req(), "max_tokens"), 8),
-    ("with any max_tokens and stream", req(max_tokens="x", stream="y"), 8),
-    ("an image", req([usr([txt("Hi"), img])]), 1608),
+HOSTILE_JSON = [  # body, what the answer says
+    ("100,000 arrays", b"[" * 100000 + b"]" * 100000, BAD), ("100,000 objects", deep(100000, b"1"), BAD),
+    ("100,000 levels in a request", in_request(b'"metadata":' + deep(100000, b"1")), BAD),
+    ("100,000 levels in a tool's input", in_request(in_schema(deep(100000, b"1"))), BAD),
+    ("900 levels in a tool's schema", in_request(in_schema(deep(900, b"1"))), "200 or 400"),
+    ("NaN", in_request(b'"temperature":NaN'), BAD), ("Infinity", in_request(b'"temperature":Infinity'), BAD),
+    ("-Infinity", in_request(b'"temperature":-Infinity'), BAD),
+    ("1e999", in_request(b'"temperature":1e999'), BAD),
+    ("-1e999", in_request(b'"metadata":{"a":-1e999}'), "200 or 400"),
+    ("a number of 5,000 digits", in_request(b'"max_tokens":' + b"1" * 5000), BAD),
+    ("a number of 4,000 digits", in_request(b'"top_k":' + b"1" * 4000), "200 or 400"),
+    ("not UTF-8", in_request(b'"a":"\xff"'), BAD), ("UTF-8 of a surrogate",
+                                                    in_request(b'"a":"\xed\xa0\x80"'), BAD),
+    ("UTF-8 that is too long", in_request(b'"a":"\xc0\xaf"'), BAD),
+    ("UTF-16", HI.decode().encode("utf-16"), BAD),
+    ("UTF-8 cut off", HI[:-2] + b"\xe2\x82", BAD),
+    ("a BOM", b"\xef\xbb\xbf" + HI, "200"), ("two BOMs", b"\xef\xbb\xbf" * 2 + HI, BAD),
+    ("a lone surrogate in a text", HI.replace(b'"Hi"', b'"Hi \\ud83d"'), "200"),
+    ("a lone surrogate in a name", HI.replace(b'claude-sonnet-5-5', b'claude-\\udc00'), "200 or 400"),
+    ("a lone surrogate as a key", in_request(b'"\\ud83d":1'), "200 or 400"),
+    ("NUL in a text", HI.replace(b'"Hi"', b'"\\u0000"'), "200"),
+    ("equal keys", HI[:-1] + b',"max_tokens":100}', "200"),
+    ("nothing", b"", BAD), ("blanks", b" \n ", BAD), ("an array", b"[]", BAD), ("a string", b'"a"', BAD),
+    ("a number", b"1", BAD), ("null", b"null", BAD), ("half an object", HI[:20], BAD),
+    ("two objects", HI + HI, BAD), ("single quotes", b"{'a':1}", BAD), ("a comma too much", b'{"a":1,}', BAD),
+    ("a comment", b"{/**/}", BAD), ("a raw line feed in a text", b'{"a":"\n"}', BAD),
 ]
 
 
-@table(COUNTS)
-def test_count_tokens(given, want):
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+@table(HOSTILE_JSON)
+def test_hostile_json(given, want, path):
     async def scenario():
-        async with proxied(OK) as (upstream, server):
-            return await ask(server.port, path="/v1/messages/count_tokens", body=given), upstream.requests
+        async with proxied(OK) as (_, server), Wire(server.port) as wire:
+            await wire.send(POST(f"Content-Length: {len(given)}", body=given, path=path))
+            answer = await wire.answer()
+            await wire.send(GET())
+            assert (await wire.answer())[0] == 200
+            return answer
 
-    (status, _, body), requests = run(scenario())
-    assert (status, json.loads(body), requests) == (200, {"input_tokens": want}, [])
-
-
-def test_count_tokens_rejects_what_messages_reject():
-    async def scenario():
-        async with proxied(OK) as (_, server):
-            return await ask(server.port, path="/v1/messages/count_tokens", body=without(req(), "messages"))
-
-    assert said(run(scenario())) == "400 invalid_request_error: messages: Field required"
+    answer = run(scenario())
+    assert checked(answer) in ({"200", BAD} if want == "200 or 400" else {want})
+    if b"Infinity" in given or b"NaN" in given:
+        assert "line" in answer[2].decode() or "NaN" in answer[2].decode() or "Infinity" in answer[2].decode()
 
 
-NAMES = ["claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-opus-5", "claude-sonnet-5",
-         "claude-opus-4-8", "claude-sonnet-4-6", "claude-haiku-4-5"]
+# ============================================================================
+# 3. MODELS AND HOSTS
+# ============================================================================
 
-PAGES = [  # query, ids, has_more
-    ("all", "", NAMES, False),
-    ("as many as asked", "?limit=1000", NAMES, False),
-    ("two", "?limit=2", NAMES[:2], True),
-    ("the next two", "?limit=2&after_id=claude-sonnet-5-5", NAMES[2:4], True),
-    ("the last two", "?limit=2&after_id=claude-opus-4-8", NAMES[6:], False),
-    ("the two before", "?limit=2&before_id=claude-opus-5", NAMES[1:3], True),
-    ("nothing after the last", "?after_id=claude-haiku-4-5", [], False),
-    ("none that is retired", "?lifecycle=retired", [], False),
+EFFORTS = [  # model, request members, reasoning_effort
+    ("a budget under 4096 is low", "gpt-5", {"thinking": enabled(2000)}, "low"),
+    ("a budget under 16384 is medium", "gpt-5", {"thinking": enabled(8000)}, "medium"),
+    ("a budget of 4096 is medium", "gpt-5", {"thinking": enabled(4096)}, "medium"),
+    ("a budget of 16384 is high", "gpt-5", {"thinking": enabled(16384)}, "high"),
+    ("a budget that is no integer is nothing", "gpt-5", {"thinking": enabled("many")}, None),
+    ("effort wins over a budget", "gpt-5", {"thinking": enabled(8000), **effort("low")}, "low"),
+    ("adaptive without effort is nothing", "gpt-5", {"thinking": ADAPTIVE}, None),
+    ("adaptive with effort", "gpt-5", {"thinking": ADAPTIVE, **effort("high")}, "high"),
+    ("an unknown kind of thinking is nothing", "gpt-5", {"thinking": {"type": "new"}}, None),
+    ("disabled: the lowest that gpt-5 has", "gpt-5", {"thinking": DISABLED}, "minimal"),
+    ("disabled: gpt-5.1 has none", "gpt-5.1", {"thinking": DISABLED}, "none"),
+    ("disabled: the lowest that o3 has", "o3", {"thinking": DISABLED}, "low"),
+    ("disabled: gpt-4o does not know effort", "gpt-4o", {"thinking": DISABLED}, None),
+    ("disabled replaces an effort", "gpt-5.1", {"thinking": DISABLED, **effort("high")}, "none"),
+    ("between_tools is disabled", "gpt-5.1", {"thinking": {"type": "between_tools"}}, "none"),
+    *[(f"effort {asked} for {model}", model, effort(asked), want) for model, asked, want in (
+        ("o3", "max", "high"), ("gpt-5.1", "max", "high"), ("gpt-5.2", "max", "xhigh"),
+        ("gpt-5.6", "max", "max"),
+        ("gpt-5.6", "xhigh", "xhigh"), ("gpt-6", "max", "max"), ("gpt-5-pro", "low", "high"),
+        ("gpt-5-codex", "max", "high"), ("gpt-5.10", "max", "max"), ("gpt-4o", "max", None),
+        ("o1-mini", "high", None),
+        ("gpt-5-chat-latest", "high", None), ("gpt-5.1", "huge", None), ("grok-3-mini", "medium", "low"))],
+    ("from gpt-5.4 on without tools", "gpt-5.4", effort("high"), "high"),
+    ("from gpt-5.4 on tools forbid effort", "gpt-5.4", {**effort("high"), "tools": [tool("f")]}, "none"),
+    ("also where none was asked", "gpt-5.6", {"tools": [tool("f")]}, "none"),
+    ("before gpt-5.4 they do not", "gpt-5.2", {**effort("high"), "tools": [tool("f")]}, "high"),
+    ("tools that are not sent forbid nothing", "gpt-5.4", {**effort("high"), "tools": [WEB_SEARCH]}, "high"),
+    ("a later system message has the last word", "gpt-5.2", {**effort("low"), "messages": [
+        usr("a"), sysm("b", **effort("high")), usr("c")]}, "high"),
+    ("the newest of them", "gpt-5.2", {"messages": [
+        usr("a"), sysm("b", **effort("high")), usr("c"), sysm("", **effort("low")), sysm("d")]}, "low"),
 ]
 
 
-@table(PAGES, "query, ids, more")
-def test_list_of_models(query, ids, more):
-    async def scenario():
-        async with proxied(OK) as (_, server):
-            return await ask(server.port, "GET", "/v1/models" + query)
-
-    status, _, body = run(scenario())
-    found = json.loads(body)
-    assert status == 200 and [model["id"] for model in found.pop("data")] == ids
-    assert found == {"has_more": more, "first_id": ids[0] if ids else None,
-                     "last_id": ids[-1] if ids else None}
+@table(EFFORTS, "model, members, want")
+def test_effort(model, members, want):
+    check_body(sent(req(**{"model": model, **members})),
+               {"reasoning_effort": want, "thinking": None, "reasoning": None})
 
 
-def model(id, name, line):
-    return {"type": "model", "id": id, "display_name": name, "created_at": "1970-01-01T00:00:00Z",
-            "lifecycle": "active", "line": line, "max_input_tokens": None, "max_tokens": None,
-            "capabilities": None,
-            "deprecated_at": None, "retires_at": None}
-
-
-GETS = [  # path, answer
-    ("a listed model", "/v1/models/claude-sonnet-5-5",
-     model("claude-sonnet-5-5", "Claude Sonnet 5.5 (gpt-4o)", "sonnet")),
-    ("a Claude name", "/v1/models/claude-anything",
-     model("claude-anything", "claude-anything (gpt-4o)", None)),
-    ("a configured model", "/v1/models/gpt-4o", model("gpt-4o", "gpt-4o (gpt-4o)", None)),
-    ("an unknown model", "/v1/models/nothing", NOT_FOUND + "model: nothing"),
-    ("an unknown path", "/v1/skills", NOT_FOUND + "GET /v1/skills is not available here"),
-    ("no page", "/v1/models?limit=0", "400 invalid_request_error: limit: Input should be between 1 and 1000"),
-    ("no number", "/v1/models?limit=x",
-     "400 invalid_request_error: limit: Input should be between 1 and 1000"),
-    ("after nothing known", "/v1/models?after_id=x", "400 invalid_request_error: after_id: unknown model id"),
+OTHER_EFFORTS = [
+    ("OpenRouter has its own field", "openrouter", effort("high"),
+     {"reasoning": {"effort": "high"}, "reasoning_effort": None}),
+    ("OpenRouter, disabled", "openrouter", {"thinking": DISABLED}, {"reasoning": {"enabled": False}}),
+    ("OpenRouter, neither", "openrouter", {}, {"reasoning": None, "reasoning_effort": None}),
+    ("DeepSeek thinks only when told", "deepseek", {},
+     {"thinking": {"type": "disabled"}, "reasoning_effort": None}),
+    *[(f"DeepSeek, effort {asked}", "deepseek", {"thinking": ADAPTIVE, **effort(asked)},
+       {"thinking": {"type": "enabled"}, "reasoning_effort": want})
+      for asked, want in (("low", "low"), ("medium", "high"), ("high", "high"), ("xhigh", "max"),
+                          ("max", "max"))],
+    ("deepseek-reasoner has no switch", "deepseek", {"model": "deepseek-reasoner", "thinking": ADAPTIVE},
+     {"thinking": None}),
+    ("gpt-oss", "local", {"model": "claude-opus-5", **effort("xhigh")}, {"reasoning_effort": "high"}),
+    ("a model without a list", "local", effort("high"), {"reasoning_effort": None}),
+    ("gpt-5.4 with tools elsewhere", "local", {"model": "gpt-5.4", **effort("high"), "tools": [tool("f")]},
+     {"reasoning_effort": "high"}),
+    ("Gemini", "gemini", {"model": "gemini-2.5-pro", **effort("max")}, {"reasoning_effort": "high"}),
+    ("a Gemini name at OpenAI", "openai", {"model": "gemini-2.5-pro", **effort("max")},
+     {"reasoning_effort": None}),
 ]
 
 
-@table(GETS, "path, want")
-def test_get(path, want):
+@table(OTHER_EFFORTS, "host, members, want")
+def test_effort_elsewhere(host, members, want):
+    check_body(sent(req(**members), host), want)
+
+
+# ============================================================================
+# 4. CONVERSATION
+# ============================================================================
+
+# ---- What is rejected
+
+def source(block, **members): return req([usr([{"type": block, "source": members}])])
+
+
+BAD_MAX_TOKENS = "max_tokens: Input should be a valid integer"
+NO_FILES = "messages.0.content.0.source: file sources are not supported by this endpoint; send base64 or url"
+NO_CONTENT = "messages.0: user messages must have non-empty content"
+BAD_STOP = "stop_sequences: Input should be a valid list of strings"
+BAD_SYSTEM = "system: Input should be a valid string or list of text blocks"
+BAD_CHOICE = "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'"
+BAD_FORMAT = 'output_config.format: Input should be {"type": "json_schema", "schema": {...}}'
+NO_SERVER_TOOL = "tool_choice: web_search is a server tool, which this endpoint does not provide"
+
+REJECTED = [
+    ("no model", without(req(), "model"), "model: Field required"),
+    ("model null", req(model=None), "model: Input should be a valid string"),
+    ("an empty model", req(model=""), "model: Input should be a valid string"),
+    ("a model that is a number", req(model=4), "model: Input should be a valid string"),
+    ("no messages", without(req(), "messages"), "messages: Field required"),
+    ("messages that are no list", req(usr("a")), "messages: Input should be a valid list"),
+    ("no message", req([]), "messages: at least one message is required"),
+    ("only system messages", req([sysm("x")]), "messages: at least one user message is required"),
+    ("a message that is no object", req([usr("a"), "b"]), "messages.1: Input should be an object"),
+    ("a role of the other API", req([{"role": "tool", "content": "x"}]),
+     "messages.0.role: Input should be 'user', 'assistant' or 'system'"),
+    ("no content", req([{"role": "user"}]), "messages.0.content: Field required"),
+    ("content null", req([usr(None)]), "messages.0.content: Field required"),
+    ("content that is a number", req([usr(5)]), "messages.0.content: Input should be a valid string or list"),
+    ("a block that is a string", req([usr(["x"])]), "messages.0.content.0: Input should be an object"),
+    ("a block without type", req([usr([txt("a"), {}])]), "messages.0.content.1.type: Field required"),
+    ("an empty user message", req([usr("")]), NO_CONTENT),
+    ("a user message without blocks", req([usr([])]), NO_CONTENT),
+    ("a user message of empty text", req([usr([txt("")])]), NO_CONTENT),
+    ("a text block without text", req([usr([{"type": "text"}])]), "messages.0.content.0.text: Field required"),
+    ("an image without source", req([usr([{"type": "image"}])]), "messages.0.content.0.source: Field required"),
+    ("an uploaded image", source("image", type="file", file_id="f"), NO_FILES),
+    ("an uploaded document", source("document", type="file", file_id="f"), NO_FILES),
+    ("a tool_use without id", req([usr("a"), asst([without(use("i"), "id")])]),
+     "messages.1.content.0.id: Field required"),
+    ("a tool_use without name", req([usr("a"), asst([use("i", "")])]), "messages.1.content.0.name: Field required"),
+    ("a tool_result without id", req([usr([without(res("i", "x"), "tool_use_id")])]),
+     "messages.0.content.0.tool_use_id: Field required"),
+    ("no max_tokens", without(req(), "max_tokens"), "max_tokens: Field required"),
+    ("max_tokens as a string", req(max_tokens="100"), BAD_MAX_TOKENS),
+    ("max_tokens true", req(max_tokens=True), BAD_MAX_TOKENS),
+    ("max_tokens with a fraction", req(max_tokens=1.5), BAD_MAX_TOKENS),
+    ("max_tokens as a float", req(max_tokens=3.0), BAD_MAX_TOKENS),
+    ("max_tokens below 0", req(max_tokens=-1), "max_tokens: Input should be greater than or equal to 0"),
+    ("temperature as a word", req(temperature="hot"), "temperature: Input should be a valid number"),
+    ("top_p true", req(top_p=True), "top_p: Input should be a valid number"),
+    ("stop_sequences as a string", req(stop_sequences="x"), BAD_STOP),
+    ("stop_sequences of numbers", req(stop_sequences=[1]), BAD_STOP),
+    ("stream as a word", req(stream="yes"), "stream: Input should be a valid boolean"),
+    ("thinking as a word", req(thinking="on"), "thinking: Input should be an object"),
+    ("metadata as a word", req(metadata="m"), "metadata: Input should be an object"),
+    ("output_config as a list", req(output_config=[]), "output_config: Input should be an object"),
+    ("system as a number", req(system=5), BAD_SYSTEM),
+    ("system with an image", req(system=[img]), BAD_SYSTEM),
+    ("tools that are no list", req(tools={}), "tools: Input should be a valid list"),
+    ("a tool that is a string", req(tools=[tool("f"), "g"]), "tools.1: Input should be an object"),
+    ("a tool without name", req(tools=[without(tool("f"), "name")]), "tools.0.name: Field required"),
+    ("a tool without schema", req(tools=[{"name": "f"}]), "tools.0.input_schema: Field required"),
+    ("a tool with a schema that is null", req(tools=[{"name": "f", "input_schema": None}]),
+     "tools.0.input_schema: Field required"),
+    ("two tools of one name", req(tools=[tool("f"), tool("f")]), "tools: Tool names must be unique."),
+    ("the choice of an unknown tool", req(tools=[tool("f")], **choice("tool", "g")),
+     "tool_choice.name: Tool 'g' not found in provided tools"),
+    ("a choice without tools", req(**choice("any")),
+     "tool_choice: may only be specified while providing tools"),
+    ("a choice of one without tools", req(**choice("tool", "f")),
+     "tool_choice: may only be specified while providing tools"),
+    ("the choice of a server tool", req(tools=[WEB_SEARCH], **choice("tool", "web_search")), NO_SERVER_TOOL),
+    ("the choice of any server tool", req(tools=[WEB_SEARCH], **choice("any")), NO_SERVER_TOOL),
+    ("an unknown choice", req(tools=[tool("f")], **choice("some")), BAD_CHOICE),
+    ("a choice that is a word", req(tools=[tool("f")], tool_choice="auto"), BAD_CHOICE),
+    ("an unknown format", req(output_config={"format": {"type": "text"}}), BAD_FORMAT),
+    ("a format without schema", req(output_format={"type": "json_schema"}), BAD_FORMAT),
+    ("MCP servers", req(mcp_servers=[{"type": "url", "url": "u", "name": "n"}]),
+     "mcp_servers: MCP servers are not supported by this endpoint"),
+    ("compaction", req(compaction={}), "compaction: not supported by this endpoint"),
+    ("a thread", req(thread={"type": "create"}),
+     "thread: not supported by this endpoint; send the whole conversation"),
+]
+
+
+@table(REJECTED)
+def test_rejected(given, want):
+    with pytest.raises(aiapiproxy.ProxyError) as caught:
+        aiapiproxy.checked_translation(given, SETTINGS["openai"])
+    assert (caught.value.status, caught.value.kind, caught.value.message) == (400, "invalid_request_error",
+                                                                              want)
+
+
+def test_a_rejected_thread_tells_the_client_how_to_go_on():
+    with pytest.raises(aiapiproxy.ProxyError) as caught:
+        aiapiproxy.checked_translation(req(thread={"type": "create"}), SETTINGS["openai"])
+    assert caught.value.details == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
+WRONG_VALUES = [None, True, -1, 0, 1.5, 10 ** 30, "", "x", "\ud83d", [], {}, [None], [[]], [{}], {"type": 1},
+                {"type": "x"}, {"type": []}, [{"type": "text"}], [{"type": "text", "text": None}],
+                {"a": {"a": []}}]
+EVERY_BLOCK = {
+    "text": {"type": "text", "text": "a", "citations": [], "cache_control": {"type": "ephemeral"}},
+    "image": img, "image by URL": {"type": "image", "source": {"type": "url", "url": "https://a/b.png"}},
+    "image by file": {"type": "image", "source": {"type": "file", "file_id": "f"}},
+    "document": {**doc(PDF), "title": "t", "context": "c", "citations": {"enabled": True}},
+    "document of text": doc({"type": "text", "media_type": "text/plain", "data": "a"}),
+    "document of content": doc({"type": "content", "content": [txt("a")]}),
+    "document by URL": doc({"type": "url", "url": "https://a/b.pdf"}),
+    "tool_use": use("call_1", "f", {"a": 1}),
+    "tool_result": {**res("call_1", [txt("a"), img]), "is_error": True},
+    "thinking": think("a", "b"), "redacted_thinking": {"type": "redacted_thinking", "data": "a"},
+    "search_result": {"type": "search_result", "source": "s", "title": "t", "content": [txt("a")]},
+    "server_tool_use": {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
+    "web_search_tool_result": {"type": "web_search_tool_result", "tool_use_id": "s", "content": [
+        {"type": "web_search_result", "url": "u", "title": "t", "encrypted_content": "e", "page_age": None}]},
+    "container_upload": {"type": "container_upload", "file_id": "f"},
+}
+EVERY_FIELD = {
+    **req(), "system": [txt("s")], "stream": False, "temperature": 0.5, "top_p": 0.5, "top_k": 5,
+    "stop_sequences": ["a"], "metadata": {"user_id": "u"}, "service_tier": "auto",
+    "tools": [{**tool("f"), "description": "d", "strict": True, "cache_control": {"type": "ephemeral"},
+               "input_examples": [{}], "type": "custom", "defer_loading": False}, WEB_SEARCH],
+    "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
+    "thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"},
+    "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": STRICT}},
+    "output_format": {"type": "json_schema", "schema": STRICT}, "container": "c", "mcp_servers": [],
+    "context_management": {"edits": []}, "betas": ["b"], "speed": "fast", "inference_geo": "us",
+    "thread": None,
+    "cache_control": {"type": "ephemeral"}, "fallbacks": [], "diagnostics": {}, "user_profile_id": "u"}
+
+
+def places(value):
+    """Every (parent, key) at every depth."""
+    for parent in containers(value):
+        for key in (list(parent) if isinstance(parent, dict) else range(len(parent))):
+            yield parent, key
+
+
+def with_block(block):
+    kind = block["type"]
+    if kind in ("tool_use", "thinking", "redacted_thinking", "server_tool_use", "web_search_tool_result"):
+        return req([usr("a"), asst([block]), usr("b")])
+    return req([usr("a"), asst([use("call_1")]), usr([block])] if kind == "tool_result" else [usr([block])])
+
+
+def check_is_served_or_refused(request):
+    """Translated, or refused by a sentence that names a field: never anything else."""
+    try:
+        translation = aiapiproxy.checked_translation(request, SETTINGS["openai"])
+        aiapiproxy.json_bytes(translation.body)
+        translation.input_estimate()
+    except aiapiproxy.ProxyError as error:
+        assert 400 <= error.status < 500 and "\n" not in error.message, (request, error.message)
+
+
+@table([("a request", EVERY_FIELD), *((f"a block {name}", with_block(each)) for name,
+                                      each in EVERY_BLOCK.items()),
+        ("a block's result in a tool's", with_block(res("call_1", list(EVERY_BLOCK.values()))))], "given")
+def test_a_wrong_type_in_any_field(given):
+    check_is_served_or_refused(given)
+    for parent, key in list(places(given)):
+        before = parent[key]
+        for wrong in WRONG_VALUES:
+            parent[key] = wrong
+            check_is_served_or_refused(given)
+        parent[key] = before
+        if isinstance(parent, dict):
+            del parent[key]
+            check_is_served_or_refused(given)
+            parent[key] = before
+
+
+def test_a_wrong_type_in_any_member_over_the_wire():
     async def scenario():
-        async with proxied(OK) as (_, server):
-            return await ask(server.port, "GET", path)
+        async with proxied(OK) as (_, server), Wire(server.port) as wire:
+            for name in EVERY_FIELD:
+                for wrong in WRONG_VALUES:
+                    body = json.dumps({**EVERY_FIELD, name: wrong}).encode()
+                    await wire.send(POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages"))
+                    status, _, body = await wire.answer()
+                    assert status in (200, 400), (name, wrong, body)
 
-    assert said(run(scenario())) == want
-
-
-def test_methods_and_paths():
-    async def scenario():
-        async with proxied(OK) as (_, server):
-            status, headers, _ = answer = await ask(server.port, "GET", "/v1/messages")
-            assert (status, headers["allow"]) == (405, "POST")
-            assert said(answer).startswith("405 invalid_request_error: ")
-            assert said(await ask(server.port, path="/v1/messages/batches", body={})) == (
-                NOT_FOUND + "POST /v1/messages/batches is not available here")
-            status, _, body = await ask(server.port, "HEAD", "/api/hello")
-            assert (status, body) == (404, b"")
-            status, _, body = await ask(server.port, "HEAD", "/v1/models")
-            assert (status, body) == (200, b"")
-
-    run(scenario())
+    within(20, scenario())
 
 
-# ---- Answers that are not what was asked for
+def test_an_odd_request_is_translated_or_rejected():
+    """Never anything between: no crash, no request that breaks the promises about neighbours."""
+    dice, whole = random.Random(1), {**SESSION, "messages": TURNS + [asst([use("call_1")]), usr([
+        res("call_1", [txt("a"), img, reference("f"), doc(PDF)]), SEARCH_RESULT, img, doc(PDF)])],
+        **output(STRICT), **choice("auto"), "stop_sequences": ["x"], "temperature": 0.5, "mcp_servers": []}
+    for _ in range(2000):
+        asked = spoiled(whole, dice)
+        try:
+            sent(asked, dice.choice(list(HOSTS)))
+        except aiapiproxy.ProxyError as error:
+            assert (error.status, error.kind) == (400, "invalid_request_error") and error.message, asked
 
-X_ONLY = [ctext("x"), cend("stop"), cuse(5, 3), DONE]
-SOME_MESSAGE = [think("r", "aap1.c."), only_x, use("call_1", "f", {"a": 1})]
+
+# ---- System and conversation
+
+ASKED_TWO = [usr("a"), asst([use("call_1"), use("call_2", "g")])]
+CALLED_TWO = [usr("a"), msg(None, [call("call_1"), call("call_2", "g")])]
+LONG_ID = "toolu_" + "x" * 40
 
 
-def test_sse_in_place_of_json():
-    answer, _ = run(asked_once(stream(*X_ONLY), req()))
-    assert (said(answer)["content"], said(answer)["stop_reason"]) == ([only_x], "end_turn")
-    answer, _ = run(asked_once(reply(200, sse(X_ONLY)), req()))  # by its first bytes
-    assert (said(answer)["content"], said(answer)["usage"]["output_tokens"]) == ([only_x], 3)
+def with_extra(id, extra):
+    """The id under which a client has a call with its thought signature."""
+    return "toolu_xAbC123_" + encoded(zlib.compress(json.dumps([id, extra]).encode()))
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+def ids_kept(sentence, id, host="openai"):
+    given, want = conversation_with(id)
+    return sentence, host, {"messages": given}, want
+
+
+def ids_sent(sentence, id, want, host="openai"):
+    return sentence, host, {"messages": conversation_with(id)[0]}, conversation_with(want)[1]
+
+
+CONVERSATIONS = [  # request members, all messages sent
+    ("system text is the first message", "openai", {"system": "S"}, [sysm("S"), usr("Hi")]),
+    ("its blocks are paragraphs", "openai", {"system": [txt("a"), txt(""), txt("b")]},
+     [sysm("a\n\nb"), usr("Hi")]),
+    ("empty system text is none", "openai", {"system": ""}, [usr("Hi")]),
+    ("only empty blocks are none", "openai", {"system": [txt("")]}, [usr("Hi")]),
+    ("marks are dropped", "openai", {"system": [{**txt("a"), "cache_control": {"type": "ephemeral"}}]},
+     [sysm("a"), usr("Hi")]),
+    ("the client's attribution is no instruction", "openai",
+     {"system": [billing("cc_version=2; cc_entrypoint=cli;"), txt("b")]}, [sysm("b"), usr("Hi")]),
+    ("and alone is nothing", "openai", {"system": [billing("cc_version=2;")]}, [usr("Hi")]),
+    ("system messages in front join the system text", "openai", {"system": "a", "messages": [sysm("b"), usr("c")]},
+     [sysm("a\n\nb"), usr("c")]),
+    *[(f"a later system message is a reminder, {host}", host, {"messages": [usr("a"), sysm("b"), usr("c")]},
+       [usr(f"a\n\n{reminder('b')}\n\nc")]) for host in HOSTS],
+    ("at the end too", "openai", {"messages": [usr("a"), sysm("b")]}, [usr("a\n\n" + reminder("b"))]),
+    ("after an assistant's message it goes to the user's next", "openai",
+     {"messages": [usr("a"), asst("x"), sysm("b"), usr("c")]}, [usr("a"), asst("x"), usr(f"{reminder('b')}\n\nc")]),
+    ("between two assistant messages it is a user message", "openai",
+     {"messages": [usr("a"), asst("x"), sysm("b"), asst("y"), usr("c")]},
+     [usr("a"), asst("x"), usr(reminder("b")), asst("y"), usr("c")]),
+    ("beside results alone it joins the last of them", "openai",
+     {"messages": ASKED + [sysm("b"), usr([res("call_1", "ok")])]},
+     CALLED + [tmsg("call_1", f"ok\n\n{reminder('b')}")]),
+    ("after results too", "openai",
+     {"messages": ASKED_TWO + [usr([res("call_1", "1"), res("call_2", "2")]), sysm("b")]},
+     CALLED_TWO + [tmsg("call_1", "1"), tmsg("call_2", f"2\n\n{reminder('b')}")]),
+    ("beside text it joins the text", "openai",
+     {"messages": ASKED + [sysm("b"), usr([res("call_1", "ok"), txt("t")])]},
+     CALLED + [tmsg("call_1", "ok"), usr(f"{reminder('b')}\n\nt")]),
+    ("one for a single turn is gone in the next", "openai",
+     {"messages": [usr("a"), sysm("b", clear_at="next_user_message"), asst("x"), usr("c")]}, [usr("a"), asst("x"), usr("c")]),
+    ("and there in its own", "openai", {"messages": [usr("a"), sysm("b", clear_at="next_user_message")]},
+     [usr("a\n\n" + reminder("b"))]),
+    ("one without content only sets the effort", "openai",
+     {"messages": [usr("a"), {"role": "system", **effort("low")}, sysm(""), sysm([])]}, [usr("a")]),
+    ("an unknown block of a system message is dropped", "openai",
+     {"messages": [usr("a"), sysm([{"type": "new"}])]},
+     [usr("a")]),
+    ("two user messages are one", "openai", {"messages": [usr("a"), usr("b")]}, [usr("a\n\nb")]),
+    ("two assistant messages are one", "openai", {"messages": [usr("a"), asst("x"), asst("y"), usr("b")]},
+     [usr("a"), asst("xy"), usr("b")]),
+    ("also when what lay between them vanished", "openai", {"messages": [usr("a"), asst(""), usr("b")]},
+     [usr("a\n\nb")]),
+    ("an assistant message of redacted thinking alone is none", "openai",
+     {"messages": [usr("a"), asst([{"type": "redacted_thinking", "data": "d"}]), usr("b")]}, [usr("a\n\nb")]),
+    ("white space in text is kept", "openai", {"messages": [usr(" a\n"), asst(" x\n"), usr("\tb ")]},
+     [usr(" a\n"), asst(" x\n"), usr("\tb ")]),
+    ("half a surrogate pair is replaced", "openai", {"messages": [usr("a\ud83db")]}, [usr("a\ufffdb")]),
+    ("a whole one is a character", "openai", {"messages": [usr("\ud83d\ude00")]}, [usr("\U0001f600")]),
+    ("a call and its result", "openai",
+     {"messages": [usr("a"), asst([txt("x"), use("call_1", "f", {"a": 1})]), usr([res("call_1", "ok")])]},
+     [usr("a"), msg("x", [call("call_1", "f", '{"a":1}')]), tmsg("call_1", "ok")]),
+    ("arguments are ASCII", "openai",
+     {"messages": [usr("a"), asst([use("call_1", "f", {"a": "\u00e9"})]), usr([res("call_1", "ok")])]},
+     [usr("a"), msg(None, [call("call_1", "f", '{"a":"\\u00e9"}')]), tmsg("call_1", "ok")]),
+    ("tool messages in the order of the results, then the user", "openai",
+     {"messages": ASKED_TWO + [usr([res("call_2", "two"), res("call_1", "one"), txt("go on")])]},
+     CALLED_TWO + [tmsg("call_2", "two"), tmsg("call_1", "one"), usr("go on")]),
+    ("text before a result comes after it", "openai",
+     {"messages": ASKED + [usr([txt("first"), res("call_1", "ok")])]},
+     CALLED + [tmsg("call_1", "ok"), usr("first")]),
+    ("a result is missing", "openai", {"messages": ASKED_TWO + [usr([res("call_1", "ok")])]},
+     CALLED_TWO + [tmsg("call_1", "ok"), tmsg("call_2", "Tool call was not executed.")]),
+    ("every result is missing", "openai", {"messages": ASKED + [usr("never mind")]},
+     CALLED + [tmsg("call_1", "Tool call was not executed."), usr("never mind")]),
+    ("a call stands last", "openai", {"messages": ASKED},
+     CALLED + [tmsg("call_1", "Tool call was not executed.")]),
+    ("a result without its call is told", "openai", {"messages": [usr([txt("a"), res("zz", "ok"), txt("b")])]},
+     [usr("a\n\n[Result of tool call zz]\nok\n\nb")]),
+    ("the first of two results counts", "openai",
+     {"messages": ASKED + [usr([res("call_1", "a"), res("call_1", "b")])]}, CALLED + [tmsg("call_1", "a")]),
+    ("results spread over user messages", "openai",
+     {"messages": ASKED_TWO + [usr([res("call_1", "1")]), usr([res("call_2", "2"), txt("x")])]},
+     CALLED_TWO + [tmsg("call_1", "1"), tmsg("call_2", "2"), usr("x")]),
+    ("one id in two turns", "openai",
+     {"messages": ASKED + [usr([res("call_1", "1")])] + [asst([use("call_1")]), usr([res("call_1", "2")])]},
+     CALLED + [tmsg("call_1", "1"), msg(None, [call("call_1")]), tmsg("call_1", "2")]),
+    ("two calls of one id in one turn", "local",
+     {"messages": [usr("a"), asst([use("c"), use("c")]), usr([res("c", "1"), res("c", "2")])]},
+     [usr("a"), msg(None, [call("c"), call("call_3c9b6429653c1bcece90ddeeb584ac98")]),
+      tmsg("c", "1"), tmsg("call_3c9b6429653c1bcece90ddeeb584ac98", "2")]),
+    ("an image in a result goes to the user's message after it", "openai",
+     {"messages": ASKED + [usr([res("call_1", [txt("see"), img])])]},
+     CALLED + [tmsg("call_1", "see\n[image 1: see the next user message]"),
+               usr([part("Image 1 from tool result call_1:"), IMG])]),
+    ("before what the user says", "openai",
+     {"messages": ASKED + [usr([res("call_1", [txt("see"), img]), txt("ok?")])]},
+     CALLED + [tmsg("call_1", "see\n[image 1: see the next user message]"),
+               usr([part("Image 1 from tool result call_1:"), IMG, part("ok?")])]),
+    ("images are counted over all results", "openai",
+     {"messages": ASKED_TWO + [usr([res("call_1", [img]), res("call_2", [img])])]},
+     CALLED_TWO + [tmsg("call_1", "[image 1: see the next user message]"),
+                   tmsg("call_2", "[image 2: see the next user message]"),
+                   usr([part("Image 1 from tool result call_1:"), IMG, part("Image 2 from tool result call_2:"),
+                      IMG])]),
+    ("a PDF in a result likewise, where files are known", "openai",
+     {"messages": ASKED + [usr([res("call_1", [txt("see"), doc(PDF, title="r")])])]},
+     CALLED + [tmsg("call_1", "see\n[document 1: see the next user message]"),
+               usr([part("Document 1 from tool result call_1:"),
+                  {"type": "file",
+                   "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}])]),
+    ("elsewhere in words", "local", {"messages": ASKED + [usr([res("call_1", [doc(PDF, title="r")])])]},
+     CALLED + [tmsg("call_1", "[PDF document: r; this endpoint cannot read it]")]),
+    # Ids
+    ids_kept("a Claude id is kept", "toolu_01A09q90qw90lq917835lq9"),
+    ids_sent("one too long for OpenAI is hashed", LONG_ID, "call_a550d5038323380edbc41fe2ac9a213c"),
+    ids_sent("also one with other characters", "call:1", "call_0af6315558b41599b4a0fbfa5d31d443"),
+    ids_sent("and on Azure", "call:1", "call_0af6315558b41599b4a0fbfa5d31d443", "azure"),
+    ids_kept("others take long ids", LONG_ID, "local"),
+    ids_kept("others take any character", "call:1", "local"),
+    ids_sent("Mistral wants nine characters", "toolu_01A09q90qw90lq917835lq9", "L4lugQ9Qs", "mistral"),
+    ids_kept("and keeps its own", "abcDEF123", "mistral"),
+    ids_sent("an encoded id is decoded", "toolu_rAbC123_ZnVuY3Rpb25zLmdldDow", "functions.get:0", "local"),
+    ids_kept("one that is none stays", "toolu_rAbC123_!", "local"),
+    ids_kept("one that does not decode stays", "toolu_rAbC123__w", "local"),
+    ids_kept("nor one with a thought signature", "toolu_xAbC123_AAAA", "local"),
+    ("a thought signature comes back on its call", "gemini",
+     {"messages": conversation_with(with_extra("c1", EXTRA))[0]},
+     [usr("a"), msg(None, [call("c1", extra_content=EXTRA)]), tmsg("c1", "ok")]),
+    # The end
+    ("a prefill is sent without the white space at its end", "openai",
+     {"messages": [usr("a"), asst("The answer is ")]},
+     [usr("a"), asst("The answer is")]),
+    ("Mistral marks it", "mistral", {"messages": [usr("a"), asst("The answer is ")]},
+     [usr("a"), {**asst("The answer is"), "prefix": True}]),
+    ("a prefill of white space alone is none", "openai", {"messages": [usr("a"), asst(" \n")]}, [usr("a")]),
+]
+
+
+@table(CONVERSATIONS, "host, members, want")
+def test_conversation(host, members, want):
+    assert sent(req(**members), host)["messages"] == want
+
+
+def test_a_result_without_its_call_keeps_its_image():
+    (message,) = sent(req([usr([res("zz", [txt("see"), img])])]))["messages"]
+    assert message["content"][0]["text"].startswith("[Result of tool call zz]\nsee")
+    assert IMG in message["content"]
+
+
+TURNS = [usr("a"), sysm("be careful"), asst([think("t", "aap1.c."), txt("x"), use("call_1"), use("call:2", "my.tool")]),
+         usr([res("call:2", [txt("2"), img]), res("call_1", "1"), txt("go on")]), asst("y"), usr([txt("c"), img]),
+         asst([use("call_1")]), usr([res("call_1", "", is_error=True)]), sysm("still careful"), asst("z"), usr("d")]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_conversation_only_grows_at_its_end(host):
+    """The upstream's prompt cache works on the head of the request: nothing there may change."""
+    def request(messages):
+        asked = req(messages, model="claude-opus-5-5", system=[billing(len(messages)), txt("S")],
+                  tools=[tool("f"), tool("my.tool")], thinking=ADAPTIVE)
+        return aiapiproxy.checked_translation(asked, SETTINGS[host]).body
+
+    ends = [at + 1 for at, turn in enumerate(TURNS) if turn["role"] != "assistant"
+            and TURNS[at + 1:at + 2] and TURNS[at + 1]["role"] == "assistant"]
+    assert len(ends) == 4
+    for end, later in zip(ends, ends[1:] + [len(TURNS)]):
+        short, long = request(TURNS[:end]), request(TURNS[:later])
+        head = aiapiproxy.json_bytes(short["messages"])[:-1]
+        whole = aiapiproxy.json_bytes(short)
+        kept = whole[:whole.index(head) + len(head)]
+        assert aiapiproxy.json_bytes(long).startswith(kept)
+        assert without(short, "messages") == without(long, "messages")
+
+
+# ---- Tools
+
+def removal(name): return {"type": "tool_removal", "tool": {"type": "tool_reference", "name": name}}
+def addition(tool): return {"type": "tool_addition", "tool": tool}
+
+
+SEARCH = [tool("ToolSearch"), deferred("f"), tool("g")]
+FOUND = [usr("a"), asst([use("call_1", "ToolSearch")]), usr([res("call_1", [reference("f")])])]
+NAMED_F = {"type": "function", "function": {"name": "f"}}
+NO_TOOLS = {"tools": None, "tool_choice": None, "parallel_tool_calls": None}
+DEFINED = {"type": "tool_definition", "definition": tool("h")}
+
+TOOLS = [
+    ("a tool is a function", {"tools": [tool("f")]}, {**NO_TOOLS, "tools": [fn("f")]}),
+    ("with its description", {"tools": [tool("f", description="d")]}, {"tools": [fn("f", description="d")]}),
+    ("but not an empty one", {"tools": [tool("f", description="")]}, {"tools": [fn("f")]}),
+    ("type custom", {"tools": [tool("f", type="custom")]}, {"tools": [fn("f")]}),
+    ("no tools", {"tools": []}, NO_TOOLS),
+    ("no tools, no choice", {"tools": [], **choice("auto", disable_parallel_tool_use=True)}, NO_TOOLS),
+    ("choice auto", {"tools": [tool("f")], **choice("auto")},
+     {"tool_choice": "auto", "parallel_tool_calls": None}),
+    ("choice any", {"tools": [tool("f")], **choice("any")}, {"tool_choice": "required"}),
+    ("choice none still sends the tools", {"tools": [tool("f")], **choice("none")},
+     {"tool_choice": "none", "tools": [fn("f")]}),
+    ("choice of one tool", {"tools": [tool("f")], **choice("tool", "f")}, {"tool_choice": NAMED_F}),
+    ("not in parallel", {"tools": [tool("f")], **choice("any", disable_parallel_tool_use=True)},
+     {"tool_choice": "required", "parallel_tool_calls": False}),
+    ("the o-series does not know that field", {"model": "o3", "tools": [tool("f")],
+                                               **choice("any", disable_parallel_tool_use=True)},
+     {"tool_choice": "required", "parallel_tool_calls": None}),
+    ("in parallel is nothing", {"tools": [tool("f")], **choice("auto", disable_parallel_tool_use=False)},
+     {"tool_choice": "auto", "parallel_tool_calls": None}),
+    ("one name is legal everywhere", {"tools": [tool("my.tool")], **choice("tool", "my.tool"),
+                                      "messages": [usr("a"), asst([use("call_1", "my.tool")]),
+                                                   usr([res("call_1", "ok")])]},
+     {"tools": [fn("my_tool_bca2c361")],
+      "tool_choice": {"type": "function", "function": {"name": "my_tool_bca2c361"}},
+      "messages": [usr("a"), msg(None, [call("call_1", "my_tool_bca2c361")]), tmsg("call_1", "ok")]}),
+    ("a server tool is not sent, and the model is told", {"tools": [WEB_SEARCH]},
+     {**NO_TOOLS, "messages": [sysm(note("web_search")), usr("Hi")]}),
+    ("the note is the last paragraph", {"system": "Be brief.", "tools": [
+        tool("f"), WEB_SEARCH, {"type": "code_execution_20250825", "name": "code_execution"}]},
+     {"tools": [fn("f")], "messages": [sysm("Be brief.\n\n" + note("web_search, code_execution")), usr("Hi")]}),
+    *[(f"{kind} is a server tool", {"tools": [{"type": kind, "name": "x"}]},
+       {"tools": None, "messages": [sysm(note("x")), usr("Hi")]})
+      for kind in ("web_fetch_20260318", "advisor_20260301", "future_tool_20270101")],
+    ("an auto choice goes with its last tool", {"tools": [WEB_SEARCH], **choice("auto")}, NO_TOOLS),
+    ("a tool search of the server is silent, and everything is loaded",
+     {"tools": [{"type": "tool_search_tool_bm25_20251119", "name": "tool_search_tool_bm25"}, deferred("f")]},
+     {"tools": [fn("f")], "messages": [usr("Hi")]}),
+    ("a tool search of the client defers tools", {"tools": SEARCH}, {"tools": [fn("ToolSearch"), fn("g")]}),
+    ("a tool found is sent last", {"tools": SEARCH, "messages": FOUND},
+     {"tools": [fn("ToolSearch"), fn("g"), fn("f")]}),
+    ("so is a tool called before",
+     {"tools": SEARCH, "messages": [usr("a"), asst([use("c", "f")]), usr([res("c", "1")])]},
+     {"tools": [fn("ToolSearch"), fn("g"), fn("f")]}),
+    ("so is the one chosen", {"tools": SEARCH, **choice("tool", "f")},
+     {"tools": [fn("ToolSearch"), fn("g"), fn("f")], "tool_choice": NAMED_F}),
+    ("so is one added", {"tools": SEARCH, "messages": [
+        usr("a"), sysm([addition({"type": "tool_reference", "name": "f"})])]},
+     {"tools": [fn("ToolSearch"), fn("g"), fn("f")]}),
+    ("a removed tool is not sent", {"tools": [tool("f"), tool("g")], "messages": [usr("a"), sysm([removal("f")])]},
+     {"tools": [fn("g")], "messages": [usr("a")]}),
+    ("unless it comes back", {"tools": [tool("f"), tool("g")], "messages": [
+        usr("a"), sysm([removal("f"), addition({"type": "tool_reference", "name": "f"})])]},
+        {"tools": [fn("f"), fn("g")]}),
+    ("a tool defined on the way", {"tools": [tool("f")], "messages": [usr("a"), sysm([addition(DEFINED)])]},
+     {"tools": [fn("f"), fn("h")]}),
+    ("an unknown type with a schema is a tool", {"tools": [tool("x", type="future_tool_20270101")]},
+     {"tools": [fn("x")]}),
+    ("what OpenAI does not know of a tool is dropped",
+     {"tools": [tool("f", cache_control={"type": "ephemeral"}, input_examples=[{}], eager_input_streaming=True,
+                  allowed_callers=["direct"], strict=None, citations={})]}, {"tools": [fn("f")]}),
+    ("strict, where the schema qualifies", {"tools": [tool("f", STRICT, strict=True)]},
+     {"tools": [fn("f", STRICT, strict=True)]}),
+    ("not strict, where it does not", {"tools": [tool("f", LOOSE, strict=True)]}, {"tools": [fn("f", LOOSE)]}),
+]
+
+
+@table(TOOLS, "members, want")
+def test_tools(members, want):
+    check_body(sent(req(**members)), want)
+
+
+def test_strict_is_sent_only_where_it_is_known():
+    asked = req(tools=[tool("f", STRICT, strict=True)])
+    assert sent(asked, "azure")["tools"] == [fn("f", STRICT, strict=True)]
+    for host in ("openrouter", "deepseek", "mistral", "gemini", "local"):
+        assert sent(asked, host)["tools"] == [fn("f", STRICT)]
+
+
+EDITOR = {"command": "string", "path": "string", "file_text": "string", "old_str": "string",
+          "new_str": "string",
+          "insert_line": "integer", "view_range": "array"}
+SCREEN = {"action": "string", "coordinate": "array", "start_coordinate": "array", "text": "string",
+          "scroll_direction": "string", "scroll_amount": "integer", "duration": "number", "region": "array"}
+OLD_ACTIONS = ["key", "type", "mouse_move", "left_click", "left_click_drag", "right_click", "middle_click",
+               "double_click", "screenshot", "cursor_position"]
+ACTIONS = OLD_ACTIONS + ["left_mouse_down", "left_mouse_up", "triple_click", "scroll", "hold_key", "wait"]
+
+CLIENT_TOOLS = [  # type, properties, required, the values of command or action
+    ("the shell", "bash_20250124", {"command": "string", "restart": "boolean"}, [], None),
+    ("a newer shell is taken as the newest known", "bash_20270101",
+     {"command": "string", "restart": "boolean"}, [],
+     None),
+    ("the older editor", "text_editor_20250124", EDITOR, ["command", "path"],
+     ["view", "create", "str_replace", "insert", "undo_edit"]),
+    ("the newer editor", "text_editor_20250728", {**EDITOR, "insert_text": "string"}, ["command", "path"],
+     ["view", "create", "str_replace", "insert"]),
+    ("the memory", "memory_20250818",
+     {**EDITOR, "insert_text": "string", "old_path": "string", "new_path": "string"}, ["command"],
+     ["view", "create", "str_replace", "insert", "delete", "rename"]),
+    ("the first computer", "computer_20241022", SCREEN, ["action"], OLD_ACTIONS),
+    ("the computer", "computer_20250124", SCREEN, ["action"], ACTIONS),
+    ("the newest computer", "computer_20251124", SCREEN, ["action"], ACTIONS),
+]
+
+
+@table(CLIENT_TOOLS, "kind, properties, required, values")
+def test_client_tool(kind, properties, required, values):
+    tool = {"type": kind, "name": "its_name", "display_width_px": 1024, "display_height_px": 768}
+    (function,) = [each["function"] for each in sent(req(tools=[tool]))["tools"]]
+    parameters = function["parameters"]
+    assert function["name"] == "its_name" and parameters["type"] == "object"
+    assert {name: schema["type"] for name, schema in parameters["properties"].items()} == properties
+    assert sorted(parameters.get("required", [])) == required
+    for member in {"command", "action"} & properties.keys() if values else ():
+        assert sorted(parameters["properties"][member]["enum"]) == sorted(values)
+    if kind.startswith("computer"):
+        assert "1024" in function["description"] and "768" in function["description"]
+        assert sorted(parameters["properties"]["scroll_direction"]["enum"]) == ["down", "left", "right", "up"]
+
+
+def test_an_editor_tells_its_limit():
+    (editor,) = sent(req(tools=[{"type": "text_editor_20250728", "name": "e",
+                               "max_characters": 12345}]))["tools"]
+    assert "12345" in editor["function"]["description"]
+
+
+def test_zoom_is_an_action_only_where_it_is_enabled():
+    tool = {"type": "computer_20251124", "name": "computer", "display_width_px": 9, "display_height_px": 9}
+    (zooming,) = sent(req(tools=[{**tool, "enable_zoom": True}]))["tools"]
+    assert zooming["function"]["parameters"]["properties"]["action"]["enum"][-1] == "zoom"
+
+
 @table([
-    ("blank lines in front", reply(200, b"\n\n \n" + json.dumps(completion(TEXT)).encode())),
-    ("many lines", reply(200, json.dumps(completion(TEXT), indent=2))),
-    ("many lines that claim to be events",
-     reply(200, json.dumps(completion(TEXT), indent=2), "text/event-stream")),
-    ("no content type that says so", reply(200, completion(TEXT), "text/plain")),
-], "script")
-def test_json_in_any_dress(script, streaming):
-    answer, _ = run(asked_once(script, req(stream=streaming)))
-    assert said(answer) == ONE_X if streaming else said(answer)["content"] == [only_x]
+    ("dots become underscores, with a hash", "my.tool", "my_tool_bca2c361"),
+    ("a long MCP name", "mcp__claude_ai_Google_Calendar_and_Contacts__list_calendar_events_for_user",
+     "mcp__claude_ai_Google_Calendar_and_Contacts__list_calen_52cbfaf7"),
+    ("64 characters are allowed", "a" * 64, "a" * 64),
+    ("65 are not", "a" * 65, "a" * 55 + "_635361c4"),
+])
+def test_tool_name(given, want):
+    assert sent(req(tools=[tool(given)]))["tools"] == [fn(want)]
 
 
-def test_too_many_tools_are_the_upstreams_to_refuse():
-    words = ("Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array "
-             "with length 129 instead.")
-    answer, (heard,) = run(asked_once(reply(400, error_like("array_above_max_length", words)),
-                                      req(tools=[tool(f"f{number}") for number in range(129)])))
-    assert said(answer).startswith(f"400 invalid_request_error: {words}") and len(heard.body["tools"]) == 129
+@table([("made first", ("my.tool", "my_tool_bca2c361")),
+        ("made last", ("my_tool_bca2c361", "my.tool"))], "names")
+def test_a_made_name_is_never_that_of_another_tool(names):
+    asked = req(tools=[tool(name) for name in names])
+    functions = [tool["function"]["name"] for tool in sent(asked)["tools"]]
+    assert len(set(functions)) == 2 and "my_tool_bca2c361" in functions
+    answer = completion(calling(*[call(f"call_{name}", name) for name in functions]))
+    assert [block["name"] for block in answered(answer, asked)["content"]] == list(names)
 
 
-def test_a_long_answer_is_streamed_and_collected():
-    script = stream(creason("r"), ctext("x"), WHOLE, cend("tool_calls"), cuse(5, 3), DONE)
-    answer, (heard,) = run(asked_once(script, req(max_tokens=16000, thinking=ADAPTIVE)))
-    message = said(answer)
-    assert heard.body["stream"] is True and heard.headers["accept"] == "text/event-stream"
-    assert (message["content"], message["stop_reason"], message["usage"]["output_tokens"]) == (
-        SOME_MESSAGE, "tool_use", 3)
+@pytest.mark.parametrize("name",
+                         ["f", "my.tool", "my_tool", "a" * 64, "a" * 65, "a" * 128, "mcp__x__" + "y" * 70,
+                          "\u00e9", "a b"])
+def test_a_name_comes_back_to_the_client_as_it_was(name):
+    asked = req(tools=[tool(name), tool("other.tool")])
+    (function, _) = [tool["function"]["name"] for tool in sent(asked)["tools"]]
+    assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", function)
+    answer = completion({"content": None, "tool_calls": [call("call_1", function)]})
+    assert answered(answer, asked)["content"] == [use("call_1", name)]
 
 
-def test_a_long_answer_that_breaks_is_an_error():
-    answer, _ = run(asked_once(stream(ctext("x"), CUT), req(max_tokens=16000)))
-    assert said(answer).startswith("502 api_error: ")
+OPEN_BRANCHES = {"anyOf": [{"type": "object", "properties": {"a": {}}, "required": ["a", "k"]},
+                           {"type": "object", "properties": {"b": {}}, "required": ["k"]}]}
 
-
-def test_json_in_place_of_sse():
-    message = {"content": "x", "reasoning_content": "r", "tool_calls": [call("call_1", "f", '{"a":1}')]}
-    answer, _ = run(asked_once(reply(200, completion(message, usage=used(5, 3))),
-                               req(stream=True, thinking=ADAPTIVE)))
-    assert said(answer) == ('MS 0+thinking 0h"r" 0s"aap1.c." 0- 1+text 1t"x" 1- '
-                            '2+tool(call_1,f) 2j`{"a":1}` 2- MD(tool_use) ME')
-
-
-WRONG = [  # reply, the same error whether a stream was asked or not
-    ("an empty body", reply(200, ""), "502 api_error"),
-    ("a page", reply(200, "<html>", "text/html"), "502 api_error"),
-    ("no choices", reply(200, {"choices": []}), "502 api_error"),
-    ("an array", reply(200, []), "502 api_error"),
-    ("an error", reply(200, error_like(429)), "429 rate_limit_error"),
-    ("an error with its status as text", reply(200, error_like("503")), "529 overloaded_error"),
-    ("an overflow", reply(200, {"error": {"message": "too many tokens in the prompt"}}),
-     "400 invalid_request_error"),
-    ("an error in SSE", stream(error_like(429, "slow")), "429 rate_limit_error"),
-    ("SSE that ends at once", stream(DONE), "502 api_error"),
-    ("SSE without anything", stream(b": comment\n\n"), "502 api_error"),
-    ("a redirect", reply(302, "", location="https://elsewhere.example/v1"), "502 api_error"),
-    ("a status", reply(503, JSON_ERROR), "529 overloaded_error"),
-    ("a body that ends early", Reply(200, {"content-type": "application/json"}, [b'{"choices"', CUT], 50),
-     "502 api_error"),
-    ("a reset", Reply(200, {"content-type": "application/json"}, [RESET], 50), "502 api_error"),
+SCHEMAS = [
+    ("type and properties are added", {}, {"type": "object", "properties": {}}),
+    ("a type that is not object alone", {"type": ["object", "null"]}, {"type": "object", "properties": {}}),
+    ("properties null", {"type": "object", "properties": None}, {"type": "object", "properties": {}}),
+    ("an array without items is kept", inside({"type": "array"}), inside({"type": "array"})),
+    ("branches at the root are kept", OPEN_BRANCHES, {**OPEN_BRANCHES, "type": "object", "properties": {}}),
+    ("$schema goes", {"$schema": "s", **inside({})}, inside({})),
+    ("the rest stays",
+     inside({"additionalProperties": False, "pattern": "p", "format": "f", "propertyNames": {},
+             "default": 1, "anyOf": [{"allOf": [{}]}], "$schema": "nested"}),
+     inside({"additionalProperties": False, "pattern": "p", "format": "f", "propertyNames": {},
+             "default": 1, "anyOf": [{"allOf": [{}]}], "$schema": "nested"})),
+    ("an object inside gets properties", inside({"type": "object"}),
+     inside({"type": "object", "properties": {}})),
+    ("also deep inside", inside({"type": "array", "items": {"anyOf": [{"type": "object"}]}}),
+     inside({"type": "array", "items": {"anyOf": [{"type": "object", "properties": {}}]}})),
+    ("but not where additionalProperties say it", inside({"type": "object", "additionalProperties": {}}),
+     inside({"type": "object", "additionalProperties": {}})),
+    ("values are no schemas", inside({"default": {"type": "object"}, "enum": [{"type": "object"}],
+                                      "const": {"type": "object"}, "examples": [{"type": "object"}]}),
+     inside({"default": {"type": "object"}, "enum": [{"type": "object"}],
+             "const": {"type": "object"}, "examples": [{"type": "object"}]})),
+    ("required null is kept until it is refused", {**inside({}), "required": None},
+     {**inside({}), "required": None}),
 ]
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
-@table(WRONG, "script, want")
-def test_a_wrong_answer(script, want, streaming):
-    answer, requests = run(asked_once(script, req(stream=streaming)))
-    assert said(answer).startswith(want + ": ") and len(requests) == 1
+@table(SCHEMAS)
+def test_schema(given, want):
+    assert sent(req(tools=[{"name": "f", "input_schema": given}]))["tools"] == [fn("f", want)]
+
+
+# ============================================================================
+# 5. CONTENT AND IDS
+# ============================================================================
+
+USER_BLOCKS = [  # blocks of one user message, its content
+    ("text blocks are paragraphs", "openai", [txt("a"), txt("b")], "a\n\nb"),
+    ("empty ones vanish", "openai", [txt("a"), txt("")], "a"),
+    ("with an image it is a list of parts", "openai", [txt("a"), img, txt("b"), txt("c")],
+     [part("a"), IMG, part("b"), part("c")]),
+    ("marks are dropped", "openai", [{**txt("a"), "cache_control": {"type": "ephemeral"}, "citations": []}],
+     "a"),
+    ("an image by address is not fetched", "openai",
+     [{"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}],
+     [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]),
+    ("image/jpg is image/jpeg, and base64 has no white space", "openai",
+     [{"type": "image", "source": {"type": "base64", "media_type": "image/jpg", "data": "AA\nAA "}}],
+     [{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,AAAA"}}]),
+    ("a PDF is a file", "openai", [doc(PDF, title="r")],
+     [{"type": "file", "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
+    ("its name ends in .pdf once", "azure", [doc(PDF, title="r.pdf")],
+     [{"type": "file", "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
+    ("without a title", "openai", [doc(PDF)],
+     [{"type": "file",
+       "file": {"filename": "document.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
+    ("where no files are known it is told", "local", [doc(PDF, title="r")],
+     "[PDF document: r; this endpoint cannot read it]"),
+    ("without a title too", "local", [doc(PDF)],
+     "[PDF document: document.pdf; this endpoint cannot read it]"),
+    ("a text document", "openai",
+     [doc({"type": "text", "media_type": "text/plain", "data": "body"}, title="T",
+          context="C", citations={"enabled": True})],
+     "[Document: T]\n[Context: C]\nbody"),
+    ("without title and context", "openai",
+     [doc({"type": "text", "media_type": "text/plain", "data": "body"})],
+     "[Document]\nbody"),
+    ("as base64", "openai", [doc({"type": "base64", "media_type": "text/markdown", "data": "w6k="})],
+     "[Document]\n\u00e9"),
+    ("of blocks", "openai", [doc({"type": "content", "content": [txt("a"), img]}, title="T")],
+     [part("[Document: T]\na"), IMG]),
+    ("of a string", "openai", [doc({"type": "content", "content": "a"})], "[Document]\na"),
+    ("by address", "openai", [doc({"type": "url", "url": "https://x/a.pdf"})],
+     "[Document at https://x/a.pdf; this endpoint cannot fetch it]"),
+    ("by address, with a title", "openai", [doc({"type": "url", "url": "https://x/a.pdf"}, title="T")],
+     "[Document at https://x/a.pdf: T; this endpoint cannot fetch it]"),
+    ("a search result", "openai", [SEARCH_RESULT], "[Search result: T]\nSource: S\na\nb"),
+    ("an upload", "openai", [{"type": "container_upload", "file_id": "f"}],
+     "[unsupported content block: container_upload]"),
+    ("an unknown block", "openai", [{"type": "weird"}], "[unsupported content block: weird]"),
+    ("an unknown block with a text", "openai", [{"type": "weird", "text": "z"}], "z"),
+    ("a call of the user", "openai", [use("i")], "[unsupported content block: tool_use]"),
+    ("thinking of the user is dropped", "openai", [txt("a"), think("t", "s")], "a"),
+    ("a summary", "openai", [{"type": "compaction", "content": "s"}],
+     "[Summary of the earlier conversation]\ns"),
+    ("no summary", "openai", [txt("a"), {"type": "compaction", "content": None}], "a"),
+]
+
+
+@table(USER_BLOCKS, "host, blocks, want")
+def test_user_blocks(host, blocks, want):
+    assert sent(req([usr(blocks)]), host)["messages"] == [usr(want)]
+
+
+def found_by(kind, name, content): return {"type": kind, "tool_use_id": "s", "content": content}
+
+
+SEARCHED = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}}
+HIT = {"type": "web_search_result", "title": "T", "url": "u", "encrypted_content": "e"}
+FETCHED = {"type": "web_fetch_result", "url": "u", "content": doc({"type": "text", "media_type": "text/plain",
+                                                                  "data": "body"})}
+RAN = {"type": "bash_code_execution_result", "stdout": "out", "stderr": "err", "return_code": 2}
+
+ASSISTANT_BLOCKS = [  # blocks of one assistant message, its content
+    ("text blocks are joined directly", [txt("x"), txt("y")], "xy"),
+    ("foreign thinking is dropped", [think("t", "EqQB"), txt("x")], "x"),
+    ("text around a dropped block is two paragraphs", [txt("x"), think("t", "EqQB"), txt("y")], "x\n\ny"),
+    ("a search of the server is told",
+     [SEARCHED, found_by("web_search_tool_result", "web_search", [HIT]), txt("x")],
+     '[Called web_search with {"query":"q"}]\n\n[Result of web_search]\n- T: u\n\nx'),
+    ("a search that failed", [found_by("web_search_tool_result", "web_search", {
+        "type": "web_search_tool_result_error", "error_code": "unavailable"})],
+        "[web_search failed: unavailable]"),
+    ("a page", [txt("x"), found_by("web_fetch_tool_result", "web_fetch", FETCHED)],
+     "x\n\n[Result of web_fetch]\nu\nbody"),
+    ("a command", [found_by("bash_code_execution_tool_result", "bash_code_execution", RAN)],
+     "[Result of bash_code_execution]\nout\nerr\nexit code 2"),
+    ("a tool of an MCP server",
+     [{"type": "mcp_tool_use", "id": "m", "name": "look", "server_name": "n", "input": {}},
+      {"type": "mcp_tool_result", "tool_use_id": "m", "is_error": False, "content": [txt("a"), txt("b")]}],
+     "[Called look with {}]\n\n[Result of mcp_tool]\na\nb"),
+    ("what says nothing is dropped",
+     [txt("x"), {"type": "fallback"}, {"type": "mcp_tool_listing"},
+      {"type": "container_upload", "file_id": "f"},
+      found_by("tool_search_tool_result", "tool_search", {})], "x"),
+    ("an image", [img], "[image]"),
+    ("an unknown block", [{"type": "weird"}], "[unsupported content block: weird]"),
+    ("a summary", [{"type": "compaction", "content": "s"}, txt("x")],
+     "[Summary of the earlier conversation]\ns\n\nx"),
+]
+
+
+@table(ASSISTANT_BLOCKS, "blocks, want")
+def test_assistant_blocks(blocks, want):
+    assert sent(req([usr("a"), asst(blocks), usr("b")]))["messages"] == [usr("a"), asst(want), usr("b")]
+
+
+def test_text_around_a_call_is_two_paragraphs():
+    messages = sent(req([usr("a"), asst([txt("x"), use("call_1"), txt("y")]), usr([res("call_1", "ok")])]))["messages"]
+    assert messages == [usr("a"), msg("x\n\ny", [call("call_1")]), tmsg("call_1", "ok")]
+
+
+@table([
+    ("an object", {"a": [1, None]}, '{"a":[1,null]}'),
+    ("null", None, "{}"),
+    ("a string that is an object", '{"a":1}', '{"a":1}'),
+    ("another string", "abc", '{"INVALID_JSON":"abc"}'),
+    ("an empty string", "", "{}"),
+])
+def test_input_of_a_call_in_the_history(given, want):
+    block = {"type": "tool_use", "id": "call_1", "name": "f", "input": given}
+    messages = sent(req([usr("a"), asst([block]), usr([res("call_1", "ok")])]))["messages"]
+    assert messages[1] == msg(None, [call("call_1", "f", want)])
+
+
+def test_a_call_without_input_has_none():
+    messages = sent(req([usr("a"), asst([without(use("call_1"), "input")]), usr([res("call_1", "ok")])]))["messages"]
+    assert messages[1] == msg(None, [call("call_1", "f", "{}")])
+
+
+RESULTS = [  # a tool_result, the text of its tool message
+    ("a string", res("call_1", "ok"), "ok"),
+    ("text blocks are lines", res("call_1", [txt("a"), txt("b")]), "a\nb"),
+    ("no content", res("call_1"), "(no output)"),
+    ("null", res("call_1", None), "(no output)"),
+    ("an empty string", res("call_1", ""), "(no output)"),
+    ("an empty list", res("call_1", []), "(no output)"),
+    ("only empty text", res("call_1", [txt("")]), "(no output)"),
+    ("an error says so", res("call_1", "boom", is_error=True), "Error: boom"),
+    ("but once", res("call_1", "Error: boom", is_error=True), "Error: boom"),
+    ("in any case", res("call_1", "ERROR boom", is_error=True), "ERROR boom"),
+    ("or in Claude Code's way", res("call_1", "<tool_use_error>x</tool_use_error>", is_error=True),
+     "<tool_use_error>x</tool_use_error>"),
+    ("an error without a word", res("call_1", "", is_error=True), "Error: tool execution failed"),
+    ("a tool found", res("call_1", [reference("f")]), "Tool available: f"),
+    ("two tools found", res("call_1", [reference("f"), reference("g")]),
+     "Tool available: f\nTool available: g"),
+    ("a search result", res("call_1", [SEARCH_RESULT]), "[Search result: T]\nSource: S\na\nb"),
+    ("a text document",
+     res("call_1", [doc({"type": "text", "media_type": "text/plain", "data": "d"}, title="T")]),
+     "[Document: T]\nd"),
+    ("an unknown block is its JSON",
+     res("call_1", [{"type": "browser_state", "url": "u", "cache_control": {}}]),
+     '{"url":"u"}'),
+]
+
+
+@table(RESULTS)
+def test_result(given, want):
+    assert sent(req(ASKED + [usr([given])]))["messages"] == CALLED + [tmsg("call_1", want)]
+
+
+@pytest.mark.parametrize("id",
+                         ["call_1", "functions.get:0", "x" * 65, "toolu_r123456_abc", "toolu_xyz", "\u00e9",
+                          "a b", "chatcmpl-tool-" + "0" * 32, "toolu_01A09q90qw90lq917835lq9"])
+def test_an_id_comes_back_to_the_upstream_as_it_was(id):
+    translation = aiapiproxy.checked_translation(req(), SETTINGS["local"])
+    answer = completion({"content": None, "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
+    blocks = aiapiproxy.anthropic_message(answer, translation, new_ids())["content"]
+    assert all(re.fullmatch(r"[a-zA-Z0-9_-]+", block["id"]) for block in blocks)
+    history = [usr("Hi"), asst(blocks), usr([res(block["id"], "ok") for block in blocks])]
+    assert sent(req(history), "local")["messages"][1:] == [
+        msg(None, [call(id), call("other", extra_content=EXTRA)]), tmsg(id, "ok"), tmsg("other", "ok")]
+
+
+# ---- Reasoning on its way back
+
+def carrier(kind, text): return f"aap1.{kind}.{encoded(zlib.compress(text.encode()))}"
+
+
+REASONING = [  # blocks before the call, members of the assistant message
+    ("reasoning_content", "local", [think("t", "aap1.c.")], {"reasoning_content": "t"}),
+    ("reasoning", "local", [think("t", "aap1.r.")], {"reasoning": "t"}),
+    ("the details", "openrouter", [think("t", carrier("d", compact(DETAILS)))],
+     {"reasoning_details": DETAILS}),
+    ("OpenAI does not want it", "openai", [think("t", "aap1.c.")], {}),
+    ("nor does Mistral", "mistral", [think("t", "aap1.c.")], {}),
+    ("what was not shown", "local", [think("", carrier("c", "secret"))], {"reasoning_content": "secret"}),
+    ("damaged", "local", [think("", "aap1.c.!"), think("", "aap1.c.AAAA")], {}),
+    ("nothing to give back", "local", [think("t", "aap1.n.")], {}),
+    ("two blocks", "local", [think("a", "aap1.c."), think("b", "aap1.c.")], {"reasoning_content": "ab"}),
+    ("the first decides the kind", "local", [think("a", "aap1.r."), think("b", "aap1.c.")],
+     {"reasoning": "a"}),
+    ("DeepSeek without thinking", "deepseek", [], {}),
+]
+
+
+@table(REASONING, "host, blocks, want")
+def test_reasoning_goes_back_with_a_call(host, blocks, want):
+    messages = sent(req([usr("a"), asst(blocks + [use("call_1")]), usr([res("call_1", "ok")])], max_tokens=50),
+                    host)["messages"]
+    assert without(messages[1], "role", "content", "tool_calls") == want
+
+
+def test_reasoning_does_not_go_back_without_a_call():
+    assert sent(req([usr("a"), asst([think("t", "aap1.c."), txt("x")]), usr("b")]), "local")["messages"][1] == asst("x")
+
+
+def test_deepseek_wants_reasoning_with_every_call_while_it_thinks():
+    body = sent(req(ASKED + [usr([res("call_1", "ok")])], thinking=ADAPTIVE), "deepseek")
+    assert body["messages"][1] == msg(None, [call("call_1")], reasoning_content="")
+
+
+def test_a_carrier_that_unpacks_to_gigabytes_is_dropped():
+    bomb = "aap1.c." + encoded(zlib.compress(b"x" * (16 << 20) + b"x"))
+    messages = sent(req([usr("a"), asst([think("", bomb), use("call_1")]), usr([res("call_1", "ok")])]),
+                    "local")["messages"]
+    assert messages[1] == msg(None, [call("call_1")])
+
+
+@pytest.mark.parametrize("display", ["summarized", "omitted"])
+@pytest.mark.parametrize("reasoning", [{"reasoning_content": "think \u00e9"}, {"reasoning": "think \u00e9"}],
+                         ids=["reasoning_content", "reasoning"])
+def test_reasoning_comes_back_to_the_upstream_as_it_was(reasoning, display):
+    asked = req(thinking={"type": "adaptive", "display": display})
+    translation = aiapiproxy.checked_translation(asked, SETTINGS["local"])
+    answer = completion({"content": "x", "tool_calls": [call("call_1")], **reasoning}, "tool_calls")
+    for blocks in (aiapiproxy.anthropic_message(answer, translation, new_ids())["content"],
+                   blocks_of(streamed([sse([chunk(answer["choices"][0]["message"], "tool_calls"), DONE])],
+                                      translation))):
+        assert blocks[0]["thinking"] == ("" if display == "omitted" else "think \u00e9")
+        history = [usr("Hi"), asst(blocks), usr([res("call_1", "ok")])]
+        assert sent(req(history), "local")["messages"][1] == msg("x", [call("call_1")], **reasoning)
+
+
+# ============================================================================
+# 6. CHAT: THE REQUEST
+# ============================================================================
+
+ID_FIELDS = {"metadata": {"user_id": "user-1"}}
+NO_IDS = {"safety_identifier": None, "prompt_cache_key": None, "user": None, "metadata": None}
+
+FIELDS = [
+    ("the plain request", "openai", req(), Exactly(PLAIN)),
+    ("a stream asks for its usage", "openai", req(stream=True), Exactly(STREAMED)),
+    ("Mistral does not know stream_options", "mistral", req(stream=True),
+     {"stream": True, "stream_options": None}),
+    *[(f"{host} knows stream_options", host, req(stream=True), {"stream_options": {"include_usage": True}})
+      for host in ("azure", "openrouter", "deepseek", "gemini", "local")],
+    ("stream false is not sent", "openai", req(stream=False), Exactly(PLAIN)),
+    ("a null field is absent", "openai", req(stream=None, system=None, tools=None, thinking=None, metadata=None,
+                                           stop_sequences=None, tool_choice=None, output_config=None,
+                                           compaction=None, mcp_servers=None), Exactly(PLAIN)),
+    ("an answer of up to 8192 tokens is not streamed", "openai", req(max_tokens=8192), {"stream": None}),
+    ("a longer one is, to see that it lives", "openai", req(max_tokens=8193), {"stream": True}),
+    ("what counts there is the limit sent", "openai", req(model="gpt-4-turbo", max_tokens=16000),
+     {"stream": None}),
+    ("an o-series model takes max_completion_tokens", "openai", req(model="o3"),
+     {"max_completion_tokens": 100, "max_tokens": None}),
+    *[(f"{name} takes max_completion_tokens", host, req(model=name),
+       {"model": name, "max_completion_tokens": 100, "max_tokens": None})
+      for host, name in (("openai", "gpt-5"), ("openai", "gpt-5-chat-latest"), ("local", "openai/gpt-5-mini"),
+                         ("openai", "codex-mini-latest"), ("openai", "gpt-5.1:floor"),
+                         ("openai", "ft:o4-mini:me"))],
+    *[(f"{name} takes max_tokens", "openai", req(model=name),
+       {"max_tokens": 100, "max_completion_tokens": None})
+      for name in ("gpt-4.1", "gpt-4o-mini", "olmo-2", "my-gpt-5")],
+    ("a Claude name is mapped by its family", "local", req(), {"model": "qwen3:8b", "max_tokens": 100}),
+    ("opus", "openai", req(model="claude-opus-5-5"), {"model": "gpt-5.1"}),
+    ("haiku, in any case", "openai", req(model="Claude-HAIKU-4-5"), {"model": "gpt-4o-mini"}),
+    ("another Claude name is sonnet", "openai", req(model="claude-new"), {"model": "gpt-4o"}),
+    ("[1m] is cut off", "openai", req(model="claude-sonnet-5-5[1m]"), {"model": "gpt-4o"}),
+    ("max_tokens is capped at what the model can", "openai", req(max_tokens=32000), {"max_tokens": 16384}),
+    *[(f"the cap of {name} is {cap}", "openai", req(model=name, max_tokens=200000), {"max_tokens": cap})
+      for name, cap in (("gpt-4o-2024-05-13", 4096), ("chatgpt-4o-latest", 16384), ("gpt-4.1", 32768),
+                        ("gpt-4-turbo", 4096), ("gpt-3.5-turbo", 4096), ("gpt-4", 4096), ("gpt-4-0613", 4096),
+                        ("gpt-4-32k", 8192), ("openai/gpt-4o", 16384), ("llama", 200000))],
+    *[(f"the cap of {name} is {cap}", "openai", req(model=name, max_tokens=200000),
+       {"max_completion_tokens": cap})
+      for name, cap in (("gpt-5-chat-latest", 16384), ("gpt-5.2", 128000), ("o1-mini", 65536),
+                        ("o3", 100000))],
+    ("an unknown model has no cap", "local", req(max_tokens=32000), {"max_tokens": 32000}),
+    ("sampling is passed but for top_k", "openai", req(temperature=0.2, top_p=0.9, top_k=40),
+     Exactly({**PLAIN, "temperature": 0.2, "top_p": 0.9})),
+    ("a temperature out of range is left to the upstream", "openai", req(temperature=1.5),
+     {"temperature": 1.5}),
+    ("reasoning models take neither sampling nor stop", "openai",
+     req(model="o4-mini", temperature=0.2, top_p=0.9, stop_sequences=["x"]),
+     {"temperature": None, "top_p": None, "stop": None}),
+    ("the first four stop sequences that are not empty", "openai",
+     req(stop_sequences=["a", "", "b", "c", "d", "e"]),
+     {"stop": ["a", "b", "c", "d"]}),
+    ("one stop sequence is a list too", "openai", req(stop_sequences=["END"]), {"stop": ["END"]}),
+    ("no stop sequence", "openai", req(stop_sequences=[]), {"stop": None}),
+    ("only empty stop sequences", "openai", req(stop_sequences=[""]), {"stop": None}),
+    ("the user's id goes to OpenAI hashed", "openai", req(**ID_FIELDS),
+     {**NO_IDS, "prompt_cache_key": "aap-c6c289e49e9c05b2145860387b73bcb1",
+      "safety_identifier": "c6c289e49e9c05b2145860387b73bcb18df43fb09a1e4a4a9713c76c88bb541b"}),
+    *[(f"and not to {host}", host, req(**ID_FIELDS), NO_IDS) for host in HOSTS if host != "openai"],
+    ("metadata without an id", "openai", req(metadata={"foo": "x"}), Exactly(PLAIN)),
+    ("standard_only is OpenAI's default tier", "openai", req(service_tier="standard_only"),
+     {"service_tier": "default"}),
+    ("service tier auto is nothing", "openai", req(service_tier="auto"), {"service_tier": None}),
+    ("service tiers are OpenAI's alone", "local", req(service_tier="standard_only"), {"service_tier": None}),
+    ("what the upstream cannot know is dropped", "openai",
+     req(cache_control={"type": "ephemeral"}, container="c1", inference_geo="us", diagnostics={}, speed="fast",
+       context_management={"edits": [{"type": "clear_thinking_20251015"}]}, safeguards=[{}], betas=["x"],
+       anthropic_version="y", foo=1, fallbacks=[], user_profile_id="u", workspace_id="w", top_k=1,
+       output_config={"task_budget": {"tokens": 1}}), Exactly(PLAIN)),
+    ("an OpenAI field of the client is not passed", "openai",
+     req(n=2, user="u", seed=1, logprobs=True, store=True, verbosity="low", functions=[],
+       reasoning_effort="high",
+       response_format={"type": "json_object"}, max_completion_tokens=7, stop="x"), Exactly(PLAIN)),
+    ("no MCP servers", "openai", req(mcp_servers=[]), Exactly(PLAIN)),
+]
+
+
+@table(FIELDS, "host, asked, want")
+def test_field(host, asked, want):
+    check_body(sent(asked, host), want)
+
+
+def test_the_session_decides_the_prompt_cache_key():
+    body = sent(req(**ID_FIELDS), session_id="sess-1")
+    assert body["prompt_cache_key"] == "aap-abe633f3a47a2758174eabe9160daf36"
+    assert sent(req(), session_id="sess-1")["prompt_cache_key"] == body["prompt_cache_key"]
+    assert "safety_identifier" not in sent(req(), session_id="sess-1")
+    assert "prompt_cache_key" not in sent(req(**ID_FIELDS), "local", "sess-1")
+
+
+# ---- Structured output
+
+ONE_JSON_VALUE = "Answer with one JSON value only, no other text, that matches this JSON schema: "
+
+FORMATS = [
+    ("a schema that qualifies is strict", "openai", output(STRICT),
+     {"response_format": response_format(STRICT, True)}),
+    ("one that does not is sent all the same", "openai", output(LOOSE),
+     {"response_format": response_format(LOOSE, False)}),
+    ("cleaned up", "openai", output({"$schema": "s", "title": "t"}),
+     {"response_format": response_format({"title": "t", "type": "object", "properties": {}}, False)}),
+    ("the older name", "openai", {"output_format": output(STRICT)["output_config"]["format"]},
+     {"response_format": response_format(STRICT, True), "output_format": None}),
+    ("the newer name wins", "openai", {**output(STRICT), "output_format": {"type": "text"}},
+     {"response_format": response_format(STRICT, True)}),
+    ("DeepSeek is told in words", "deepseek", output(STRICT),
+     {"response_format": {"type": "json_object"},
+      "messages": [sysm(ONE_JSON_VALUE + compact(STRICT)), usr("Hi")]}),
+    ("and after everything else", "deepseek", {**output(STRICT), "system": "s", "tools": [WEB_SEARCH]},
+     {"messages": [sysm("s\n\nNot available in this session: web_search. Do not claim to have used them.\n\n"
+                     + ONE_JSON_VALUE + compact(STRICT)), usr("Hi")]}),
+]
+
+
+@table(FORMATS, "host, members, want")
+def test_structured_output(host, members, want):
+    check_body(sent(req(**members), host), want)
+
+
+# ---- Requests as Claude Code sends them
+
+FIRST = usr("<system-reminder>\nContext.\n</system-reminder>\n\nRead it.\n\n" + reminder("Be careful."))
+SYSTEM = sysm("You are the client.\n\nWork well.")
+SEARCHING = SESSION["messages"] + [asst([think("t", "EqQB"), use("toolu_01", "ToolSearch", {"query": "q"})]),
+                                   usr([res("toolu_01", [reference("TaskCreate"), reference("WebFetch")]),
+                                      txt("Tool loaded.")])]
+
+
+def test_the_first_request_of_a_session():
+    assert sent(SESSION, "local") == {
+        "model": "openai/gpt-oss-20b", "messages": [SYSTEM, FIRST], "max_tokens": 128000, "stream": True,
+        "stream_options": {"include_usage": True}, "reasoning_effort": "medium",
+        "tools": [fn("Read", STRICT), fn("ToolSearch"), fn("Bash")]}
+
+
+def test_the_turn_after_a_tool_search():
+    body = sent({**SESSION, "messages": SEARCHING}, "local")
+    assert body["messages"][2:] == [
+        msg(None, [call("toolu_01", "ToolSearch", '{"query":"q"}')]),
+        tmsg("toolu_01", "Tool available: TaskCreate\nTool available: WebFetch"), usr("Tool loaded.")]
+    assert [tool["function"]["name"] for tool in body["tools"]] == ["Read", "ToolSearch", "Bash", "WebFetch",
+                                                                    "TaskCreate"]
+
+
+def test_the_inner_request_of_a_web_search():
+    body = sent(req(tools=[WEB_SEARCH], system=[billing("x"), txt("You search.")], **choice("auto")), "local")
+    assert body["messages"][0] == sysm("You search.\n\n" + note("web_search")) and "tools" not in body
+    assert "tool_choice" not in body
+
+
+def test_the_request_for_a_title():
+    body = sent(req(tools=[], stream=True, **output(STRICT)), "local")
+    assert body["response_format"] == response_format(STRICT, True) and "tools" not in body
+
+
+# ============================================================================
+# 8. BLOCKS
+# ============================================================================
+#
+# A row is (sentence, chunks, events).  Thinking is adaptive, so reasoning shows.  Each stream is read whole,
+# byte by byte and cut in two at every place, and has to give the same events.
+
+EMPTY_TOOL = TOOL + " 0- MD(tool_use) ME"
+PARTS = '0j`{"a"` 0j`:1}`'
+BEGIN, REST = frag(0, "call_1", "f", '{"a"'), frag(0, None, None, ":1}")
+
+TEXTS = [
+    ("text", [ROLE, ctext("Hel"), ctext("lo"), cend("stop"), cuse(5, 3), DONE], HELLO),
+    ("an answer without content", [ROLE, cend("stop"), cuse(5, 0), DONE], "MS MD(end_turn) ME"),
+    ("the role on each chunk", [chunk({"role": "assistant", "content": "Hel"}),
+                                chunk({"role": "assistant", "content": "lo"})] + STOP, HELLO),
+    ("the last text with the finish reason", [ctext("Hel"), chunk({"content": "lo"}, "stop"), DONE], HELLO),
+    ("text after the finish reason", [chunk({"content": "Hel"}, "stop"), ctext("lo"), DONE], HELLO),
+    ("what says nothing",
+     [{"choices": [], "prompt_filter_results": []}, {"choices": None}, {"id": "x"}, chunk(None),
+      chunk({}), chunk({"content": None, "tool_calls": None}), ctext(""),
+      chunk({"tool_calls": []}), chunk({"content": "x"}, usage=None), chunk({}, ""),
+      chunk({"annotations": [{}], "audio": {}, "new": 1})] + STOP, ONE_X),
+    ("a list of parts",
+     [chunk({"content": [txt("Hel"), {"type": "new"}]}), chunk({"content": [txt("lo")]})] + STOP,
+     HELLO),
+    ("a message in place of the delta", [{"choices": [{"index": 0, "message": {"content": "x"},
+                                                       "finish_reason": "stop"}]}, DONE], ONE_X),
+    ("only the first choice", [{"choices": [{"index": 0, "delta": {"content": "x"}},
+                                            {"index": 1, "delta": {"content": "y"}}]},
+                               {"choices": [{"index": 1, "delta": {"content": "z"}}]}] + STOP, ONE_X),
+    ("white space in front of text", [ctext("\n"), ctext("hi")] + STOP, 'MS 0+text 0t"\\nhi" ' + CLOSED),
+    ("only white space", [ctext("\n\n")] + STOP, "MS MD(end_turn) ME"),
+    ("a refusal", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP,
+     'MS 0+text 0t"I can" 0t"not." 0- MD(refusal) ME'),
+    ("the filter", [ctext("x"), cend("content_filter"), DONE], 'MS 0+text 0t"x" 0- MD(refusal) ME'),
+    ("the length limit", [ctext("x"), cend("length"), DONE], 'MS 0+text 0t"x" 0- MD(max_tokens) ME'),
+    ("the last finish reason counts", [ctext("x"), cend("length"), cend("stop"), cend(""), DONE], ONE_X),
+    ("an unknown finish reason", [ctext("x"), cend("weird"), DONE], ONE_X),
+    ("tool_calls without a call", [ctext("x"), cend("tool_calls"), DONE], ONE_X),
+    ("an emoji in halves", [ctext("a\ud83d"), ctext("\ude00b")] + STOP, 'MS 0+text 0t"a" 0t"\U0001f600b" ' + CLOSED),
+    ("half an emoji", [ctext("a\ud83d")] + STOP, 'MS 0+text 0t"a" 0t"\ufffd" ' + CLOSED),
+    ("half an emoji, then text", [ctext("a\ud83d"), ctext("b")] + STOP, 'MS 0+text 0t"a" 0t"\ufffdb" ' + CLOSED),
+    ("the other half", [ctext("\ude00b")] + STOP, 'MS 0+text 0t"\ufffdb" ' + CLOSED),
+]
+
+THOUGHTS = [
+    ("reasoning, then text", [creason("a"), creason("b"), ctext("x")] + STOP,
+     'MS 0+thinking 0h"a" 0h"b" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
+    ("the other field", [chunk({"reasoning": "a"}), ctext("x")] + STOP,
+     'MS 0+thinking 0h"a" 0s"aap1.r." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
+    ("the same text in both fields", [chunk({"reasoning_content": "a", "reasoning": "a"}), ctext("x")] + STOP,
+     'MS 0+thinking 0h"a" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
+    ("all in one chunk", [chunk({"reasoning_content": "r", "content": "x",
+                                 "tool_calls": [entry(0, "call_1", "f", '{"a":1}')]}, "tool_calls"), DONE],
+     'MS 0+thinking 0h"r" 0s"aap1.c." 0- 1+text 1t"x" 1- 2+tool(call_1,f) 2j`{"a":1}` 2- MD(tool_use) ME'),
+    ("in turns", [creason("a"), ctext("x"), creason("b"), ctext("y")] + STOP,
+     'MS 0+thinking 0h"a" 0s"aap1.c." 0- 1+text 1t"x" 1- 2+thinking 2h"b" 2s"aap1.c." 2- 3+text 3t"y" 3- '
+     'MD(end_turn) ME'),
+    ("after a call", [WHOLE, creason("a")] + ARGS_DONE,
+     TOOL + ' 0j`{"a":1}` 0- 1+thinking 1h"a" 1s"aap1.c." 1- MD(tool_use) ME'),
+    ("a thinking part", [chunk({"content": [{"type": "thinking", "thinking": [txt("a")]}, txt("x")]})] + STOP,
+     'MS 0+thinking 0h"a" 0s"aap1.n." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
+    ("empty reasoning", [creason(""), chunk({"reasoning": None}), ctext("x")] + STOP, ONE_X),
+    ("only reasoning", [creason("a")] + STOP, 'MS 0+thinking 0h"a" 0s"aap1.c." 0- MD(end_turn) ME'),
+    ("an emoji in halves, thought", [creason("a\ud83d"), creason("\ude00")] + STOP,
+     'MS 0+thinking 0h"a" 0h"\U0001f600" 0s"aap1.c." 0- MD(end_turn) ME'),
+]
+
+CALLS = [
+    ("arguments in fragments, cut in an escape",
+     [frag(0, "call_1", "f", ""), frag(0, None, None, '{"c": "Par'), frag(0, None, None, 'is \\u00'),
+      frag(0, None, None, 'e9"}')]
+     + ARGS_DONE, TOOL + ' 0j`{"c": "Par` 0j`is \\u00` 0j`e9"}` 0- MD(tool_use) ME'),
+    ("a name in fragments",
+     [frag(0, "call_1", "get_", None), frag(0, None, "weather", None), frag(0, None, None, "{}")]
+     + ARGS_DONE, "MS 0+tool(call_1,get_weather) 0j`{}` 0- MD(tool_use) ME"),
+    ("a name that is repeated", [BEGIN, frag(0, "call_1", "f", ":1}")] + ARGS_DONE,
+     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("an empty name after the name", [BEGIN, frag(0, "", "", ":1}")] + ARGS_DONE,
+     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("one after another", [WHOLE, frag(1, "call_2", "g", '{"b"'), frag(1, None, None, ":2}")] + ARGS_DONE,
+     TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,g) 1j`{"b"` 1j`:2}` 1- MD(tool_use) ME'),
+    ("two in turns: the second waits",
+     [frags((0, "call_1", "f", ""), (1, "call_2", "g", "")), frag(0, None, None, '{"a"'), frag(1, None, None, '{"b"'),
+      frag(0, None, None, ":1}"), frag(1, None, None, ":2}")] + ARGS_DONE,
+     f'{TOOL} {PARTS} 0- 1+tool(call_2,g) 1j`{{"b"` 1j`:2}}` 1- MD(tool_use) ME'),
+    ("what has waited is one delta",
+     [frag(0, "call_1", "f", '{"a"'), frag(1, "call_2", "g", '{"b"'), frag(1, None, None, ":2}"),
+      frag(0, None, None, ":1}")]
+     + ARGS_DONE, f'{TOOL} {PARTS} 0- 1+tool(call_2,g) 1j`{{"b":2}}` 1- MD(tool_use) ME'),
+    ("two at one index with two ids", [WHOLE, frag(0, "call_2", "f", '{"a":2}')] + STOP,
+     TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
+    ("two without index", [frags((None, "call_1", "f", '{"a":1}'), (None, "call_2", "g", "{}"))] + ARGS_DONE,
+     TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,g) 1j`{}` 1- MD(tool_use) ME'),
+    ("fragments without index", [frag(None, "call_1", "f", '{"a"'), frag(None, None, None, ":1}")] + ARGS_DONE,
+     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("two without ids", [frag(0, None, "f", '{"a":1}'), frag(0, None, "f", '{"a":2}')] + STOP,
+     'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- 1+tool(toolu_new,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
+    ("neither index nor id", [frag(None, None, "f", '{"a":1}'), frag(None, None, "f", '{"a":2}')] + STOP,
+     'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- 1+tool(toolu_new,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
+    ("neither index nor id, one call", [frag(None, None, "f", '{"a"'), frag(None, None, "f", ":1}")] + STOP,
+     f"MS 0+tool(toolu_new,f) {PARTS} 0- MD(tool_use) ME"),
+    ("an id made up for each fragment", [BEGIN, frag(0, "id2", None, ":1}")] + ARGS_DONE,
+     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("with the name again", [BEGIN, frag(0, "id2", "f", ":1}")] + ARGS_DONE,
+     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("an id on each fragment", [BEGIN, frag(0, "call_1", None, ":1}")] + ARGS_DONE,
+     f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("an id that is late", [frag(0, None, "f", None), frag(0, "call_9", None, "{}")] + ARGS_DONE,
+     "MS 0+tool(call_9,f) 0j`{}` 0- MD(tool_use) ME"),
+    ("indexes that start at 1", [frag(1, "call_1", "f", '{"a":1}')] + ARGS_DONE, ONE_TOOL),
+    ("no arguments", [frag(0, "call_1", "f", "")] + ARGS_DONE, EMPTY_TOOL),
+    ("arguments null", [frag(0, "call_1", "f", None)] + ARGS_DONE, EMPTY_TOOL),
+    ("arguments of white space", [frag(0, "call_1", "f", " \n")] + ARGS_DONE, EMPTY_TOOL),
+    ("arguments null as text", [frag(0, "call_1", "f", "null")] + ARGS_DONE, EMPTY_TOOL),
+    ("white space in front", [frag(0, "call_1", "f", '\n {"a":1}')] + ARGS_DONE, ONE_TOOL),
+    ("arguments that are no string", [chunk({"tool_calls": [
+        {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": {"a": 1}}}]})] + ARGS_DONE,
+        ONE_TOOL),
+    ("one brace too many", [frag(0, "call_1", "f", '{"a":1}}')] + ARGS_DONE, ONE_TOOL),
+    ("said twice", [WHOLE, frag(0, None, None, '{"a":1}')] + ARGS_DONE, ONE_TOOL),
+    ("braces in strings", [frag(0, "call_1", "f", '{"a":"}\\"}"'), frag(0, None, None, "}")] + ARGS_DONE,
+     TOOL + ' 0j`{"a":"}\\"}"` 0j`}` 0- MD(tool_use) ME'),
+    ("an empty object in front of the real one", [frag(0, "call_1", "f", "{}"), frag(0, None, None, '{"a"'), REST]
+     + ARGS_DONE, f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("raw control characters in a string", [frag(0, "call_1", "f", '{"a":"x\n\t\x01y"}')] + ARGS_DONE,
+     TOOL + ' 0j`{"a":"x\\n\\t\\u0001y"}` 0- MD(tool_use) ME'),
+    ("encoded twice", [frag(0, "call_1", "f", '"{\\"a\\":'), frag(0, None, None, '1}"')] + ARGS_DONE, ONE_TOOL),
+    ("an array", [frag(0, "call_1", "f", "[1]")] + ARGS_DONE,
+     TOOL + ' 0j`{"INVALID_JSON":"[1]"}` 0- MD(tool_use) ME'),
+    ("malformed inside the braces is the client's", [frag(0, "call_1", "f", "{'a':1}")] + ARGS_DONE,
+     TOOL + " 0j`{'a':1}` 0- MD(tool_use) ME"),
+    ("an emoji in halves, as arguments", [frag(0, "call_1", "f", '{"a":"\ud83d'), frag(0, None, None, '\ude00"}')]
+     + ARGS_DONE, TOOL + ' 0j`{"a":"` 0j`\U0001f600"}` 0- MD(tool_use) ME'),
+    ("cut off at the length limit", [frag(0, "call_1", "f", '{"a": "ab'), cend("length"), DONE],
+     TOOL + ' 0j`{"a": "ab` 0- MD(max_tokens) ME'),
+    ("cut off by the filter", [frag(0, "call_1", "f", '{"a": "ab'), cend("content_filter"), DONE],
+     TOOL + ' 0j`{"a": "ab` 0- MD(refusal) ME'),
+    ("cut off without a reason is never finished", [frag(0, "call_1", "f", '{"a": "ab')] + ARGS_DONE,
+     TOOL + ' 0j`{"a": "ab` ERR(api_error)'),
+    ("complete at the length limit", [WHOLE, cend("length"), DONE], TOOL + ' 0j`{"a":1}` 0- MD(max_tokens) ME'),
+    ("text, call, text", [ctext("A"), frag(0, "call_1", "f", "{}"), ctext("B")] + ARGS_DONE,
+     'MS 0+text 0t"A" 0- 1+tool(call_1,f) 1j`{}` 1- 2+text 2t"B" 2- MD(tool_use) ME'),
+    ("text inside a call waits for its end", [BEGIN, ctext("B"), REST] + ARGS_DONE,
+     f'{TOOL} {PARTS} 0- 1+text 1t"B" 1- MD(tool_use) ME'),
+    ("white space in front of a call", [ctext("\n\n"), WHOLE] + ARGS_DONE, ONE_TOOL),
+    ("stop after a call", [WHOLE] + STOP, ONE_TOOL),
+    ("the old function_call", [chunk({"function_call": {"name": "f", "arguments": ""}}),
+                               chunk({"function_call": {"arguments": '{"a":1}'}}), cend("function_call"), DONE],
+     'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- MD(tool_use) ME'),
+    ("an id with other characters", [frag(0, "functions.get:0", "get", "{}")] + ARGS_DONE,
+     "MS 0+tool(toolu_r(functions.get:0),get) 0j`{}` 0- MD(tool_use) ME"),
+    ("a thought signature travels in the id", [chunk({"tool_calls": [
+        {**entry(0, "c1", "f", '{"a":1}'), "extra_content": {"b": 1}}]})] + ARGS_DONE,
+     'MS 0+tool(toolu_x(["c1",{"b":1}]),f) 0j`{"a":1}` 0- MD(tool_use) ME'),
+    ("a call without a name", [frag(0, "call_1", None, "{}")] + ARGS_DONE, "MS ERR(api_error)"),
+    ("a call without a name, then text", [frag(0, "call_1", None, "{}"), ctext("x")] + ARGS_DONE,
+     "MS ERR(api_error)"),
+]
+
+BAD_502 = {"error": {"message": "m", "code": 502}}
+ENDS = [
+    ("without [DONE], after a finish reason", [ctext("x"), cend("stop")], ONE_X),
+    ("[DONE] without a finish reason", [ctext("x"), DONE], ONE_X),
+    ("[DONE] after usage alone", [cuse(5, 0), DONE], "MS MD(end_turn) ME"),
+    ("[DONE] after nothing", [ROLE, DONE], "MS ERR(api_error)"),
+    ("white space around [DONE]", [ctext("x"), " [DONE] "], ONE_X),
+    ("what follows [DONE] is not read", [ctext("x"), DONE, ctext("y"), BAD_502], ONE_X),
+    ("the end without a finish reason", [ctext("x")], BROKEN),
+    ("the end in the middle of a call", [BEGIN], TOOL + ' 0j`{"a"` ERR(api_error)'),
+    ("[DONE] alone", [DONE], "HTTP 502 api_error"),
+    ("nothing", [], "HTTP 502 api_error"),
+    ("an error", [ctext("x"), BAD_502], BROKEN),
+    ("an error with a useful code", [ctext("x"), {"error": {"message": "m", "code": 529}}],
+     'MS 0+text 0t"x" ERR(overloaded_error)'),
+    ("an error with a useful type", [ctext("x"), {"error": {"message": "m", "type": "rate_limit_error"}}],
+     'MS 0+text 0t"x" ERR(rate_limit_error)'),
+    ("an error that is a string", [ctext("x"), {"error": "m"}], BROKEN),
+    ("an error by its object", [ctext("x"), {"object": "error", "message": "m", "code": 503}],
+     'MS 0+text 0t"x" ERR(overloaded_error)'),
+    ("an error by its type",
+     [ctext("x"), {"type": "error", "error": {"type": "overloaded_error", "message": "m"}}],
+     'MS 0+text 0t"x" ERR(overloaded_error)'),
+    ("an error in other members", [ctext("x"), {"error_type": "timeout", "error_message": "m"}],
+     'MS 0+text 0t"x" ERR(timeout_error)'),
+    ("an error in a list", [ctext("x"), [BAD_502]], BROKEN),
+    ("an unknown object at the end", [ctext("x"), {"detail": "m"}], BROKEN),
+    ("an error that is null", [{**ctext("x"), "error": None}] + STOP, ONE_X),
+    ("an error after the finish reason", [ctext("x"), cend("stop"), BAD_502], BROKEN),
+    ("an error first is a status", [{"error": {"message": "slow", "code": 429}}],
+     "HTTP 429 rate_limit_error"),
+    ("an overflow first is a status", [{"error": {"message": "m", "code": "context_length_exceeded"}}],
+     "HTTP 400 invalid_request_error"),
+    ("no JSON", [ctext("x"), "{oops"], BROKEN),
+    ("no object", [ctext("x"), "5"], BROKEN),
+    ("no JSON first", ["oops"], "HTTP 502 api_error"),
+    ("finish reason error", [ctext("x"), cend("error"), DONE], BROKEN),
+    ("finish reason of a server out of resources", [ctext("x"), cend("insufficient_system_resource"), DONE],
+     'MS 0+text 0t"x" ERR(overloaded_error)'),
+]
+
+
+@table([(name + ": " + sentence, chunks, want) for name, rows in
+        (("text", TEXTS), ("thinking", THOUGHTS), ("a call", CALLS), ("the end", ENDS))
+        for sentence, chunks, want in rows], "chunks, want")
+def test_stream(chunks, want):
+    check_stream(sse(chunks), want, req(thinking=ADAPTIVE))
+
+
+AT_ONCE = [  # each chunk, and what it gives before the next one comes
+    ("text", [(ROLE, "MS"), (ctext("Hel"), '0+text 0t"Hel"'), (ctext("lo"), '0t"lo"'), (cend("stop"), ""),
+              (DONE, "0- MD(end_turn) ME")]),
+    ("thinking",
+     [(creason("a"), 'MS 0+thinking 0h"a"'), (creason("b"), '0h"b"'), (ctext("x"), '0s"aap1.c." 0- 1+text 1t"x"')]),
+    ("arguments", [(frag(0, "call_1", "f", ""), "MS"), (frag(0, None, None, '{"a"'), '0+tool(call_1,f) 0j`{"a"`'),
+                   (frag(0, None, None, ":1"), "0j`:1`"), (frag(0, None, None, "}"), "0j`}`"),
+                   (frag(1, "call_2", "g", '{"b"'), '0- 1+tool(call_2,g) 1j`{"b"`')]),
+    ("Azure's first chunk", [({"choices": [], "prompt_filter_results": []}, "MS")]),
+    ("what might begin a stop sequence", [(ctext("abcSTO"), 'MS 0+text 0t"abc"'), (ctext("x"), '0t"STOx"')]),
+    ("a call that waits", [(BEGIN, 'MS 0+tool(call_1,f) 0j`{"a"`'), (frag(1, "call_2", "g", '{"b"'), ""),
+                           (REST, '0j`:1}` 0- 1+tool(call_2,g) 1j`{"b"`')]),
+]
+
+
+@table(AT_ONCE, "steps")
+def test_what_comes_goes_at_once(steps):
+    asked = req(thinking=ADAPTIVE, stop_sequences=["STOP"])
+    translator = aiapiproxy.StreamTranslator(aiapiproxy.checked_translation(asked, SETTINGS["openai"]), new_ids())
+    for given, want in steps:
+        out = translator.feed(sse([given])).decode()
+        found = [notation(json.loads(data)) for data in re.findall(r"^data: (.*)$", out, re.M)]
+        assert " ".join(each for each in found if each != "PING") == want
+
+
+CHUNKS = [ROLE, ctext("x"), ctext("\n"), ctext("END"), ctext("\ud83d"), creason("r"), WHOLE, BEGIN, REST,
+          frag(1, "call_2", "g", '{"b":'),
+          frag(1, None, None, "2}"), frag(None, None, "h", "{}"), frag(None, None, None, " "), frag(0, None, "f", None),
+          frags((2, "call_3", "f", "{"), (3, "call_4", "f", "[1]")), chunk({"refusal": "No."}), cuse(5, 3),
+          cend("stop"),
+          cend("length"), cend("tool_calls"), chunk({"reasoning_details": DETAILS}),
+          chunk({"function_call": {"name": "f"}}),
+          {"error": {"message": "m", "code": 529}}, DONE, chunk({"content": "<think>a</think>"}), ctext(" x")]
+
+
+def test_an_odd_stream_keeps_to_the_order_of_events():
+    """Chunks in any order, some of them spoiled: printed() checks what every stream must keep to."""
+    dice = random.Random(1)
+    exchanges = [aiapiproxy.checked_translation(req(**members), SETTINGS[host]) for host, members in (
+        ("openai", {"thinking": ADAPTIVE}), ("local", {"thinking": OMITTED}), ("local", ENDING),
+        ("openai", ONE_CALL_AT_MOST))]
+    for _ in range(3000):
+        chunks = [dice.choice(CHUNKS) for _ in range(dice.randrange(1, 9))]
+        chunks = [spoiled(each, dice) if isinstance(each, dict) and dice.random() < 0.2 else each
+                  for each in chunks]
+        raw, translation = sse(chunks), dice.choice(exchanges)
+        cut = dice.randrange(len(raw))
+        whole, parts = streamed([raw], translation), streamed([raw[:cut], raw[cut:]], translation)
+        assert whole == parts, chunks
+        if isinstance(whole, bytes):
+            printed(whole)
+
+
+@pytest.mark.parametrize("chunks, asked", [
+    ([ctext("x" * 600)] * 2, req(max_tokens=16000)),
+    ([frag(0, "call_1", "f", '{"a":"' + "x" * 600), frag(1, "call_2", "g", '{"b":"' + "x" * 1200)],
+     req(stream=True)),
+    ([creason("x" * 600)] * 2, req(stream=True, thinking={"type": "adaptive", "display": "omitted"})),
+    ([frag(0, "call_1", "f", "[" + "1," * 600)], req(stream=True)),
+], ids=["a collected answer", "a call behind another", "hidden reasoning", "arguments to be repaired"])
+def test_what_is_kept_of_an_answer_has_a_bound(chunks, asked, monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "MAX_BUFFERED_ANSWER", 1000)
+    answer, _ = run(asked_once(stream(*chunks, cend("stop"), DONE), asked))
+    assert "ERR(api_error)" in said(answer) if asked.get("stream") else said(answer).startswith("502 api_error: ")
+
+
+# ---- Complete arguments
+
+INVALID = [  # arguments that are no JSON object and not cut off
+    ("single quotes", "{'a':1}"), ("an array", "[1]"), ("a number", "1"), ("NaN", '{"a": NaN}'),
+    ("infinity", '{"a":1e999}'), ("a trailing comma", '{"a":1,}'), ("cut off", '{"a": "ab'),
+]
+
+ARGUMENTS = [
+    ("an object", '{"a":1}', {"a": 1}),
+    ("an object that is no string", {"a": 1}, {"a": 1}),
+    ("none", "", {}), ("null", None, {}), ("white space", "  ", {}), ("null as text", "null", {}),
+    ("an empty array", "[]", {}), ("an empty string", '""', {}),
+    ("encoded twice", '"{\\"a\\":1}"', {"a": 1}),
+    ("one brace too many", '{"a":1}}', {"a": 1}),
+    ("said twice", '{"a":1}{"a":1}', {"a": 1}),
+    ("a raw line end", '{"a":"x\ny"}', {"a": "x\ny"}),
+    *[(sentence, text, {"INVALID_JSON": text}) for sentence, text in INVALID],
+]
+
+
+@table(ARGUMENTS)
+def test_arguments(given, want):
+    assert answered(completion(calling(call("call_1", "f", given)), "tool_calls"), req())["content"] == [
+        {**use("call_1"), "input": want}]
+
+
+def test_a_call_without_arguments_has_empty_input():
+    assert answered(completion(calling({"id": "call_1", "function": {"name": "f"}})),
+                    req())["content"] == [use("call_1")]
+
+
+@table([(sentence, text) for sentence, text in INVALID], "text")
+def test_half_a_call_is_dropped_at_the_length_limit(text):
+    message = answered(completion(calling(call("call_1"), call("call_2", "f", text)), "length"), req())
+    assert (message["content"], message["stop_reason"]) == ([use("call_1")], "max_tokens")
+
+
+def test_endless_white_space_in_arguments_is_an_error():
+    translation = aiapiproxy.checked_translation(req(), SETTINGS["openai"])
+    blank = frag(0, None, None, " " * 100)
+    out = printed(streamed([sse([frag(0, "call_1", "f", '{"a":1,')] + [blank] * 6)], translation))
+    assert out.startswith(TOOL + ' 0j`{"a":1,`') and out.endswith(" ERR(api_error)")
+
+
+def test_white_space_in_a_string_may_be_long():
+    translation = aiapiproxy.checked_translation(req(), SETTINGS["openai"])
+    long = f'{{"a":"{" " * 600}"}}'
+    out = printed(streamed([sse([frag(0, "call_1", "f", long)] + ARGS_DONE)], translation))
+    assert out == f"{TOOL} 0j`{long}` 0- MD(tool_use) ME"
+
+
+# ---- Why it stopped
+
+FILTERED = "The upstream's content filter stopped the answer."
+
+STOPS = [  # message, finish_reason, stop_reason
+    ("stop", TEXT, "stop", "end_turn"), ("tool calls", CALL, "tool_calls", "tool_use"),
+    ("stop with a call", CALL, "stop", "tool_use"),
+    ("tool_calls without a call", TEXT, "tool_calls", "end_turn"),
+    ("nothing with a call", CALL, None, "tool_use"), ("function_call", CALL, "function_call", "tool_use"),
+    ("nothing", TEXT, None, "end_turn"), ("eos", TEXT, "eos", "end_turn"),
+    ("an unknown reason", TEXT, "weird", "end_turn"),
+    ("an empty reason", TEXT, "", "end_turn"),
+    ("length", TEXT, "length", "max_tokens"), ("length after a whole call", CALL, "length", "max_tokens"),
+    ("Gemini's length", TEXT, "MAX_TOKENS", "max_tokens"),
+    ("Mistral's length", TEXT, "model_length", "max_tokens"),
+    *[(f"the filter, as {each}", TEXT, each, "refusal") for each in
+      ("content_filter", "SAFETY", "recitation", "blocklist", "prohibited_content", "spii", "sensitive")],
+    ("the filter with a call", CALL, "content_filter", "refusal"),
+    ("a refusal", {"refusal": "No."}, "stop", "refusal"),
+    ("a refusal with a call", {**CALL, "refusal": "No."}, "tool_calls", "tool_use"),
+]
+
+
+@table(STOPS, "message, finish, want")
+def test_stop_reason(message, finish, want):
+    got = answered(completion(message, finish), req())
+    details = {"type": "refusal", "category": None, "explanation": message.get("refusal") or FILTERED}
+    assert (got["stop_reason"], got["stop_sequence"]) == (want, None)
+    assert got["stop_details"] == (details if want == "refusal" else None)
+
+
+@table([("its own words", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP, "I cannot."),
+        ("the filter's", [ctext("x"), cend("content_filter"), DONE], FILTERED)])
+def test_explanation_of_a_refusal(given, want):
+    found = events(streamed([sse(given)], aiapiproxy.checked_translation(req(), SETTINGS["openai"])))
+    assert found[-2]["delta"] == {"stop_reason": "refusal", "stop_sequence": None,
+                                  "stop_details": {"type": "refusal", "category": None, "explanation": want}}
+
+
+# ---- Usage
+
+def thought(count): return {"output_tokens_details": {"thinking_tokens": count}}
+
+
+USAGES = [
+    ("plain", used(10, 2), usage(10, 2)),
+    ("OpenAI's cache and reasoning",
+     used(100, 20, **cached(60), completion_tokens_details={"reasoning_tokens": 8}),
+     usage(40, 20, 60, **thought(8))),
+    ("no reasoning is known too", used(9, 2, completion_tokens_details={"reasoning_tokens": 0}),
+     usage(9, 2, **thought(0))),
+    ("the cache written", used(100, 1, **cached(60, cache_write_tokens=30)), usage(10, 1, 60, 30)),
+    ("DeepSeek's cache", used(100, 1, prompt_cache_hit_tokens=64), usage(36, 1, 64)),
+    ("cached twice counts once", used(100, 1, prompt_cache_hit_tokens=64, **cached(64)), usage(36, 1, 64)),
+    ("more cached than there was", used(5, 1, cache_read_input_tokens=50), usage(0, 1, 50)),
+    ("xAI leaves reasoning out",
+     used(10, 5, total_tokens=35, completion_tokens_details={"reasoning_tokens": 20}),
+     usage(10, 25, **thought(20))),
+    ("others do not", used(10, 25, total_tokens=35, completion_tokens_details={"reasoning_tokens": 20}),
+     usage(10, 25, **thought(20))),
+    ("floats", used(10.0, 2.0), usage(10, 2)),
+    ("the prompt from the total", {"completion_tokens": 2, "total_tokens": 12}, usage(10, 2)),
+    ("the prompt from the total, some of it cached", {"completion_tokens": 2, "total_tokens": 12, **cached(4)},
+     usage(6, 2, 4)),
+    ("the answer from the total", {"prompt_tokens": 10, "total_tokens": 12}, usage(10, 2)),
+    ("details null", used(10, 2, prompt_tokens_details=None, completion_tokens_details=None), usage(10, 2)),
+    ("numbers that are none", used(10, 2, prompt_tokens_details={"cached_tokens": -1}, cached_tokens="4"),
+     usage(10, 2)),
+    ("none: both are estimated", None, usage(8, 2)),
+]
+
+
+@table(USAGES)
+def test_usage(given, want):
+    assert answered(completion({"content": "Hello"}, usage=given), req())["usage"] == want
+
+
+@table([("priority", "priority", "priority"), ("fast", "fast", "priority"), ("flex", "flex", "standard"),
+        ("default", "default", "standard"), ("unknown", "gold", None), ("null", None, None)])
+def test_service_tier(given, want):
+    answer = {**completion(TEXT, usage=used(1, 1)), "service_tier": given}
+    assert answered(answer, req())["usage"] == usage(1, 1, tier=want)
+
+
+def usage_on(chunk, prompt, generated): return {**chunk, "usage": used(prompt, generated)}
+
+
+def stream_usage(input, generated, read=0, written=0, **details):
+    return without(usage(input, generated, read, written, **details), "service_tier")
+
+
+STREAM_USAGES = [
+    ("at the end", [ctext("x"), cend("stop"), cuse(5, 3), DONE], stream_usage(5, 3)),
+    ("on the last chunk", [ctext("x"), usage_on(cend("stop"), 5, 3), DONE], stream_usage(5, 3)),
+    ("on each chunk the total so far",
+     [usage_on(ctext("x"), 5, 1), usage_on(ctext("y"), 5, 2), usage_on(cend("stop"), 5, 3), DONE],
+     stream_usage(5, 3)),
+    ("null on the others", [usage_on(ctext("x"), 5, 3), {**cend("stop"), "usage": None}, DONE], stream_usage(5, 3)),
+    ("before the text", [cuse(5, 3), ctext("x")] + STOP, stream_usage(5, 3)),
+    ("Groq's place", [ctext("x"), {**cend("stop"), "x_groq": {"usage": used(5, 3)}}, DONE], stream_usage(5, 3)),
+    ("with cache and reasoning", [ctext("x"), cend("stop"), cuse(100, 20, **cached(60), completion_tokens_details={
+        "reasoning_tokens": 8}), DONE], stream_usage(40, 20, 60, **thought(8))),
+    ("none: both are estimated", [ctext("Hello")] + STOP, stream_usage(8, 2)),
+]
+
+
+@table(STREAM_USAGES, "chunks, want")
+def test_usage_of_a_stream(chunks, want):
+    found = events(streamed([sse(chunks)], aiapiproxy.checked_translation(req(), SETTINGS["openai"])))
+    assert found[0]["message"]["usage"]["input_tokens"] == 8
+    assert found[-2]["usage"] == want
+
+
+# ============================================================================
+# 9. TEXT FILTER
+# ============================================================================
+
+THOUGHT_ALOUD = [  # host, request members, text, content blocks
+    ("thinking in the text", "local", THINKING, "<think>r</think>\n\nx", [think("r", "aap1.n."), only_x]),
+    ("after white space", "local", THINKING, "\n <think>r</think>x", [think("r", "aap1.n."), only_x]),
+    ("not asked for", "local", {}, "<think>r</think>\n\nx", [only_x]),
+    ("without an end", "local", THINKING, "<think>r", [think("r", "aap1.n.")]),
+    ("not in front", "local", THINKING, "a <think>r</think>", [txt("a <think>r</think>")]),
+    ("not at OpenAI", "openai", THINKING, "<think>r</think>x", [txt("<think>r</think>x")]),
+]
+
+
+@table(THOUGHT_ALOUD, "host, members, text, want")
+def test_thinking_in_the_text(host, members, text, want):
+    assert answered(completion({"content": text}), req(**members), host)["content"] == want
+
+
+@pytest.mark.parametrize("asked, want", [
+    (req(thinking=ADAPTIVE), [("thinking", "r"), ("signature", "aap1.n."), ("text", "x")]),
+    (req(), [("text", "x")]),
+], ids=["thinking", "no thinking"])
+def test_thinking_in_the_text_however_it_is_cut(asked, want):
+    text = "<think>r</think>\n\nx"
+    translation = aiapiproxy.checked_translation(asked, SETTINGS["local"])
+    for at in range(len(text) + 1):
+        blocks = blocks_of(streamed([sse([ctext(text[:at]), ctext(text[at:])] + STOP)], translation))
+        assert [(name, value) for block in blocks for name, value in block.items() if name != "type"] == want
+
+
+def test_a_tag_inside_the_text_is_text():
+    check_stream(sse([ctext("a <think>")] + STOP), f'MS 0+text 0t"a <think>" {CLOSED}', req(thinking=ADAPTIVE),
+                 "local")
+    check_stream(sse([ctext("<th"), ctext("x")] + STOP), f'MS 0+text 0t"<thx" {CLOSED}', req(thinking=ADAPTIVE),
+                 "local")
+    check_stream(sse([ctext("<think>x")] + STOP), f'MS 0+text 0t"<think>x" {CLOSED}', req(thinking=ADAPTIVE),
+                 "openai")
+
+
+STOP_SEQUENCES = [  # members of the choice, stop_reason, stop_sequence
+    ("vLLM names it", {"stop_reason": "END"}, "stop_sequence", "END"),
+    ("SGLang names it", {"matched_stop": "END"}, "stop_sequence", "END"),
+    ("a token is no sequence", {"matched_stop": 151645}, "end_turn", None),
+    ("one that was not asked for", {"stop_reason": "OTHER"}, "end_turn", None),
+    ("nobody names it", {}, "end_turn", None),
+    ("it stands in the text", {"message": {"content": "aENDb"}}, "stop_sequence", "END"),
+    ("a call ends at it", {"message": calling(call("call_1"), content="aENDb")}, "stop_sequence", "END"),
+    ("it is not searched in arguments", {"message": calling(call("call_1", "f", '{"a":"END"}'))}, "tool_use",
+     None),
+]
+
+
+@table(STOP_SEQUENCES, "members, reason, sequence")
+def test_stop_sequence(members, reason, sequence):
+    answer = completion(**{"message": TEXT, **members})
+    got = answered(answer, req(stop_sequences=["END"]))
+    assert (got["stop_reason"], got["stop_sequence"]) == (reason, sequence)
+
+
+PREFILLED = {"messages": [usr("a"), asst("The answer is ")]}
+THOUGHT_X = [creason("a"), creason("b"), ctext("x")] + STOP
+
+OTHER_STREAMS = [  # request members
+    ("thinking absent: reasoning is not shown", {}, THOUGHT_X, ONE_X),
+    ("thinking disabled", {"thinking": DISABLED}, THOUGHT_X, ONE_X),
+    ("thinking omitted: it travels in the signature", {"thinking": OMITTED}, THOUGHT_X,
+     'MS 0+thinking 0s"aap1.c.(ab)" 0- 1+text 1t"x" 1- MD(end_turn) ME'),
+    ("thinking omitted, and there is none", {"thinking": OMITTED}, [creason(""), ctext("x")] + STOP, ONE_X),
+    ("hidden reasoning does not part text", {}, [ctext("Hel"), creason("a"), ctext("lo")] + STOP, HELLO),
+    ("only the first call when more are forbidden", ONE_CALL_AT_MOST,
+     [WHOLE, frag(1, "call_2", "f", '{"b":2}')] + ARGS_DONE, ONE_TOOL),
+    ("also side by side", ONE_CALL_AT_MOST,
+     [frags((0, "call_1", "f", '{"a":1}'), (1, "call_2", "f", "{}"))] + ARGS_DONE, ONE_TOOL),
+    ("a mapped name", {"tools": [tool("my.tool")]}, [frag(0, "call_1", "my_tool_bca2c361", "{}")] + ARGS_DONE,
+     "MS 0+tool(call_1,my.tool) 0j`{}` 0- MD(tool_use) ME"),
+    ("a prefix in front of a known name", {"tools": [tool("f")]},
+     [frag(0, "call_1", "functions.f", '{"a":1}')] + ARGS_DONE,
+     ONE_TOOL),
+    ("an id used before", {"messages": conversation_with("call_1")[0]}, [WHOLE] + ARGS_DONE,
+     'MS 0+tool(toolu_r(call_1),f) 0j`{"a":1}` 0- MD(tool_use) ME'),
+    *[(f"a stop sequence ends the text of {model}", {"model": model, **ENDING},
+       [ctext("abcE"), ctext("NDxyz"), cend("stop"), DONE],
+       'MS 0+text 0t"abc" 0- MD(stop_sequence,"END") ME') for model in ("gpt-4o", "o3")],
+    ("what might begin one is held", ENDING, [ctext("abcE"), ctext("x")] + STOP,
+     'MS 0+text 0t"abc" 0t"Ex" ' + CLOSED),
+    ("and let go at the end", ENDING, [ctext("abcE")] + STOP, 'MS 0+text 0t"abc" 0t"E" ' + CLOSED),
+    ("one at the very start", ENDING, [ctext("END")] + STOP, 'MS MD(stop_sequence,"END") ME'),
+    ("the earliest counts", {"stop_sequences": ["c", "b"]}, [ctext("abc")] + STOP,
+     'MS 0+text 0t"a" 0- MD(stop_sequence,"b") ME'),
+    ("the longest at one place", {"stop_sequences": ["E", "END"]}, [ctext("aEND")] + STOP,
+     'MS 0+text 0t"a" 0- MD(stop_sequence,"END") ME'),
+    ("the fifth too", {"stop_sequences": list("vwxyz")}, [ctext("az")] + STOP,
+     'MS 0+text 0t"a" 0- MD(stop_sequence,"z") ME'),
+    ("not in arguments", ENDING, [frag(0, "call_1", "f", '{"a":"END"}')] + ARGS_DONE,
+     TOOL + ' 0j`{"a":"END"}` 0- MD(tool_use) ME'),
+    ("not in reasoning", {**ENDING, "thinking": ADAPTIVE}, [creason("END"), ctext("x")] + STOP,
+     'MS 0+thinking 0h"END" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
+    ("an upstream that names it", ENDING, [ctext("x"), chunk({}, "stop", stop_reason="END"), DONE],
+     'MS 0+text 0t"x" 0- MD(stop_sequence,"END") ME'),
+    ("a repeated prefill is cut", PREFILLED, [ctext("The ans"), ctext("wer is 4")] + STOP,
+     'MS 0+text 0t" 4" ' + CLOSED),
+    ("one that is not repeated is not", PREFILLED, [ctext("The"), ctext("re")] + STOP,
+     'MS 0+text 0t"There" ' + CLOSED),
+]
+
+
+@table(OTHER_STREAMS, "members, chunks, want")
+def test_stream_of_a_request(members, chunks, want):
+    check_stream(sse(chunks), want, req(**members))
+
+
+# ============================================================================
+# 10. SERVER-SENT EVENTS
+# ============================================================================
+
+HEL, LO, FINISHED = (compact(each).encode() for each in (ctext("Hel"), ctext("lo"), cend("stop")))
+
+WIRES = [  # the bytes of an answer that says Hello
+    ("LF", SIMPLE),
+    ("CRLF", SIMPLE.replace(b"\n", b"\r\n")),
+    ("CR", SIMPLE.replace(b"\n", b"\r")),
+    ("no space after data:", SIMPLE.replace(b"data: ", b"data:")),
+    ("a byte order mark", BOM + SIMPLE),
+    ("comments", b": OPENROUTER PROCESSING\n\n" + SIMPLE.replace(b"\n\n", b"\n: still here\n\n:\n\n")),
+    ("other fields", SIMPLE.replace(b"data: ", b"event: message\nid: 1\nretry: 5\nfoo\ndata: ")),
+    ("blank lines", b"\n\n\n" + SIMPLE.replace(b"\n\n", b"\n\n\n")),
+    ("empty data", b"data:\n\ndata: \n\n" + SIMPLE),
+    ("no empty line between",
+     b"data: " + HEL + b"\ndata: " + LO + b"\ndata: " + FINISHED + b"\ndata: [DONE]\n\n"),
+    ("one chunk on two lines", SIMPLE.replace(b'"delta":', b'"delta":\ndata: ')),
+    ("lines without data:", HEL + b"\n" + LO + b"\n\n" + FINISHED + b"\n\ndata: [DONE]\n\n"),
+    ("no last empty line", SIMPLE[:-1]),
+    ("no last line end", SIMPLE[:-2]),
+    ("no end of the last chunk", sse([ctext("Hel"), ctext("lo"), cend("stop")])[:-2]),
+    ("CRLF after a mark and a comment", BOM + b":\r\n" + SIMPLE.replace(b"\n\n", b"\r\n\r\n")),
+]
+
+
+@table(WIRES, "raw")
+def test_bytes_of_a_stream(raw):
+    check_stream(raw, HELLO, req())
+
+
+def test_a_character_cut_in_its_bytes():
+    raw = b'data: {"choices":[{"delta":{"content":"\xc3\xa9\xf0\x9f\x98\x80"}}]}\n\n' + sse(STOP)
+    check_stream(raw, f'MS 0+text 0t"\u00e9\U0001f600" {CLOSED}', req())
+
+
+def test_bytes_that_are_no_utf8():
+    raw = b'data: {"choices":[{"delta":{"content":"a\xffb"}}]}\n\n' + sse(STOP)
+    check_stream(raw, f'MS 0+text 0t"a\ufffdb" {CLOSED}', req())
+
+
+def test_an_event_named_error_is_one():
+    raw = sse([ctext("x")]) + b'event: error\ndata: {"message":"m","code":529}\n\n' + sse(STOP)
+    check_stream(raw, 'MS 0+text 0t"x" ERR(overloaded_error)', req())
+
+
+def test_an_error_tells_what_the_upstream_said():
+    raw = streamed([sse([ctext("x"), {"error": {"message": "out of luck", "code": 500}}])],
+                   aiapiproxy.checked_translation(req(), SETTINGS["openai"]))
+    assert events(raw)[-1]["error"] == {"type": "api_error", "message": "out of luck"}
+
+
+def test_a_line_without_end_is_an_error():
+    translation = aiapiproxy.checked_translation(req(), SETTINGS["openai"])
+    assert printed(streamed([sse([ctext("x")]), b"data: " + b" " * (16 << 20) + b"  "], translation)) == BROKEN
+
+
+def test_a_line_of_5_MB_is_carried():
+    text = "0123456789" * 500000
+    answer, _ = run(asked_once(stream(ctext(text), cend("stop"), DONE), req(stream=True)))
+    assert shown(answer) == text
+
+
+def test_arguments_in_one_line_of_5_MB_are_carried():
+    arguments = json.dumps({"a": "\u00e4\"\\" * 800000})
+    answer, _ = run(asked_once(stream(frag(0, "call_1", "f", arguments), cend("tool_calls"), DONE),
+                               req(stream=True, tools=[tool("f")])))
+    got = "".join(event["delta"]["partial_json"] for event in events(answer[2])
+                  if event["type"] == "content_block_delta")
+    assert json.loads(got) == json.loads(arguments)
+
+
+def test_a_CRLF_that_chunks_and_reads_part_is_one_end_of_line():
+    head = raw_answer(b"", "Transfer-Encoding: chunked", "Content-Type: text/event-stream", length=False)
+    first, second = sse([ctext("x")]).replace(b"\n", b"\r\n"), sse([ctext("y"), cend("stop"), DONE]).replace(b"\n", b"\r\n")
+    second = second.replace(b'data: {', b'data: {\r\ndata: ', 1)
+    place = second.index(b"\n")
+    pieces = [framed(first), framed(second[:place]), b"%x\r\n" % len(second[place:]), second[place:] + b"\r\n",
+              b"0\r\n\r\n"]
+
+    async def scenario():
+        gates = [asyncio.Event() for _ in pieces]
+        script = [head, *itertools.chain(*zip(gates, pieces))]
+        async with facing([script]) as (upstream, server), Asking(server.port, "POST", "/v1/messages",
+                                                                  req(stream=True)) as client:
+            for gate in gates:
+                gate.set()
+                await asyncio.sleep(0.02)
+            return said(await client.answer())
+
+    assert run(scenario()) == 'MS 0+text 0t"x" 0t"y" ' + CLOSED
+
+
+# ============================================================================
+# 11. CHAT: THE ANSWER
+# ============================================================================
+
+def test_the_plain_answer_is_a_whole_message():
+    message = answered(completion({"content": "Hello"}, usage=used(10, 2)), req(model="claude-sonnet-5-5[1m]"))
+    assert re.fullmatch(r"msg_[A-Za-z0-9]{24}", message.pop("id"))
+    assert message == {"type": "message", "role": "assistant", "model": "claude-sonnet-5-5[1m]",
+                       "content": [txt("Hello")], "stop_reason": "end_turn", "stop_sequence": None,
+                       "stop_details": None, "usage": usage(10, 2)}
+
+
+CONTENTS = [  # request members, upstream message, content blocks
+    ("text", {}, {"content": "Hello"}, [txt("Hello")]),
+    ("a call", {}, calling(call("call_1", "f", '{"a":1}')), [use("call_1", "f", {"a": 1})]),
+    ("text and a call", {}, calling(call("call_1"), content="x"), [only_x, use("call_1")]),
+    ("calls in order", {}, calling(call("call_2", "g"), call("call_1")), [use("call_2", "g"), use("call_1")]),
+    ("reasoning", THINKING, {"content": "x", "reasoning_content": "r"}, [think("r", "aap1.c."), only_x]),
+    ("the other field for it", THINKING, {"content": "x", "reasoning": "r"}, [think("r", "aap1.r."), only_x]),
+    ("both fields are one block", THINKING, {"content": "x", "reasoning": "r", "reasoning_content": "r"},
+     [think("r", "aap1.c."), only_x]),
+    ("reasoning that nobody asked for", {}, {"content": "x", "reasoning_content": "r"}, [only_x]),
+    ("thinking disabled", {"thinking": DISABLED}, {"content": "x", "reasoning_content": "r"}, [only_x]),
+    ("thinking enabled", {"thinking": enabled(50)}, {"content": "x", "reasoning_content": "r"},
+     [think("r", "aap1.c."), only_x]),
+    ("reasoning that is not to be shown", HIDDEN, {"content": "x", "reasoning_content": "r"},
+     [think("", "aap1.c.(r)"), only_x]),
+    ("no reasoning to hide", HIDDEN, {"content": "x", "reasoning_content": ""}, [only_x]),
+    ("a list of parts", {}, {"content": [txt("a"), {"type": "output_text", "text": "b"}, {"type": "new"}]},
+     [txt("ab")]),
+    ("a thinking part", THINKING, {"content": [{"type": "thinking", "thinking": [txt("r")]}, only_x]},
+     [think("r", "aap1.n."), only_x]),
+    ("white space beside a call", {}, calling(call("call_1"), content="\n\n"), [use("call_1")]),
+    ("nothing beside a call", {}, calling(call("call_1"), content=""), [use("call_1")]),
+    ("nothing at all", {}, {"content": ""}, []),
+    ("no content", {}, {}, []),
+    ("a refusal", {}, {"content": None, "refusal": "No."}, [txt("No.")]),
+    ("a refusal after text", {}, {"content": "x", "refusal": "No."}, [txt("xNo.")]),
+    ("null and empty fields", {}, {"content": "x", "refusal": None, "tool_calls": [], "function_call": None,
+                                   "reasoning_content": None, "annotations": [{}], "audio": None}, [only_x]),
+    ("the old function_call", {}, {"content": None, "function_call": {"name": "f", "arguments": '{"a":1}'}},
+     [use("toolu_new", "f", {"a": 1})]),
+    ("a custom call", {}, calling({"id": "call_1", "type": "custom", "custom": {"name": "f", "input": "t"}}),
+     [use("call_1", "f", {"input": "t"})]),
+    ("a call of another type", {}, calling({"id": "call_1", "type": "new", "new": {}}), []),
+    ("one call when more are forbidden",
+     {"tools": [tool("f")], **choice("auto", disable_parallel_tool_use=True)},
+     calling(call("call_1"), call("call_2")), [use("call_1")]),
+    # Ids and names
+    ("no id", {}, calling({"function": {"name": "f", "arguments": "{}"}}), [use("toolu_new")]),
+    ("an empty id", {}, calling(call("")), [use("toolu_new")]),
+    ("an id of 64 characters", {}, calling(call("x" * 64)), [use("x" * 64)]),
+    ("an id of 65 characters", {}, calling(call("x" * 65)), [use(f"toolu_r({'x' * 65})")]),
+    ("an id with other characters", {}, calling(call("functions.get:0")), [use("toolu_r(functions.get:0)")]),
+    ("an id that looks like one of ours", {}, calling(call("toolu_rabc")), [use("toolu_r(toolu_rabc)")]),
+    ("an id used before", {"messages": conversation_with("call_1")[0]}, calling(call("call_1")),
+     [use("toolu_r(call_1)")]),
+    ("also under its encoded name", {"messages": conversation_with("toolu_rAbC123_Y2FsbF8x")[0]},
+     calling(call("call_1")), [use("toolu_r(call_1)")]),
+    ("an id used twice", {}, calling(call("call_1"), call("call_1")), [use("call_1"), use("toolu_r(call_1)")]),
+    ("a thought signature travels in the id", {}, calling(call("c1", extra_content={"a": 1})),
+     [use('toolu_x(["c1",{"a":1}])')]),
+    ("a mapped name", {"tools": [tool("my.tool")]}, calling(call("call_1", "my_tool_bca2c361")),
+     [use("call_1", "my.tool")]),
+    ("a prefix in front of a known name", {"tools": [tool("f")]}, calling(call("call_1", "functions.f")),
+     [use("call_1", "f")]),
+    ("an unknown name", {"tools": [tool("f")]}, calling(call("call_1", "other")), [use("call_1", "other")]),
+    # Stop sequences
+    ("text up to a stop sequence", {"stop_sequences": ["END"]},
+     calling(call("call_1"), content="abENDcd"), [txt("ab")]),
+    ("the longest at one place", {"stop_sequences": ["E", "END"]}, {"content": "abENDcd"}, [txt("ab")]),
+    # Prefill
+    ("a repeated prefill is cut", {"messages": [usr("a"), asst("{")]}, {"content": '{"t":1}'}, [txt('"t":1}')]),
+    ("one that is not repeated is not", {"messages": [usr("a"), asst("{")]}, {"content": '"t":1}'},
+     [txt('"t":1}')]),
+    ("as it was sent", {"messages": [usr("a"), asst("The answer is ")]}, {"content": "The answer is 4"},
+     [txt(" 4")]),
+]
+
+
+@table(CONTENTS, "members, message, want")
+def test_content(members, message, want):
+    assert answered(completion(message), req(**members))["content"] == want
+
+
+def test_details_of_reasoning_travel_in_the_signature():
+    (block, _) = answered(completion({"content": "x", "reasoning_details": DETAILS}),
+                          req(**THINKING))["content"]
+    kind, details = re.fullmatch(r"aap1\.(.)\.\((.*)\)", block["signature"]).groups()
+    assert (block["thinking"], kind, json.loads(details)) == ("t", "d", DETAILS)
+
+
+def test_details_of_reasoning_are_joined_in_the_signature():
+    pieces = [{"type": "reasoning.text", "index": 0, "text": "a"},
+              {"type": "reasoning.text", "index": 0, "text": "b",
+               "signature": "s"}]
+    raw = streamed([sse([chunk({"reasoning_details": [each]}) for each in pieces] + [WHOLE] + ARGS_DONE)],
+                   aiapiproxy.checked_translation(req(thinking=ADAPTIVE), SETTINGS["openrouter"]))
+    (block, _) = blocks_of(raw)
+    kind, details = re.fullmatch(r"aap1\.(.)\.\((.*)\)", readable(block["signature"])).groups()
+    assert (block["thinking"], kind) == ("ab", "d")
+    assert json.loads(details) == [{"type": "reasoning.text", "index": 0, "text": "ab", "signature": "s"}]
+
+
+def several(*choices): return {"choices": list(choices)}
+
+
+SHAPES = [
+    ("the lowest index counts", several({"index": 1, "message": {"content": "b"}, "finish_reason": "length"},
+                                        {"index": 0, "message": {"content": "x"}, "finish_reason": "stop"})),
+    ("no index is the position", several({"message": {"content": "x"}, "finish_reason": "stop"},
+                                         {"message": {"content": "b"}})),
+    ("a delta in place of the message", several({"delta": {"content": "x"}, "finish_reason": "stop"})),
+    ("an old completion", several({"text": "x", "finish_reason": "stop"})),
+    ("an error that is null", {**completion(TEXT), "error": None}),
+]
+
+
+@table(SHAPES, "given")
+def test_shape_of_an_answer(given):
+    got = answered(given, req())
+    assert (got["content"], got["stop_reason"]) == ([only_x], "end_turn")
+
+
+NO_ANSWERS = [
+    ("no choices", {"choices": []}, 502, "api_error", "The upstream's answer has no choices"),
+    ("choices null", {"choices": None}, 502, "api_error", "The upstream's answer has no choices"),
+    ("no member choices", {"id": "x"}, 502, "api_error", "The upstream's answer has no choices"),
+    ("no message", several({"index": 0}), 502, "api_error", "The upstream's answer has no choices"),
+    ("a call without a name", completion(calling(call("call_1", ""))), 502, "api_error",
+     "The upstream's answer has a tool call without a name"),
+    ("finish reason error", completion(TEXT, "error"), 502, "api_error",
+     "The upstream ended with finish_reason error"),
+    ("a network error", completion(TEXT, "network_error"), 502, "api_error",
+     "The upstream ended with finish_reason network_error"),
+    ("DeepSeek is out of resources", completion(TEXT, "insufficient_system_resource"), 529,
+     "overloaded_error",
+     "The upstream ended with finish_reason insufficient_system_resource"),
+]
+
+
+@table(NO_ANSWERS, "given, status, kind, message")
+def test_an_answer_that_is_none(given, status, kind, message):
+    with pytest.raises(aiapiproxy.ProxyError) as caught:
+        answered(given, req())
+    assert (caught.value.status, caught.value.kind, caught.value.message) == (status, kind, message)
+
+
+def test_an_odd_answer_is_a_message_or_an_error():
+    message = calling(call("call_1", "f", '{"a":1}', extra_content=EXTRA),
+                      content=[txt("x"), think("t", "s")],
+                      refusal="No.", reasoning_details=DETAILS, reasoning="r", annotations=[{}])
+    whole = completion(message, usage=used(9, 9, total_tokens=18, **cached(2)), stop_reason="END",
+                       matched_stop=7)
+    dice, asked = random.Random(1), req(thinking=ADAPTIVE, stop_sequences=["END"])
+    for _ in range(3000):
+        try:
+            got = answered(spoiled(whole, dice), asked)
+        except aiapiproxy.ProxyError as error:
+            assert error.status in (429, 500, 502, 529) and error.message
+            continue
+        assert got["stop_reason"] in ("end_turn", "tool_use", "max_tokens", "stop_sequence", "refusal")
+        assert got["usage"]["input_tokens"] >= 0 and got["usage"]["output_tokens"] >= 0
+        for block in got["content"]:
+            assert block["type"] != "tool_use" or (isinstance(block["input"], dict) and block["name"])
+            assert block["type"] != "text" or block["text"].strip()
+
+
+def test_a_stream_names_the_asked_model():
+    translation = aiapiproxy.checked_translation(req(model="claude-sonnet-5-5[1m]"), SETTINGS["openai"])
+    assert events(streamed([SIMPLE], translation))[0]["message"]["model"] == "claude-sonnet-5-5[1m]"
+
+
+# ============================================================================
+# 13. UPSTREAM ERRORS
+# ============================================================================
+
+NOON = 1795435200.0  # 2026-11-23T12:00:00Z
+NO_RETRY = {"x-should-retry": "false"}
+
+
+def failed(status, body, headers=None, asked=None, settings=SETTINGS["openai"]):
+    """The error that the client gets for this answer of the upstream."""
+    raw = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+    translation = aiapiproxy.checked_translation(asked or req(), settings)
+    return aiapiproxy.upstream_error(status, headers or {}, raw, translation, NOON)
+
+
+STATUSES = [  # upstream status, client status, error type
+    (400, 400, "invalid_request_error"), (401, 401, "authentication_error"), (402, 402, "billing_error"),
+    (403, 403, "permission_error"), (404, 404, "not_found_error"), (405, 400, "invalid_request_error"),
+    (406, 400, "invalid_request_error"), (408, 504, "timeout_error"), (409, 409, "conflict_error"),
+    (410, 400, "invalid_request_error"), (413, 413, "request_too_large"), (415, 400, "invalid_request_error"),
+    (418, 400, "invalid_request_error"), (422, 400, "invalid_request_error"),
+    (424, 400, "invalid_request_error"),
+    (425, 500, "api_error"), (429, 429, "rate_limit_error"), (451, 400, "invalid_request_error"),
+    (499, 500, "api_error"), (500, 500, "api_error"), (501, 500, "api_error"), (502, 502, "api_error"),
+    (503, 529, "overloaded_error"), (504, 504, "timeout_error"), (507, 500, "api_error"),
+    (520, 502, "api_error"),
+    (521, 502, "api_error"), (524, 504, "timeout_error"), (529, 529, "overloaded_error"),
+    (530, 502, "api_error"),
+    (599, 500, "api_error"),
+]
+
+
+@pytest.mark.parametrize("upstream, status, kind", STATUSES)
+def test_status_of_an_error(upstream, status, kind):
+    error = failed(upstream, JSON_ERROR)
+    assert (error.status, error.kind) == (status, kind)
+    assert error.headers == (NO_RETRY if upstream in (401, 402) else {})
+
+
+MESSAGES = [  # status, body, message
+    ("OpenAI's own", 400, JSON_ERROR, "bad"),
+    ("Google's list", 400, [{"error": {"code": 400, "message": "m", "status": "INVALID_ARGUMENT"}}], "m"),
+    ("a string", 400, {"error": "m"}, "m"),
+    ("a detail", 400, {"detail": "m"}, "m"),
+    ("a message", 400, {"message": "m"}, "m"),
+    ("an error message", 400, {"error_message": "m"}, "m"),
+    ("a list of errors", 400, {"errors": [{"message": "m"}]}, "m"),
+    ("OpenRouter's provider", 400,
+     {"error": {"message": "Provider returned error", "metadata": {"raw": "why"}}},
+     "Provider returned error: why"),
+    ("Azure's filter, unchanged", 400, error_like("content_filter", "The response was filtered."),
+     "The response was filtered."),
+    ("the key is shortened", 400, error_like(None, f"Incorrect key {KEY}."), "Incorrect key sk-\u20261234."),
+    ("control characters", 400, error_like(None, "a\nb\x00c"), "a b c"),
+    ("a long one", 400, error_like(None, "x" * 5000), "x" * 4096),
+    ("a page", 502, "<html><title>Bad Gateway</title><body>...",
+     "The upstream answered 502 Bad Gateway: Bad Gateway"),
+    ("a text", 500, "it <b>broke</b>", "The upstream answered 500 Internal Server Error: it broke"),
+    ("nothing", 500, "", "The upstream answered 500 Internal Server Error"),
+    ("a refused key", 401, JSON_ERROR, "The upstream rejected OPENAI_API_KEY: bad"),
+]
+
+
+@table(MESSAGES, "status, body, want")
+def test_message_of_an_error(status, body, want):
+    assert failed(status, body).message == want
+
+
+def test_an_unknown_model_tells_the_mapping():
+    error = failed(404, error_like("model_not_found", "The model `gpt-9` does not exist"),
+                   settings=settings_for("openai", CLAUDE_SONNET_MODEL="gpt-9"))
+    assert (error.status, error.kind, error.message) == (
+        404, "not_found_error",
+        "The model `gpt-9` does not exist (model claude-sonnet-5-5 is mapped to gpt-9)")
+
+
+TOO_FAST = ("Request too large for gpt-4o in organization org-x on tokens per min (TPM): "
+            "Limit 30000, Requested 33684.")
+DATE = "Mon, 23 Nov 2026 12:00:30 GMT"
+RATE = ("rate_limit_error", 429)
+
+LIMITS = [  # status, body, headers, (type, status), headers to the client
+    ("quota is no rate limit", 429, error_like("insufficient_quota"), {"retry-after": "7"},
+     ("billing_error", 402),
+     NO_RETRY),
+    ("nor is a billing limit", 429, error_like("billing_hard_limit_reached"), {}, ("billing_error", 402),
+     NO_RETRY),
+    ("nor an empty account", 403, error_like("insufficient_credits"), {}, ("billing_error", 402), NO_RETRY),
+    ("nor OpenAI's words for it", 429, error_like(None, "You exceeded your current quota, please check"), {},
+     ("billing_error", 402), NO_RETRY),
+    ("retry-after is passed", 429, error_like("rate_limit_exceeded"), {"retry-after": "7"}, RATE,
+     {"retry-after": "7"}),
+    ("rounded up", 429, error_like(None), {"retry-after": "0.2"}, RATE, {"retry-after": "1"}),
+    ("a date is counted from now", 429, error_like(None), {"retry-after": DATE}, RATE, {"retry-after": "30"}),
+    ("seconds in the message", 429, error_like(None, "Limit. Please try again in 1.5s."), {}, RATE,
+     {"retry-after": "2"}),
+    ("minutes", 429, error_like(None, "Please try again in 6m0s."), {}, RATE, {"retry-after": "360"}),
+    ("milliseconds", 429, error_like(None, "Please try again in 20ms."), {}, RATE, {"retry-after": "1"}),
+    ("hours", 429, error_like(None, "Please try again in 1h2m."), {}, RATE, {"retry-after": "3720"}),
+    ("Google's delay", 429, {"error": {"message": "m", "details": [{"retryDelay": "34s"}]}}, {}, RATE,
+     {"retry-after": "34"}),
+    ("the reset of a limit that is used up", 429, error_like(None), {
+        "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1.57s",
+        "x-ratelimit-remaining-requests": "9", "x-ratelimit-reset-requests": "6m0s"}, RATE,
+     {"retry-after": "2", "anthropic-ratelimit-tokens-remaining": "0",
+      "anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:02Z", "anthropic-ratelimit-requests-remaining": "9",
+      "anthropic-ratelimit-requests-reset": "2026-11-23T12:06:00Z"}),
+    ("milliseconds of the upstream", 429, error_like(None), {"retry-after-ms": "1500"}, RATE,
+     {"retry-after-ms": "1500"}),
+    ("what will never fit", 429, error_like("rate_limit_exceeded", TOO_FAST), {}, RATE, NO_RETRY),
+    ("what will fit later", 429, error_like(None, TOO_FAST.replace("33684", "20000")), {}, RATE, {}),
+    ("the upstream knows whether to retry", 500, error_like(None), {"x-should-retry": "false"},
+     ("api_error", 500),
+     NO_RETRY),
+    ("in no other words", 500, error_like(None), {"x-should-retry": "maybe"}, ("api_error", 500), {}),
+    ("retry-after of an overload", 503, error_like(None), {"retry-after": "3"}, ("overloaded_error", 529),
+     {"retry-after": "3"}),
+    ("not of a bad request", 400, error_like(None), {"retry-after": "3"}, ("invalid_request_error", 400), {}),
+    ("nothing else", 500, error_like(None), {"set-cookie": "c", "server": "s", "openai-organization": "o",
+                                             "x-request-id": "i"}, ("api_error", 500), {}),
+    ("the limits of requests", 429, error_like(None), {
+        "x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "499",
+        "x-ratelimit-reset-requests": "6m0s"}, RATE, {
+        "anthropic-ratelimit-requests-limit": "500", "anthropic-ratelimit-requests-remaining": "499",
+        "anthropic-ratelimit-requests-reset": "2026-11-23T12:06:00Z"}),
+    ("the limits of tokens", 429, error_like(None), {
+        "x-ratelimit-limit-tokens": "9", "x-ratelimit-reset-tokens": "1.5s"}, RATE, {
+        "anthropic-ratelimit-tokens-limit": "9", "anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:02Z"}),
+    ("a limit's end as a number", 429, error_like(None), {"x-ratelimit-reset-tokens": "1795435206000"}, RATE,
+     {"anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:06Z"}),
+    ("a limit's end in words", 429, error_like(None), {"x-ratelimit-reset-tokens": "soon"}, RATE, {}),
+]
+
+
+@table(LIMITS, "status, body, headers, kind, want")
+def test_limits(status, body, headers, kind, want):
+    error = failed(status, body, headers)
+    assert ((error.kind, error.status), error.headers) == (kind, want)
+
+
+LLAMA = {"code": 400, "type": "exceed_context_size_error", "message": "no room", "n_prompt_tokens": 9000,
+         "n_ctx": 8192}
+
+OVERFLOWS = [  # upstream's message or error, its numbers for the client
+    (f"{MAXIMUM} 128000 tokens. However, your messages resulted in 131072 tokens.", 131072, 128000),
+    (f"{MAXIMUM} 128,000 tokens. However, your messages resulted in 131_072 tokens.", 131072, 128000),
+    (f"{MAXIMUM} 8192 tokens. However, you requested 9000 tokens (8500 in the messages, 500 in the "
+     "completion).",
+     8500, 8192),
+    (f"{MAXIMUM} 8192 tokens. However, you requested 9500 tokens (8000 in the messages, 500 in the "
+     "functions, 1000 in the completion).", 8500, 8192),
+    (f"{MAXIMUM} 8192 tokens. However, you requested 9500 tokens (7500 in the messages, 2000 in the "
+     "completion).",
+     9500, 8192),
+    (f"{MAXIMUM} 4097 tokens, however you requested 5000 tokens.", 5000, 4097),
+    (f"{MAXIMUM} 4096 tokens. However, you requested 512 output tokens and your prompt contains at least "
+     "5000 input tokens.", 5000, 4096),
+    (f"'max_tokens' or 'max_completion_tokens' is too large: 4000. {MAXIMUM} 4096 tokens and your request "
+     "has 4090 input tokens (4000 > 4096 - 4090).", 8090, 4096),
+    ("You passed 4000 input tokens and requested 200 output tokens. However, the model's context length "
+     "is only 4096 tokens", 4200, 4096),
+    ("Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 300000 tokens.",
+     300000, 272000),
+    (LLAMA, 9000, 8192),
+    ("request (9000 tokens) exceeds the available context size (8192 tokens), try increasing it", 9000, 8192),
+    ("input (9000 tokens) is larger than the max context size (8192 tokens). skipping", 9000, 8192),
+    ("Trying to keep the first 9000 tokens when context overflows. However, the model is loaded with context "
+     "length of only 4096 tokens", 9000, 4096),
+    ("The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).", 1200000,
+     1048576),
+    ("This model's maximum prompt length is 131072 but the request contains 150000 tokens.", 150000, 131072),
+    ("Prompt contains 40000 tokens, too large for model with 32768 maximum context length", 40000, 32768),
+    ("inputs tokens + max_new_tokens must be <= 4096. Given: 5000 `inputs` tokens and 20 `max_new_tokens`",
+     5000, 4096),
+    ("prompt is too long: 210000 tokens > 200000 maximum", 210000, 200000),
+    ("input length and `max_tokens` exceed context limit: 199500 + 2000 > 200000, decrease it", 201500,
+     200000),
+    ("prompt token count of 70000 exceeds the limit of 64000", 70000, 64000),
+    (f"{MAXIMUM} 8192 tokens. Please reduce the length of the messages.", 8193, 8192),
+    *[(words, 8, 6) for words in (
+        "Your input exceeds the context window of this model.", "This exceeds the context length.",
+        "It exceeds the model's context.", "Input is too long for requested model.", "Prompt is too long",
+        "Please reduce the length of the messages.", "Too many tokens in the prompt",
+        "Context size has been exceeded.", "model_max_prompt_tokens_exceeded", "n_keep >= n_ctx",
+        "the number of tokens to keep from the initial prompt is greater than the context length",
+        "Range of input length is exceeded", "no user query found in messages")],
+    (error_like("context_length_exceeded")["error"], 8, 6),
+    ({"message": "m", "type": "ContextWindowExceededError"}, 8, 6),
+]
+
+
+@pytest.mark.parametrize("upstream, needed, maximum", OVERFLOWS, ids=[str(row[0]) for row in OVERFLOWS])
+def test_a_prompt_that_does_not_fit(upstream, needed, maximum):
+    body = {"error": {"message": upstream} if isinstance(upstream, str) else upstream}
+    for status in (400, 413, 500):
+        error = failed(status, body)
+        assert (error.status, error.kind) == (400, "invalid_request_error")
+        assert error.message == f"prompt is too long: {needed} tokens > {maximum} maximum"
+
+
+def test_tokens_per_minute_are_no_prompt_that_does_not_fit():
+    assert failed(429, error_like("rate_limit_exceeded", TOO_FAST)).kind == "rate_limit_error"
 
 
 CODES = [  # an error without a useful status: its code, type or status; what it is
@@ -3099,235 +3401,15 @@ def test_rate_limits_are_told_on_a_success_too():
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", headers["anthropic-ratelimit-requests-reset"])
 
 
-def test_the_limit_reached_before_the_first_word_is_an_answer():
-    words = "Could not finish the message because max_tokens or model output limit was reached."
-    script = reply(400, error_like(None, words))
-    answer, _ = run(asked_once(script, req()))
-    assert (said(answer)["content"], said(answer)["stop_reason"]) == ([], "max_tokens")
-    answer, _ = run(asked_once(script, req(stream=True)))
-    assert said(answer) == "MS MD(max_tokens) ME"
+@pytest.mark.parametrize("asked", [req(), req(stream=True)], ids=["plain", "stream"])
+def test_an_error_of_strange_numbers_is_an_error(asked):
+    answer, _ = run(asked_once(reply(400, b'{"error":{"message":1e999,"code":NaN}}'), asked))
+    assert said(answer).startswith("400 invalid_request_error: ")
 
 
-# ---- Upstreams that fail
-
-def test_nobody_listens():
-    async def scenario():
-        async with FakeUpstream() as upstream:
-            port = upstream.port
-        settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1"}
-        async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
-            return port, said(await ask(server.port, body=req()))
-
-    port, answer = run(scenario())
-    assert answer.startswith(f"502 api_error: Cannot connect to 127.0.0.1:{port}: ")
-
-
-def test_a_name_that_does_not_exist():
-    async def scenario():
-        settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://nowhere.invalid/v1"}
-        async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
-            return said(await ask(server.port, body=req()))
-
-    assert run(scenario()).startswith("502 api_error: Cannot resolve nowhere.invalid")
-
-
-CERTIFICATE = """\
------BEGIN EC PRIVATE KEY-----
-MHcCAQEEILzhwqlMF1VoqVxPf3YzAfdPNZYqaZv4oA79iAvM8pMfoAoGCCqGSM49
-AwEHoUQDQgAEl/kpMs1O2GIHQu3RpMLq7uGrdJw7pvNBdzdfi1z4b+S+5DHr0v6u
-qFd9XnZP5TNqBV4gMrETvMA7qPDXufRHmA==
------END EC PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBUDCB+KADAgECAgEBMAoGCCqGSM49BAMCMA8xDTALBgNVBAMMBHRlc3QwIBcN
-MjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMA8xDTALBgNVBAMMBHRlc3Qw
-WTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASX+SkyzU7YYgdC7dGkwuru4at0nDum
-80F3N1+LXPhv5L7kMevS/q6oV31edk/lM2oFXiAysRO8wDuo8Ne59EeYo0MwQTAP
-BgNVHREECDAGhwR/AAABMA8GA1UdEwEB/wQFMAMBAf8wHQYDVR0OBBYEFBKLTXA6
-fTS1nTTQiGok/ogkk8VgMAoGCCqGSM49BAMCA0cAMEQCIDOWK4RnC8UL550gd818
-sCb30Qka2X+r5QeJI0tFqQUhAiA2wt+Qr/bFR7WJ9FtXXn3Ws7hVWm3vWIkB2sjg
-e7H2sw==
------END CERTIFICATE-----
-"""  # of 127.0.0.1, with its key: for this test alone
-
-
-def test_a_certificate_must_be_trusted(tmp_path):
-    pem = tmp_path / "certificate.pem"
-    pem.write_text(CERTIFICATE)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(str(pem))
-
-    async def scenario(**environ):
-        async with FakeUpstream(OK, tls=context) as upstream:
-            settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, **environ}
-            async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
-                return await ask(server.port, body=req())
-
-    refused = run(scenario())
-    assert said(refused).startswith("502 api_error: ") and refused[1]["x-should-retry"] == "false"
-    assert run(scenario(SSL_CERT_FILE=str(pem)))[0] == 200
-
-
-def test_no_answer_in_time():
-    for asked, limit in ((req(), "REQUEST_TIMEOUT"), (req(stream=True), "STREAM_TIMEOUT")):
-        answer, _ = run(asked_once(Reply(200, {}, [HANG]), asked, **{limit: "0.2"}))
-        assert said(answer).startswith("504 timeout_error: The upstream did not answer within 0.2 s")
-
-
-def test_a_lesson_about_a_large_request_counts_for_both_ends_of_its_stream(monkeypatch):
-    monkeypatch.setattr(aiapiproxy, "WRITE_PIECE", 100)
-    told = {"error": {"message": "string too long. Expected a string with maximum length 1024",
-                      "param": "tools[0].function.description"}}
-    asked = req(stream=True, tools=[{"name": "T", "description": "word " * 2000, "input_schema": {"type": "object"}}])
-
-    async def serve(reader, writer):
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            head = await reader.readuntil(b"\r\n\r\n")
-            heads.append(head)
-            if len(heads) == 1:
-                await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))
-                writer.write(raw_answer(json.dumps(told).encode(), status=400))
-            else:                                                  # before it has read the body
-                answer = sse([ctext("x"), cend("stop"), DONE])
-                writer.write(raw_answer(answer, "Content-Type: text/event-stream", "Connection: close"))
-                await reader.read(-1)
-        writer.close()
-
-    async def scenario():
-        upstream = await asyncio.start_server(serve, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
-        async with bare(OPENAI_BASE_URL=url) as server:
-            answer = await ask(server.port, body=asked)
-        upstream.close()
-        return answer
-
-    heads = []
-    counts = re.findall(rb'"input_tokens":(\d+)', run(scenario())[2])
-    assert len(heads) == 2 and len(counts) == 2 and counts[0] == counts[1]
-
-
-def test_silence_in_a_stream():
-    answer, _ = run(asked_once(stream(ctext("x"), HANG), req(stream=True), STREAM_TIMEOUT="0.2"))
-    assert said(answer) == 'MS 0+text 0t"x" ERR(timeout_error)'
-
-
-SILENCES = [  # request members, parts of the stream, what comes in a silence of a third of a second
-    ("a ping after text", {}, [ctext("x")], b'event: ping\ndata: {"type":"ping"}\n\n'),
-    ("the start while the upstream still thinks", {}, [b": thinking\n\n"], b"event: message_start\n"),
-    ("an empty delta while thinking is hidden", {"thinking": OMITTED}, [creason("a")],
-     b'"delta":{"type":"thinking_delta","thinking":""}}\n\n'),
-    ("a ping while thinking shows", {"thinking": ADAPTIVE}, [creason("a")],
-     b'event: ping\ndata: {"type":"ping"}\n\n'),
-]
-
-
-@table(SILENCES, "members, parts, sign")
-def test_a_sign_of_life_in_silence(members, parts, sign, monkeypatch):
-    monkeypatch.setattr(aiapiproxy, "FIRST_CHUNK_WAIT", 0.01)
-    monkeypatch.setattr(aiapiproxy, "PING_INTERVAL", 0.3)
-
-    async def scenario():
-        async with proxied(stream(*parts, HANG)) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", req(stream=True, **members)) as asking:
-                await asking.until(b"event: ping\n")
-                started, asking.read = asking.read, b""
-                if sign not in started or b"ping" in sign:
-                    await asking.until(sign)
-
-    run(scenario())
-
-
-def test_an_error_after_a_start_without_a_chunk_is_an_event(monkeypatch):
-    monkeypatch.setattr(aiapiproxy, "FIRST_CHUNK_WAIT", 0.01)
-
-    async def scenario():
-        gate = asyncio.Event()
-        async with proxied(stream(b": thinking\n\n", gate, error_like(429))) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
-                await asking.until(b"event: ping\n")
-                gate.set()
-                return said(await asking.answer())
-
-    assert run(scenario()) == "MS ERR(rate_limit_error)"
-
-
-def test_a_stream_whose_end_does_not_come_is_whole(monkeypatch):
-    monkeypatch.setattr(aiapiproxy, "FIRST_CHUNK_WAIT", 0.01)
-    monkeypatch.setattr(aiapiproxy, "LAST_CHUNK_WAIT", 0.3)
-    answer, _ = run(asked_once(stream(ctext("x"), cend("stop"), HANG), req(stream=True)))
-    assert said(answer) == ONE_X
-
-
-def test_a_prompt_that_was_cut_in_silence_is_logged_once(caplog):
-    async def scenario():
-        async with proxied(reply(200, completion(TEXT, usage=used(2000, 2)))) as (_, server):
-            for words in (100, 6000, 6000):
-                await ask(server.port, body=req([usr("word " * words)]))
-
-    run(scenario())
-    warnings = [record.levelname for record in caplog.records if "OLLAMA_CONTEXT_LENGTH" in str(vars(record))]
-    assert warnings == ["WARNING"]
-
-
-@table([
-    ("reset after the finish reason", [ctext("x"), cend("stop"), RESET], ONE_X),
-    ("cut after the finish reason", [ctext("x"), cend("stop"), CUT], ONE_X),
-    ("cut before it", [ctext("x"), CUT], BROKEN),
-])
-def test_a_stream_that_breaks(given, want):
-    answer, _ = run(asked_once(stream(*given), req(stream=True)))
-    assert said(answer) == want
-
-
-def test_a_reset_in_a_stream():
-    async def scenario():
-        gate = asyncio.Event()
-        async with proxied(stream(ctext("x"), gate, RESET)) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
-                await asking.until(b"text_delta")
-                gate.set()
-                return said(await asking.answer())
-
-    assert run(scenario()) == BROKEN
-
-
-def test_a_stop_sequence_ends_the_upstreams_work():
-    async def scenario():
-        async with proxied(stream(ctext("abcE"), ctext("NDxyz"), HANG)) as (upstream, server):
-            answer = await ask(server.port, body=req(stream=True, stop_sequences=["END"]))
-            await upstream.disconnected.wait()
-            return said(answer)
-
-    assert run(scenario()) == 'MS 0+text 0t"abc" 0- MD(stop_sequence,"END") ME'
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
-def test_a_client_that_goes_away_ends_the_upstreams_work(streaming, capfd):
-    async def scenario():
-        async with proxied(stream(*([ctext("x")] if streaming else []), HANG)) as (upstream, server):
-            async with Asking(server.port, "POST", "/v1/messages", req(stream=streaming)) as asking:
-                await (asking.until(b"text_delta") if streaming else upstream.asked.wait())
-            await upstream.disconnected.wait()
-
-    run(scenario())
-    assert not re.search(r"(?i)error|traceback", capfd.readouterr().err)
-
-
-def test_a_stream_that_runs_at_the_end_of_the_proxy_is_told():
-    async def scenario():
-        async with proxied(stream(ctext("x"), HANG)) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
-                await asking.until(b"text_delta")
-                await server.drain(0)
-                return said(await asking.answer())
-
-    assert run(scenario()) == 'MS 0+text 0t"x" ERR(overloaded_error)'
-
-
-# ---- What the proxy learns from a refusal
-
-def refusal(message, param=None, code=None, status=400):
-    return reply(status, {"error": {"message": message, "param": param, "code": code}})
-
+# ============================================================================
+# 14. ADJUSTMENTS
+# ============================================================================
 
 LOCAL_MODELS = {"CLAUDE_SONNET_MODEL": "qwen3:8b"}
 NEEDS_OTHER_NAME = refusal("Unsupported parameter: 'max_tokens' is not supported with this model. "
@@ -3596,128 +3678,121 @@ def test_an_answer_without_room_is_told_at_once():
     assert len(requests) == 1
 
 
+def test_what_one_model_was_taught_about_tools_does_not_reach_another():
+    asked = compact(req(tools=[tool("f", {**STRICT, "description": "long " * 300}, strict=True)]))
+    exchanges = [aiapiproxy.checked_translation(aiapiproxy.request_value(asked), SETTINGS["openai"]) for _ in range(3)]
+    before = aiapiproxy.json_bytes(exchanges[0].body)
+    refusal = b'{"error":{"message":"Unknown parameter: tools[0].function.strict","param":"tools[0].function.strict"}}'
+    assert aiapiproxy.adjustment_for(400, refusal, exchanges[1])[0].name == "strict_dropped"
+    assert "strict" not in exchanges[1].body["tools"][0]["function"]
+    assert aiapiproxy.json_bytes(exchanges[2].body) == before
+    aiapiproxy.apply_adjustments({"strict_dropped": True}, exchanges[2])
+    assert b'"strict"' not in aiapiproxy.json_bytes(exchanges[2].body)
+    again = aiapiproxy.checked_translation(aiapiproxy.request_value(asked), SETTINGS["openai"])
+    assert aiapiproxy.json_bytes(again.body) == before
+
+
+def test_too_many_tools_are_the_upstreams_to_refuse():
+    words = ("Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array "
+             "with length 129 instead.")
+    answer, (heard,) = run(asked_once(reply(400, error_like("array_above_max_length", words)),
+                                      req(tools=[tool(f"f{number}") for number in range(129)])))
+    assert said(answer).startswith(f"400 invalid_request_error: {words}") and len(heard.body["tools"]) == 129
+
+
+def test_a_lesson_about_a_large_request_counts_for_both_ends_of_its_stream(monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "WRITE_PIECE", 100)
+    told = {"error": {"message": "string too long. Expected a string with maximum length 1024",
+                      "param": "tools[0].function.description"}}
+    asked = req(stream=True, tools=[{"name": "T", "description": "word " * 2000, "input_schema": {"type": "object"}}])
+
+    async def serve(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            heads.append(head)
+            if len(heads) == 1:
+                await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))
+                writer.write(raw_answer(json.dumps(told).encode(), status=400))
+            else:                                                  # before it has read the body
+                answer = sse([ctext("x"), cend("stop"), DONE])
+                writer.write(raw_answer(answer, "Content-Type: text/event-stream", "Connection: close"))
+                await reader.read(-1)
+        writer.close()
+
+    async def scenario():
+        upstream = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
+        async with bare(OPENAI_BASE_URL=url) as server:
+            answer = await ask(server.port, body=asked)
+        upstream.close()
+        return answer
+
+    heads = []
+    counts = re.findall(rb'"input_tokens":(\d+)', run(scenario())[2])
+    assert len(heads) == 2 and len(counts) == 2 and counts[0] == counts[1]
+
+
 # ============================================================================
-# 14. SERVER: HTTP/1.1 as it may come
+# 15. TOKEN ESTIMATE
 # ============================================================================
-#
-# `Wire` is a client that sends any bytes and reads answers one by one.  `bare` is the proxy without an
-# upstream.  Behind each hostile request stands SMUGGLED, which must never be answered.
+
+SCHEMA = '{"type":"object","properties":{}}'
 
 
-def within(seconds, coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, seconds))
+def test_estimate_of_a_request():
+    def estimate(*messages, **members):
+        asked = req(list(messages), **members)
+        return aiapiproxy.estimated_request_tokens(aiapiproxy.checked_translation(asked, SETTINGS["openai"]).body)
+
+    tokens = aiapiproxy.estimated_tokens
+    assert estimate(usr("Hi")) == 8
+    assert estimate(usr("Hi"), asst("Hello there"), usr("Hi")) == 8 + 4 + tokens("Hello there") + 4 + tokens("Hi")
+    assert estimate(usr([txt("Hi"), img])) == 8 + 1600
+    assert estimate(usr([txt("Hi"), doc(PDF)])) == 8 + 2000
+    assert estimate(usr("Hi"), tools=[tool("f")]) == 8 + 8 + tokens("f") + tokens(SCHEMA)
+    assert estimate(usr("Hi"), asst([use("call_1")]), usr([res("call_1", "Hello")])) == (
+        8 + 4 + tokens("f") + tokens("{}") + 4 + tokens("Hello"))
+    assert estimate(usr("Hi"), **output(STRICT)) == 8 + tokens(compact(STRICT))
 
 
-@contextlib.asynccontextmanager
-async def bare(**environ):
-    """The proxy in front of a port where nobody listens."""
-    settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:1/v1",
-                                         **environ}, server_port=0)
-    async with running(settings) as server:
-        yield server
+def test_estimate_of_a_text():
+    assert aiapiproxy.estimated_tokens("") == 0
+    assert aiapiproxy.estimated_tokens("Hi") == 1
+    assert aiapiproxy.estimated_tokens("Hello world, " * 100) > 100
 
 
-class Wire:
-    """A connection to the proxy, byte by byte."""
+# ============================================================================
+# 17. HTTP/1.1
+# ============================================================================
 
-    def __init__(self, port):
-        self.port, self.data = port, b""
+# ---- Heads
 
-    async def __aenter__(self):
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2 ** 20)
-        return self
-
-    async def __aexit__(self, *_):
-        self.writer.transport.abort()
-
-    async def send(self, data, piece=0):
-        for at in range(0, len(data), piece or len(data) or 1):
-            self.writer.write(data[at:at + (piece or len(data))])
-            await self.writer.drain()
-            await asyncio.sleep(0)
-
-    async def more(self):
-        piece = await self.reader.read(65536)
-        self.data += piece
-        return piece
-
-    async def answer(self, has_body=True):
-        """(status, headers, body) of the next answer; a missing end is a failure."""
-        while b"\r\n\r\n" not in self.data:
-            assert await self.more(), f"no answer: {self.data!r}"
-        head, _, self.data = self.data.partition(b"\r\n\r\n")
-        line, *fields = head.decode("latin-1").split("\r\n")
-        assert re.fullmatch(r"HTTP/1\.1 [1-5]\d\d [A-Za-z -]+", line), line
-        headers = {}
-        for field in fields:
-            name, _, value = field.partition(": ")
-            assert re.fullmatch(r"[a-z0-9-]+", name) and name not in headers, field
-            headers[name] = value
-        status = int(line.split()[1])
-        if status == 100:
-            return status, headers, b""
-        assert re.fullmatch(r"req_[A-Za-z0-9]{24}", headers["request-id"]) and "date" in headers
-        assert "server" not in headers
-        if not has_body or status == 204:
-            return status, headers, b""
-        if "transfer-encoding" in headers:
-            assert headers["transfer-encoding"] == "chunked" and "content-length" not in headers
-            while not self.data.endswith(b"0\r\n\r\n"):
-                assert await self.more(), "the last chunk is missing"
-            body, self.data = unchunked(self.data), b""
-        elif "content-length" in headers:
-            length = int(headers["content-length"])
-            while len(self.data) < length:
-                assert await self.more(), "the body ended early"
-            body, self.data = self.data[:length], self.data[length:]
-        else:
-            assert headers["connection"] == "close"
-            body, self.data = self.data + await self.reader.read(-1), b""
-        return status, headers, body
-
-    async def end(self):
-        """The connection ends here, without another byte."""
-        with contextlib.suppress(ConnectionError):
-            while await self.more():
-                pass
-        assert self.data == b""
+@table([
+    ("a plain head", b"GET /a?b=c HTTP/1.1\r\nHost: h:1\r\nX: 1\r\nx:  2 \t",
+     ("GET", "/a", "b=c", {"host": "h:1", "x": "1, 2"}, True, "h:1")),
+    ("HTTP/1.0 without a Host", b"GET / HTTP/1.0", ("GET", "/", "", {}, False, "")),
+    ("the target's host wins", b"GET HTTP://b:2/x HTTP/1.1\r\nHost: a",
+     ("GET", "/x", "", {"host": "a"}, True, "b:2")),
+    ("a token of signs as method", b"M!#$%&'*+-.^_`|~ / HTTP/1.1\r\nHost: a",
+     ("M!#$%&'*+-.^_`|~", "/", "", {"host": "a"}, True, "a")),
+])
+def test_parse_request_head(given, want):
+    assert tuple(aiapiproxy.parse_request_head(given)) == want
 
 
-def checked(answer):
-    """An answer's status and kind of error; the envelope is Anthropic's."""
-    status, headers, body = answer
-    assert status != 500, body
-    if status < 400:
-        return str(status)
-    found = json.loads(body)
-    assert found.keys() == {"type", "error", "request_id"} and found["type"] == "error"
-    assert found["request_id"] == headers["request-id"] and found["error"]["message"]
-    assert headers["content-type"] == "application/json"
-    return f"{status} {found['error']['type']}"
-
-
-def GET(path="/health", *fields, version="HTTP/1.1", host="Host: 127.0.0.1"):
-    return HTTP(f"GET {path} {version}", *fields, host=host)
-
-
-def POST(*fields, body=b"", host="Host: 127.0.0.1", path="/v1/messages/count_tokens"):
-    return HTTP(f"POST {path} HTTP/1.1", *fields, host=host) + body
-
-
-def HTTP(line, *fields, host="Host: 127.0.0.1"):
-    lines = [each if isinstance(each, bytes) else each.encode("latin-1")
-             for each in (line, *([host] if host else []), *fields)]
-    return b"\r\n".join(lines) + b"\r\n\r\n"
-
-
-def chunks(*sizes_and_data, end=b"0\r\n\r\n"):
-    return POST("Transfer-Encoding: chunked", body=b"".join(sizes_and_data) + end)
+@table([
+    ("kept by default", "HTTP/1.1", None, True), ("closed when asked", "HTTP/1.1", "close", False),
+    ("closed in a list", "HTTP/1.1", "x, Close", False), ("HTTP/1.0 closes", "HTTP/1.0", None, False),
+    ("HTTP/1.0 is kept when asked", "HTTP/1.0", "Keep-Alive", True),
+    ("HTTP/1.0 closes when in doubt", "HTTP/1.0", "x", False),
+], "version, connection, want")
+def test_whether_a_connection_is_kept(version, connection, want):
+    fields = [] if connection is None else [f"Connection: {connection}"]
+    head = GET("/", *fields, version=version)[:-4]
+    assert aiapiproxy.parse_request_head(head).keeps_alive() is want
 
 
 SMUGGLED = GET("/smuggled")
-HI = json.dumps(req()).encode()
-CHUNKED_HI = b"%x\r\n%b\r\n" % (len(HI), HI)
-BAD, KIND = "400 invalid_request_error", "invalid_request_error"
 
 BAD_HEADS = [  # each is answered once, and closed
     ("no version", b"GET /health\r\n\r\n", BAD),
@@ -3925,56 +4000,7 @@ def test_a_request_that_is_served(given, want, piece):
     assert run(scenario()) == want
 
 
-def test_pipelined_requests_are_answered_in_order():
-    async def scenario():
-        async with proxied(OK) as (_, server), Wire(server.port) as wire:
-            message = POST(f"Content-Length: {len(HI)}", body=HI, path="/v1/messages")
-            await wire.send(GET() + message + chunks(CHUNKED_HI) + GET("/x") + GET("/"))
-            return [checked(await wire.answer()) for _ in range(5)]
-
-    assert run(scenario()) == ["200", "200", "200", "404 not_found_error", "200"]
-
-
-def test_a_keep_alive_connection_carries_messages_and_streams():
-    async def scenario():
-        async with proxied(OK, stream(SIMPLE), OK, stream(SIMPLE)) as (upstream, server):
-            async with Wire(server.port) as wire:
-                for streaming in (False, True, False, True):
-                    body = json.dumps(req(stream=streaming)).encode()
-                    await wire.send(POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages"))
-                    status, headers, _ = await wire.answer()
-                    assert status == 200 and headers.get("connection") != "close"
-            return len(upstream.connections)
-
-    assert run(scenario()) == 1
-
-
-# ---- pure tables
-
-@table([
-    ("a plain head", b"GET /a?b=c HTTP/1.1\r\nHost: h:1\r\nX: 1\r\nx:  2 \t",
-     ("GET", "/a", "b=c", {"host": "h:1", "x": "1, 2"}, True, "h:1")),
-    ("HTTP/1.0 without a Host", b"GET / HTTP/1.0", ("GET", "/", "", {}, False, "")),
-    ("the target's host wins", b"GET HTTP://b:2/x HTTP/1.1\r\nHost: a",
-     ("GET", "/x", "", {"host": "a"}, True, "b:2")),
-    ("a token of signs as method", b"M!#$%&'*+-.^_`|~ / HTTP/1.1\r\nHost: a",
-     ("M!#$%&'*+-.^_`|~", "/", "", {"host": "a"}, True, "a")),
-])
-def test_parse_request_head(given, want):
-    assert tuple(aiapiproxy.parse_request_head(given)) == want
-
-
-@table([
-    ("kept by default", "HTTP/1.1", None, True), ("closed when asked", "HTTP/1.1", "close", False),
-    ("closed in a list", "HTTP/1.1", "x, Close", False), ("HTTP/1.0 closes", "HTTP/1.0", None, False),
-    ("HTTP/1.0 is kept when asked", "HTTP/1.0", "Keep-Alive", True),
-    ("HTTP/1.0 closes when in doubt", "HTTP/1.0", "x", False),
-], "version, connection, want")
-def test_whether_a_connection_is_kept(version, connection, want):
-    fields = [] if connection is None else [f"Connection: {connection}"]
-    head = GET("/", *fields, version=version)[:-4]
-    assert aiapiproxy.parse_request_head(head).keeps_alive() is want
-
+# ---- Bodies
 
 def test_a_body_of_a_length_at_every_cut():
     for pieces in every_split(b"hello rest"):
@@ -4032,7 +4058,818 @@ def test_a_chunked_body_that_ends_early(given):
         body.eof()
 
 
-# ---- limits, times and clients that stop half way
+# ============================================================================
+# 18. BYTE STREAMS
+# ============================================================================
+#
+# One stream over a transport that notes what is done to it.
+
+class NotedTransport(asyncio.Transport):
+    """What is sent and how it ends, in order; `stuck` bytes are taken as not sent yet."""
+
+    def __init__(self, protocol, stuck=0):
+        super().__init__()
+        self.protocol, self.stuck, self.done, self.ended = protocol, stuck, [], False
+
+    def get_protocol(self):
+        return self.protocol
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        pass
+
+    def get_write_buffer_size(self):
+        return self.stuck
+
+    def is_closing(self):
+        return self.ended
+
+    def can_write_eof(self):
+        return True
+
+    def write(self, data):
+        self.done.append(data.decode())
+
+    def write_eof(self):
+        self.done.append("EOF")
+
+    def close(self):
+        self.done.append("CLOSED")
+        self.ended = True
+
+    def abort(self):
+        self.done.append("ABORTED")
+        self.ended = True
+
+
+def noted_stream():
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(aiapiproxy.READ_SIZE, loop)
+    protocol = aiapiproxy.ConnectionProtocol(reader, loop=loop)
+    transport = NotedTransport(protocol)
+    return aiapiproxy.ByteStream(reader, asyncio.StreamWriter(transport, protocol, reader, loop)), protocol, transport
+
+
+@table([
+    ("nothing in the turn itself", [], "", "ab"),
+    ("all before what is sent at once", ["write_now"], "ab c", "ab c"),
+    ("all before a half-close", ["end_writing"], "ab EOF", "ab EOF"),
+    ("all before a close", ["close"], "ab CLOSED", "ab CLOSED"),
+    ("nothing before an abort", ["abort"], "ABORTED", "ABORTED"),
+    ("all when the peer is waited for", ["drain"], "ab", "ab"),
+    ("nothing after a close", ["close", "write"], "ab CLOSED", "ab CLOSED"),
+], "steps, at_once, later")
+def test_what_a_turn_of_the_loop_writes_goes_out_together(steps, at_once, later):
+    async def scenario():
+        stream, _, transport = noted_stream()
+        stream.write(b"a")
+        stream.write(b"b")
+        assert stream.unsent_bytes == 2
+        for step in steps:
+            done = getattr(stream, step)(*[b"c"] * step.startswith("write"))
+            if asyncio.iscoroutine(done):
+                await done
+        now = " ".join(transport.done)
+        await asyncio.sleep(0)
+        return now, " ".join(transport.done)
+
+    assert run(scenario()) == (at_once, later)
+
+
+@table([
+    ("that waits", [b"a"], ["a"]),
+    ("twice in one turn", [b"a", b"b"], ["a", "b"]),
+    ("more than one read may give", [b"a" * 65536 + b"b"], ["a" * 65536, "b"]),
+    ("and an end", [b"a", "EOF"], ["a", ""]),
+    ("and a reset", [b"a", "RESET"], ["a", "the connection was reset"]),
+    ("an end alone", ["EOF"], [""]),
+    ("a reset alone", ["RESET"], ["the connection was reset"]),
+], "events, want")
+def test_a_read_gets_what_comes_while_it_waits(events, want):
+    async def scenario():
+        stream, protocol, _ = noted_stream()
+        reading = asyncio.ensure_future(stream.read())
+        await asyncio.sleep(0)
+        for event in events:
+            if event == "EOF":
+                protocol.eof_received()
+            elif event == "RESET":
+                protocol.connection_lost(ConnectionResetError())
+            else:
+                protocol.data_received(event)
+        got = []
+        for _ in want:
+            try:
+                got.append((await reading).decode())
+            except OSError as error:
+                got.append(str(error))
+            reading = asyncio.ensure_future(stream.read())
+        reading.cancel()
+        return got
+
+    assert run(scenario()) == want
+
+
+@table([("before it has come", False), ("in the turn that brings it", True)], "is_late")
+def test_what_comes_for_a_read_that_was_given_up_is_the_next_ones(is_late):
+    async def scenario():
+        stream, protocol, _ = noted_stream()
+        reading = asyncio.ensure_future(stream.read())
+        await asyncio.sleep(0)
+        reading.cancel()
+        if is_late:
+            protocol.data_received(b"a")
+        await asyncio.gather(reading, return_exceptions=True)
+        if not is_late:
+            protocol.data_received(b"a")
+        return await stream.read()
+
+    assert run(scenario()) == b"a"
+
+
+@table([
+    ("alone", False, "ReadTimeout"),
+    ("and a cancellation in the same turn", True, "CancelledError" if sys.version_info >= (3, 11) else "ReadTimeout"),
+], "is_cancelled, want")
+def test_a_time_limit_that_ends(is_cancelled, want):
+    async def scenario():
+        task = asyncio.ensure_future(aiapiproxy.with_timeout(0, asyncio.sleep(10)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if is_cancelled:
+            task.cancel()
+        (ended,) = await asyncio.gather(task, return_exceptions=True)
+        return type(ended).__name__
+
+    assert run(scenario()) == want
+
+
+# ============================================================================
+# 19. UPSTREAM CLIENT
+# ============================================================================
+
+def deflated(data, wbits):
+    engine = zlib.compressobj(wbits=wbits)
+    return engine.compress(data) + engine.flush()
+
+
+LOST = "The upstream closed the connection before the end of the answer"
+
+RAW_ANSWERS = [  # the upstream's bytes, what the client gets: the text x, or an error
+    ("nothing", b"", "502: Cannot connect to 127.0.0.1: the connection was closed before an answer"),
+    ("a reset before an answer", [[RESET]],
+     "502: Cannot connect to 127.0.0.1: the connection was closed before an answer"),
+    ("half a status line", b"HTTP/1.1 20", f"502: {LOST}"),
+    ("half a head", b"HTTP/1.1 200 OK\r\nContent-Le", f"502: {LOST}"),
+    ("half a body", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{",
+     "502: The upstream closed the connection before the end of the answer"),
+    ("half a body, then a reset", [[b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", RESET]],
+     f"502: {LOST}"),
+    ("half a chunk", raw_answer(b"5\r\n{", "Transfer-Encoding: chunked", length=False),
+     "502: The upstream closed the connection before the end of the answer"),
+    ("no last chunk", raw_answer(b"2\r\n{}\r\n", "Transfer-Encoding: chunked", length=False),
+     "502: The upstream closed the connection before the end of the answer"),
+    ("a chunk without size", raw_answer(b"x\r\n{}\r\n", "Transfer-Encoding: chunked", length=False),
+     "502: The upstream broke HTTP: "),
+    ("a chunk too long", raw_answer(b"1\r\n{}\r\n0\r\n\r\n", "Transfer-Encoding: chunked", length=False),
+     "502: The upstream broke HTTP: "),
+    ("another coding", raw_answer(FINE, "Transfer-Encoding: x"), "502: The upstream broke HTTP: "),
+    ("SSH", b"SSH-2.0-OpenSSH_9.0\r\n", "502: The upstream broke HTTP: "),
+    ("HTTP/2", b"HTTP/2 200\r\n\r\n", "502: The upstream broke HTTP: "),
+    ("TLS", b"\x15\x03\x01\x00\x02\x02\x28", "502: The upstream broke HTTP: "),
+    ("a page without a head", b"<html>", "502: The upstream broke HTTP: "),
+    ("a status of four digits", b"HTTP/1.1 2000 OK\r\n\r\n", "502: The upstream broke HTTP: "),
+    ("status 000", b"HTTP/1.1 000 OK\r\n\r\n", "502: The upstream broke HTTP: "),
+    ("two different lengths", raw_answer(FINE, "Content-Length: 1"), "502: The upstream broke HTTP: "),
+    ("a negative length", raw_answer(FINE, "Content-Length: -1", length=False),
+     "502: The upstream broke HTTP: "),
+    ("a length of 30 digits", raw_answer(FINE, "Content-Length: " + "9" * 30, length=False),
+     "502: The upstream broke HTTP: "),
+    ("a NUL in the head", raw_answer(FINE, "X: a\0"), "502: The upstream broke HTTP: "),
+    ("a head of 70 KB", raw_answer(FINE, "X: " + "a" * 70000), "502: The upstream broke HTTP: "),
+    ("a head without end", b"HTTP/1.1 200 OK\r\n" + b"X: aaaaaaaa\r\n" * 90000,
+     "502: The upstream broke HTTP: "),
+    ("101", b"HTTP/1.1 101 Switching Protocols\r\n\r\n", "502: The upstream broke HTTP: "),
+    ("204", b"HTTP/1.1 204 No Content\r\n\r\n", "502: The upstream's answer is empty"),
+    ("304", b"HTTP/1.1 304 Not Modified\r\n\r\n", "502: "),
+    *((f"{status}, never followed", raw_answer(b"", "Location: http://127.0.0.1:{port}/v2", status=status),
+       "502: ")
+      for status in (300, 301, 302, 303, 305, 307, 308)),
+    ("a redirect that breaks its URL", raw_answer(b"", "Location: http://[x/", status=302), "502: "),
+    ("an unknown status", raw_answer(b"{}", status=599), "500: "),
+    ("1xx before the answer", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n"
+     + raw_answer(FINE, JSON_TYPE), "x"),
+    ("equal lengths", raw_answer(FINE, f"Content-Length: {len(FINE)}"), "x"),
+    ("a body that the connection ends", raw_answer(FINE, length=False), "x"),
+    ("HTTP/1.0", raw_answer(FINE).replace(b"HTTP/1.1", b"HTTP/1.0"), "x"),
+    ("no reason phrase", raw_answer(FINE).replace(b"200 X", b"200"), "x"),
+    ("bare LF", raw_answer(FINE).replace(b"\r\n", b"\n"), "x"),
+    ("a folded header", raw_answer(FINE, "X: a", "  b"), "x"),
+    ("chunks with extensions and trailers",
+     raw_answer(b"%x;a=b\r\n%b\r\n0\r\nX: y\r\n\r\n" % (len(FINE), FINE), "Transfer-Encoding: chunked",
+                length=False), "x"),
+    ("bytes behind the answer", raw_answer(FINE) + b"HTTP/1.1 200 OK\r\n", "x"),
+    ("gzip", raw_answer(gzip.compress(FINE), "Content-Encoding: gzip"), "x"),
+    ("x-gzip", raw_answer(gzip.compress(FINE), "Content-Encoding: x-gzip"), "x"),
+    ("deflate", raw_answer(deflated(FINE, 15), "Content-Encoding: deflate"), "x"),
+    ("deflate without its wrapper", raw_answer(deflated(FINE, -15), "Content-Encoding: deflate"), "x"),
+    ("Content-Encoding: identity", raw_answer(FINE, "Content-Encoding: identity"), "x"),
+    ("gzip that is none", raw_answer(FINE, "Content-Encoding: gzip"), "502: "),
+    ("gzip cut off", raw_answer(gzip.compress(FINE)[:-30], "Content-Encoding: gzip"), "502: "),
+    ("gzip that swells beyond 64 MiB", raw_answer(gzip.compress(b" " * 70000000), "Content-Encoding: gzip"),
+     "502: The upstream's answer is "),
+    ("a page", raw_answer(b"<html><title>Sorry</title>", "Content-Type: text/html"), "502: "),
+    ("not JSON", raw_answer(b"sorry", JSON_TYPE), "502: "), ("JSON cut off", raw_answer(FINE[:-9]), "502: "),
+    ("not UTF-8", raw_answer(FINE.replace(b'"x"', b'"x\xff"')), "x\ufffd"),
+    ("a BOM", raw_answer(b"\xef\xbb\xbf" + FINE), "x"),
+    ("100,000 levels", raw_answer(b"[" * 100000 + b"]" * 100000), "502: "),
+    *((f"{value!r}", raw_answer(json.dumps(value).encode()), "502: ") for value in (
+        None, 1, "x", [], {}, [[]], {"choices": None}, {"choices": {}}, {"choices": [None]},
+        {"choices": [[]]},
+        {"choices": "x"})),
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+@table(RAW_ANSWERS)
+def test_an_upstream_that_answers_anything(given, want, streaming):
+    async def scenario():
+        async with facing(given) as (upstream, server):
+            if isinstance(given, bytes):
+                upstream.scripts = [given.replace(b"{port}", str(upstream.port).encode())]
+            answer = await ask(server.port, body=req(stream=streaming))
+            assert (await ask(server.port, "GET", "/health"))[0] == 200
+            return answer, upstream
+
+    answer, upstream = run(scenario())
+    got = shown(answer).replace(f":{upstream.port}", "")
+    assert got.startswith(want) if want[3:4] == ":" else got == want
+    assert len(upstream.heads) == 1, "nothing is asked twice"
+    assert answer[1]["content-type"] in ("application/json", "text/event-stream; charset=utf-8")
+
+
+def test_a_redirect_leads_nobody_elsewhere_and_names_its_host():
+    async def scenario():
+        async with RawUpstream(raw_answer(FINE)) as other:
+            moved = raw_answer(b"", f"Location: http://localhost:{other.port}/v1/chat/completions",
+                               status=307)
+            async with facing(moved) as (upstream, server):
+                answer = await ask(server.port, body=req())
+                return shown(answer), answer[1], other.opened
+
+    message, headers, opened = run(scenario())
+    assert "localhost" in message and opened == 0 and "location" not in headers
+
+
+def test_nothing_of_the_upstreams_headers_reaches_the_client():
+    async def scenario(streaming):
+        fields = ["Set-Cookie: a=b", "Access-Control-Allow-Origin: *", "Location: /x", "Server: s",
+                  "X-Powered-By: p",
+                  "Strict-Transport-Security: max-age=1", "request-id: req_upstream", "Connection: close",
+                  "Via: v"]
+        body = FINE_SSE if streaming else FINE
+        async with facing(raw_answer(body, *fields)) as (_, server):
+            return (await ask(server.port, body=req(stream=streaming)))[1]
+
+    assert run(scenario(False)).keys() == {"date", "request-id", "content-type", "content-length",
+                                           "connection"}
+    assert run(scenario(True)).keys() == {"date", "request-id", "content-type", "cache-control",
+                                          "x-accel-buffering", "transfer-encoding", "connection"}
+
+
+def test_the_upstream_request_of_a_large_body_is_dropped_when_it_answers_early():
+    refusal = reply(413, {"error": {"message": "too large for us"}})
+    answer, _ = run(asked_once(refusal, req([usr("x" * 3_000_000)])))
+    assert said(answer) == "413 request_too_large: too large for us"
+
+
+def test_nobody_listens():
+    async def scenario():
+        async with FakeUpstream() as upstream:
+            port = upstream.port
+        settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1"}
+        async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
+            return port, said(await ask(server.port, body=req()))
+
+    port, answer = run(scenario())
+    assert answer.startswith(f"502 api_error: Cannot connect to 127.0.0.1:{port}: ")
+
+
+def test_a_name_that_does_not_exist():
+    async def scenario():
+        settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://nowhere.invalid/v1"}
+        async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
+            return said(await ask(server.port, body=req()))
+
+    assert run(scenario()).startswith("502 api_error: Cannot resolve nowhere.invalid")
+
+
+# ---- The pool
+
+NOT_TWICE = f"502: {LOST}"
+
+POOLS = [  # what each connection answers, what the clients get one after the other, connections, requests
+    ("a connection is used again", [[KEPT] * 3], ["x", "x", "x"], 1, 3),
+    ("one that dies unseen is replaced", [[KEPT, b""], [KEPT]], ["x", "x"], 2, 3),
+    ("one that is reset unseen is replaced", [[KEPT, [RESET]], [KEPT]], ["x", "x"], 2, 3),
+    ("but only once", [[KEPT, b""], [b""]],
+     ["x", "502: Cannot connect to 127.0.0.1: the connection was closed before an answer"], 2, 3),
+    ("not when an answer had begun", [[KEPT, b"HTTP/1.1 2"], [KEPT]], ["x", NOT_TWICE], 1, 2),
+    ("not in the body", [[KEPT, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"], [KEPT]],
+     ["x", "502: The upstream closed the connection before the end of the answer"], 1, 2),
+    ("Connection: close keeps it out", [[raw_answer(FINE, "Connection: close")] * 2], ["x", "x"], 2, 2),
+    ("HTTP/1.0 keeps it out", [[KEPT.replace(b"HTTP/1.1", b"HTTP/1.0")] * 2], ["x", "x"], 2, 2),
+    ("more bytes than the answer keep it out", [[KEPT + b"x"] * 2], ["x", "x"], 2, 2),
+    ("a second answer that nobody asked for is not taken",
+     [[KEPT + raw_answer(FINE.replace(b'"x"', b'"y"'))] * 2],
+     ["x", "x"], 2, 2),
+    ("an error's connection is used again", [[raw_answer(b"{}", status=400), KEPT]], ["400: ", "x"], 1, 2),
+    ("204 is nothing to read", [[b"HTTP/1.1 204 X\r\n\r\n", KEPT]], ["502: ", "x"], 1, 2),
+]
+
+
+@table(POOLS, "scripts, want, opened, asked")
+def test_the_pool(scripts, want, opened, asked):
+    async def scenario():
+        async with facing(*scripts) as (upstream, server):
+            got = [shown(await ask(server.port, body=req())).replace(f":{upstream.port}", "") for _ in want]
+            return got, upstream.opened, len(upstream.heads)
+
+    got, *counts = run(scenario())
+    assert all(each.startswith(start) for each, start in zip(got, want)) and counts == [opened, asked]
+
+
+def test_a_stream_for_a_client_that_wants_none_gives_its_connection_back_when_its_last_chunk_is_late():
+    answer = raw_answer(framed(FINE_SSE), "Transfer-Encoding: chunked", "Content-Type: text/event-stream", length=False)
+
+    async def scenario():
+        gates = [asyncio.Event() for _ in range(3)]
+        async with facing([*([answer, gate, b"0\r\n\r\n"] for gate in gates), HANG]) as (upstream, server):
+            for gate in gates:
+                assert shown(await ask(server.port, body=req(max_tokens=16000))) == "x"
+                gate.set()
+                while not server.app.upstream.idle_count:
+                    await asyncio.sleep(0.001)
+            return upstream.opened
+
+    assert run(scenario()) == 1
+
+
+@table([("closed", b""), ("sent bytes", b"HTTP/1.1 408 X\r\n\r\n")], "late")
+def test_an_idle_connection_that_the_upstream_touches_is_not_used_again(late):
+    async def scenario():
+        gate = asyncio.Event()
+        async with facing([[KEPT, gate, late]], [KEPT]) as (upstream, server):
+            await ask(server.port, body=req())
+            gate.set()
+            await upstream.closed.wait()
+            while server.app.upstream.idle_count:
+                await asyncio.sleep(0.001)
+            assert shown(await ask(server.port, body=req())) == "x"
+            return len(upstream.heads)
+
+    assert run(scenario()) == 2
+
+
+def test_a_connection_that_was_idle_too_long_or_slept_is_not_used():
+    async def scenario():
+        async with facing([KEPT] * 9) as (upstream, server):
+            for seconds in (0, 59, 61, -5):                    # the clock may also have been put back
+                for connection in server.app.upstream._idle:
+                    connection.idle_since -= seconds
+                assert shown(await ask(server.port, body=req())) == "x"
+            return upstream.opened
+
+    assert run(scenario()) == 3
+
+
+def test_idle_connections_are_closed_in_time(monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "IDLE_TIME", 0.1)
+
+    async def scenario():
+        async with facing([[KEPT, HANG]]) as (upstream, server):
+            await ask(server.port, body=req())
+            await upstream.closed.wait()
+            return server.app.upstream.idle_count
+
+    assert run(scenario()) == 0
+
+
+# ---- Silence
+
+def test_no_answer_in_time():
+    for asked, limit in ((req(), "REQUEST_TIMEOUT"), (req(stream=True), "STREAM_TIMEOUT")):
+        answer, _ = run(asked_once(Reply(200, {}, [HANG]), asked, **{limit: "0.2"}))
+        assert said(answer).startswith("504 timeout_error: The upstream did not answer within 0.2 s")
+
+
+@table([
+    ("before the head", [HANG], req(), "REQUEST_TIMEOUT"),
+    ("in the head", [b"HTTP/1.1 200 O", HANG], req(), "REQUEST_TIMEOUT"),
+    ("in the body", [raw_answer(FINE)[:-5], HANG], req(), "REQUEST_TIMEOUT"),
+    ("before a stream's head", [HANG], req(stream=True), "STREAM_TIMEOUT"),
+    ("before a stream's first byte", [raw_answer(b"", "Content-Type: text/event-stream", length=False), HANG],
+     req(stream=True), "STREAM_TIMEOUT"),
+    ("before the head of a stream that the client did not ask for", [HANG], req(max_tokens=30000),
+     "REQUEST_TIMEOUT"),
+], "parts, asked, setting")
+def test_an_upstream_that_falls_silent(parts, asked, setting):
+    async def scenario():
+        async with facing([parts], **{setting: "0.2"}) as (upstream, server):
+            answer = await ask(server.port, body=asked)
+            await upstream.closed.wait()
+            return answer
+
+    answer = run(scenario())
+    assert shown(answer) == f"504: The upstream did not answer within 0.2 s ({setting})"
+    assert json.loads(answer[2])["error"]["type"] == "timeout_error"
+
+
+def test_an_answer_that_drips_has_REQUEST_TIMEOUT_in_all_and_a_stream_has_not():
+    async def drip(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            is_stream = b"event-stream" in head
+            data = raw_answer(FINE_SSE if is_stream else FINE, length=False)
+            for at in range(0, len(data), 40):
+                writer.write(data[at:at + 40])
+                await writer.drain()
+                await asyncio.sleep(0.06)
+        writer.close()
+
+    async def scenario():
+        upstream = await asyncio.start_server(drip, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
+        async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2", STREAM_TIMEOUT="0.2") as server:
+            got = [shown(await ask(server.port, body=req(stream=streaming))) for streaming in (False, True)]
+        upstream.close()
+        return got
+
+    assert run(scenario()) == ["504: The upstream did not answer within 0.2 s (REQUEST_TIMEOUT)", "x"]
+
+
+def test_a_host_that_swallows_packets_is_given_up():
+    async def scenario():
+        with packet_hole() as url:
+            async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2") as server:
+                answers = [await ask(server.port, body=req(stream=streaming)) for streaming in (False, True, False)]
+                ready = await ask(server.port, "GET", "/health/ready")
+                assert (await ask(server.port, "GET", "/health"))[0] == 200
+                return answers, ready
+
+    answers, (status, _, body) = run(scenario())
+    assert all(checked(answer) == "504 timeout_error" and "REQUEST_TIMEOUT" in shown(answer)
+               for answer in answers)
+    found = json.loads(body)
+    assert status == 503 and found["status"] == "not_ready" and "127.0.0.1" in found["reason"]
+
+
+def test_a_large_request_that_is_cancelled_in_the_turn_that_its_connection_dies_leaves_no_task():
+    async def scenario():
+        complaints = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url})
+            upstream = aiapiproxy.Upstream(settings, aiapiproxy.Metrics())
+            connection = await upstream._open_in_time(asyncio.get_running_loop().time() + 5)
+            sending = asyncio.ensure_future(upstream._write_large(connection.stream, b"", bytes(20_000_000)))
+            await asyncio.sleep(0)
+            connection.stream.abort()
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+            del sending
+            gc.collect()
+            left = [task for task in asyncio.all_tasks() if "drain" in repr(task.get_coro())]
+            return complaints, left
+
+    assert run(scenario()) == ([], [])
+
+
+# ---- TLS and outgoing proxies
+#
+# The certificates are for these tests alone: a CA and four that stand for localhost and upstream.example,
+# or fail to, all with the same key.
+
+CERTIFICATE = """\
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEILzhwqlMF1VoqVxPf3YzAfdPNZYqaZv4oA79iAvM8pMfoAoGCCqGSM49
+AwEHoUQDQgAEl/kpMs1O2GIHQu3RpMLq7uGrdJw7pvNBdzdfi1z4b+S+5DHr0v6u
+qFd9XnZP5TNqBV4gMrETvMA7qPDXufRHmA==
+-----END EC PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBUDCB+KADAgECAgEBMAoGCCqGSM49BAMCMA8xDTALBgNVBAMMBHRlc3QwIBcN
+MjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMA8xDTALBgNVBAMMBHRlc3Qw
+WTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASX+SkyzU7YYgdC7dGkwuru4at0nDum
+80F3N1+LXPhv5L7kMevS/q6oV31edk/lM2oFXiAysRO8wDuo8Ne59EeYo0MwQTAP
+BgNVHREECDAGhwR/AAABMA8GA1UdEwEB/wQFMAMBAf8wHQYDVR0OBBYEFBKLTXA6
+fTS1nTTQiGok/ogkk8VgMAoGCCqGSM49BAMCA0cAMEQCIDOWK4RnC8UL550gd818
+sCb30Qka2X+r5QeJI0tFqQUhAiA2wt+Qr/bFR7WJ9FtXXn3Ws7hVWm3vWIkB2sjg
+e7H2sw==
+-----END CERTIFICATE-----
+"""  # of 127.0.0.1, with its key: for this test alone
+
+
+def test_a_certificate_must_be_trusted(tmp_path):
+    pem = tmp_path / "certificate.pem"
+    pem.write_text(CERTIFICATE)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(pem))
+
+    async def scenario(**environ):
+        async with FakeUpstream(OK, tls=context) as upstream:
+            settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, **environ}
+            async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
+                return await ask(server.port, body=req())
+
+    refused = run(scenario())
+    assert said(refused).startswith("502 api_error: ") and refused[1]["x-should-retry"] == "false"
+    assert run(scenario(SSL_CERT_FILE=str(pem)))[0] == 200
+
+
+TEST_CA = """\
+-----BEGIN CERTIFICATE-----
+MIIBijCCATGgAwIBAgIUJP7iGM1v8hDA74mCe33gbsntLSMwCgYIKoZIzj0EAwIw
+EjEQMA4GA1UEAwwHVGVzdCBDQTAgFw0yNjExMjUxNjM0MzdaGA8yMTI2MTEwMTE2
+MzQzN1owEjEQMA4GA1UEAwwHVGVzdCBDQTBZMBMGByqGSM49AgEGCCqGSM49AwEH
+A0IABAoYo2jU6QXssIP69qmyZvo/iaVmCr2KA9eDx+MuKBwx37gPYM4wgAcdJD2F
+VWFSqpr3GarYE9z9GVFZIMV+F72jYzBhMB0GA1UdDgQWBBTY0q15CEErwPM46kuH
+3te5b5bvvzAfBgNVHSMEGDAWgBTY0q15CEErwPM46kuH3te5b5bvvzAPBgNVHRMB
+Af8EBTADAQH/MA4GA1UdDwEB/wQEAwICBDAKBggqhkjOPQQDAgNHADBEAiBDUmhH
+bBgr2MkPxpURNYtAfs9U5Jpn6UzNwoMXPzfydQIgHWdArHi3xOx6FMZXEGXbAuO5
+eYntzzAW0VbZ5ZB1uCQ=
+-----END CERTIFICATE-----
+"""
+TEST_KEY = """\
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIARkPGFqRkDuxMrDyx/yEZTf7oXJIoX2Bcoy1VNADVJboAoGCCqGSM49
+AwEHoUQDQgAEpz2B5ClXuBbiE0umwQliTc50It/pJNxuH2PxbnrWlYp685hZH7Pc
+UgKptbd7WjEU/CEKWXcH1FG2s0GhS/9jhg==
+-----END EC PRIVATE KEY-----
+"""
+CERTIFICATES = {
+    "good": """\
+-----BEGIN CERTIFICATE-----
+MIIBgTCCASigAwIBAgIBATAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
+MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAPMQ0wCwYDVQQDDARn
+b29kMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEpz2B5ClXuBbiE0umwQliTc50
+It/pJNxuH2PxbnrWlYp685hZH7PcUgKptbd7WjEU/CEKWXcH1FG2s0GhS/9jhqNw
+MG4wLAYDVR0RBCUwI4IJbG9jYWxob3N0ghB1cHN0cmVhbS5leGFtcGxlhwR/AAAB
+MB0GA1UdDgQWBBRmANnvlq/cmmeH7AmHxDiF97Vf8TAfBgNVHSMEGDAWgBTY0q15
+CEErwPM46kuH3te5b5bvvzAKBggqhkjOPQQDAgNHADBEAiAwvXuVGg6B2NkRLdXa
+LhV40E2lcMq1p5UczRQZELYSngIgLrc43DmFChisj+NlU6TfUhkV60iZl1f5YWOn
+1fI606A=
+-----END CERTIFICATE-----
+""",
+    "other": """\
+-----BEGIN CERTIFICATE-----
+MIIBbzCCARWgAwIBAgIBAjAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
+MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAQMQ4wDAYDVQQDDAVv
+dGhlcjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABKc9geQpV7gW4hNLpsEJYk3O
+dCLf6STcbh9j8W561pWKevOYWR+z3FICqbW3e1oxFPwhCll3B9RRtrNBoUv/Y4aj
+XDBaMBgGA1UdEQQRMA+CDW90aGVyLmV4YW1wbGUwHQYDVR0OBBYEFGYA2e+Wr9ya
+Z4fsCYfEOIX3tV/xMB8GA1UdIwQYMBaAFNjSrXkIQSvA8zjqS4fe17lvlu+/MAoG
+CCqGSM49BAMCA0gAMEUCIC6fO8sUh1PdiRdIbgXr7QqfCFc+5RWs+sP0Lia7p5PJ
+AiEA5tQmWuU3yeAJYrlC7My6AuyhbhMU8NjFA/KAB7iUiL8=
+-----END CERTIFICATE-----
+""",
+    "old": """\
+-----BEGIN CERTIFICATE-----
+MIIBbjCCAROgAwIBAgIBAzAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
+MB4XDTIwMDEwMTAwMDAwMFoXDTIxMDEwMTAwMDAwMFowDjEMMAoGA1UEAwwDb2xk
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEpz2B5ClXuBbiE0umwQliTc50It/p
+JNxuH2PxbnrWlYp685hZH7PcUgKptbd7WjEU/CEKWXcH1FG2s0GhS/9jhqNeMFww
+GgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMB0GA1UdDgQWBBRmANnvlq/cmmeH
+7AmHxDiF97Vf8TAfBgNVHSMEGDAWgBTY0q15CEErwPM46kuH3te5b5bvvzAKBggq
+hkjOPQQDAgNJADBGAiEAju+dvrw6Gs5Qb/ZYAfXKXyyy6H6fP2EPmacneVNHiZoC
+IQDCFKiqM+ImkJWT23W4hvas2H9AnVSnVhOGb2W5MSPcHA==
+-----END CERTIFICATE-----
+""",
+    "self": """\
+-----BEGIN CERTIFICATE-----
+MIIBkDCCATegAwIBAgIUK83b3QXsTF3AUCl94t3Niaj5+PQwCgYIKoZIzj0EAwIw
+DzENMAsGA1UEAwwEc2VsZjAgFw0yNjExMjUxNjM0MzdaGA8yMTI2MTEwMTE2MzQz
+N1owDzENMAsGA1UEAwwEc2VsZjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABKc9
+geQpV7gW4hNLpsEJYk3OdCLf6STcbh9j8W561pWKevOYWR+z3FICqbW3e1oxFPwh
+Cll3B9RRtrNBoUv/Y4ajbzBtMB0GA1UdDgQWBBRmANnvlq/cmmeH7AmHxDiF97Vf
+8TAfBgNVHSMEGDAWgBRmANnvlq/cmmeH7AmHxDiF97Vf8TAPBgNVHRMBAf8EBTAD
+AQH/MBoGA1UdEQQTMBGCCWxvY2FsaG9zdIcEfwAAATAKBggqhkjOPQQDAgNHADBE
+AiBF9Bu1r04jyFevRfq9fvof3wwHiHTUotqhCVcbBiFqJwIgSd7/jBlOqJZksoEm
+VWkeO9Q12j1fPycsQLN+dqzp0cQ=
+-----END CERTIFICATE-----
+""",
+}
+
+
+def tls_server(folder, name):
+    for file, text in (("key.pem", TEST_KEY), ("ca.pem", TEST_CA), ("cert.pem", CERTIFICATES[name])):
+        (folder / file).write_text(text)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(folder / "cert.pem"), str(folder / "key.pem"))
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    return context
+
+
+@table([
+    ("a good certificate", "good", "localhost", "x"), ("of an address", "good", "127.0.0.1", "x"),
+    ("of another name", "other", "localhost",
+     "502: The certificate of localhost is not accepted: Hostname mismatch"),
+    ("of another address", "other", "127.0.0.1",
+     "502: The certificate of 127.0.0.1 is not accepted: IP address mismatch"),
+    ("out of date", "old", "localhost",
+     "502: The certificate of localhost is not accepted: certificate has expired"),
+    ("signed by itself", "self", "localhost", "502: The certificate of localhost is not accepted: self"),
+    ("old TLS", "TLS 1.1", "localhost", "502: .*(TLS|closed)"),
+    ("no TLS", "plain", "localhost", "502: TLS with localhost:"),
+    ("the end in the handshake", "cut", "localhost", "502: .*(TLS|closed)"),
+    ("silence in the handshake", "silent", "localhost", "504: The upstream did not answer within 0.5 s"),
+], "certificate, host, want")
+def test_TLS(certificate, host, want, tmp_path):
+    context = tls_server(tmp_path, certificate if certificate in CERTIFICATES else "good")
+    if certificate == "TLS 1.1":
+        context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            context.maximum_version = ssl.TLSVersion.TLSv1_1
+    chosen = []
+    context.set_servername_callback(lambda connection, name, _: chosen.append(name))
+
+    async def odd(reader, writer):
+        await reader.read(1)
+        if certificate == "plain":
+            writer.write(b"HTTP/1.1 400 You speak TLS\r\n\r\n")
+        if certificate == "silent":
+            await reader.read(-1)
+        writer.close()
+
+    async def scenario():
+        server = await asyncio.start_server(odd, "127.0.0.1", 0)
+        async with RawUpstream([KEPT] * 2, tls=context) as upstream:
+            is_odd = certificate in ("plain", "cut", "silent")
+            port = server.sockets[0].getsockname()[1] if is_odd else upstream.port
+            async with bare(OPENAI_BASE_URL=f"https://{host}:{port}/v1",
+                            SSL_CERT_FILE=str(tmp_path / "ca.pem"),
+                            REQUEST_TIMEOUT="0.5") as proxy:
+                answers = [await ask(proxy.port, body=req()) for _ in range(2)]
+            assert upstream.opened <= 1 or want != "x"
+        server.close()
+        return answers
+
+    for answer in run(scenario()):
+        assert re.match(want, shown(answer)), shown(answer)
+        assert answer[1].get("x-should-retry") == ("false" if "certificate" in want else None)
+    if want == "x" and host == "localhost":
+        assert chosen == ["localhost"]
+
+
+class Tunnel:
+    """An outgoing proxy: records what it is asked, and leads everything to one port."""
+
+    def __init__(self, port, answer=b"HTTP/1.1 200 Connected\r\n\r\n"):
+        self.port, self.reply, self.heads, self.tasks = port, answer, [], set()
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.url = f"127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_):
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    async def serve(self, reader, writer):
+        self.tasks.add(asyncio.current_task())
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            self.heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
+            writer.write(self.reply)
+            if b" 200 " in self.reply:
+                there, here = await asyncio.open_connection("127.0.0.1", self.port)
+                await asyncio.gather(self.pump(reader, here), self.pump(there, writer))
+        writer.close()
+
+    async def pump(self, reader, writer):
+        with contextlib.suppress(ConnectionError):
+            while True:
+                data = await reader.read(65536)
+                if not data:
+                    break
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+def test_https_goes_through_a_tunnel_with_the_proxys_credentials_alone(tmp_path):
+    async def scenario():
+        async with RawUpstream([KEPT] * 2, tls=tls_server(tmp_path, "good")) as upstream:
+            async with Tunnel(upstream.port) as tunnel:
+                async with bare(OPENAI_BASE_URL="https://upstream.example/v1",
+                                SSL_CERT_FILE=str(tmp_path / "ca.pem"),
+                                HTTPS_PROXY=f"http://user:p%40ss@{tunnel.url}") as server:
+                    got = [shown(await ask(server.port, body=req())) for _ in range(2)]
+            return got, tunnel.heads, upstream.heads
+
+    got, tunnelled, heads = run(scenario())
+    assert got == ["x", "x"] and len(tunnelled) == 1 and len(heads) == 2
+    assert tunnelled[0].startswith("CONNECT upstream.example:443 HTTP/1.1\r\nHost: upstream.example:443\r\n")
+    assert "Basic " + base64.b64encode(b"user:p@ss").decode() in tunnelled[0] and KEY not in tunnelled[0]
+    assert "proxy-authorization" not in heads[0].lower() and KEY in heads[0]
+
+
+@table([
+    ("that refuses", b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n", "407"),
+    ("that breaks HTTP", b"hello\r\n\r\n", "upstream.example"), ("that closes", b"", "upstream.example"),
+    ("that says more than its head", b"HTTP/1.1 200 X\r\n\r\nHTTP/1.1 200 X\r\n\r\n{}", "upstream.example"),
+], "answer, word")
+def test_a_tunnel(answer, word, tmp_path):
+    async def scenario():
+        async with RawUpstream([KEPT], tls=tls_server(tmp_path, "good")) as upstream:
+            async with Tunnel(upstream.port, answer) as tunnel:
+                async with bare(OPENAI_BASE_URL="https://upstream.example/v1",
+                                https_proxy=f"http://user:password1@{tunnel.url}") as server:
+                    return shown(await ask(server.port, body=req())), upstream.heads
+
+    message, heads = run(scenario())
+    assert message.startswith("502: ") and word in message and "password1" not in message and heads == []
+
+
+def test_the_certificate_is_asked_for_in_a_tunnel_too(tmp_path):
+    async def scenario():
+        async with RawUpstream([KEPT], tls=tls_server(tmp_path, "other")) as upstream:
+            async with Tunnel(upstream.port) as tunnel:
+                async with bare(OPENAI_BASE_URL="https://upstream.example/v1", HTTPS_PROXY=tunnel.url,
+                                SSL_CERT_FILE=str(tmp_path / "ca.pem")) as server:
+                    return shown(await ask(server.port, body=req()))
+
+    assert run(scenario()).startswith("502: The certificate of upstream.example is not accepted: Hostname")
+
+
+@table([
+    ("http takes the whole address", "http://upstream.example/v1", {}, "POST http://upstream.example/v1/"),
+    ("with its query", "http://upstream.example/v1?a=b", {},
+     "POST http://upstream.example/v1/chat/completions?a=b "),
+    ("with its port", "http://upstream.example:8000", {},
+     "POST http://upstream.example:8000/chat/completions "),
+    ("but not for what is exempt", "http://upstream.example/v1", {"NO_PROXY": "a.b, .example"}, None),
+    ("nor for what is exempt by name", "http://upstream.example/v1", {"no_proxy": "upstream.example"}, None),
+    ("nor when all is exempt", "http://upstream.example/v1", {"NO_PROXY": "*"}, None),
+    ("another name does not exempt", "http://upstream.example/v1", {"NO_PROXY": "stream.example"},
+     "POST http://u"),
+], "url, more, want")
+def test_an_outgoing_proxy_for_http(url, more, want):
+    async def scenario():
+        async with RawUpstream([KEPT]) as proxy:
+            at = f"http://user:password1@127.0.0.1:{proxy.port}"
+            async with bare(OPENAI_BASE_URL=url, http_proxy=at, REQUEST_TIMEOUT="1", **more) as server:
+                answer = await ask(server.port, body=req())
+            return shown(answer), proxy.heads
+
+    answer, heads = run(scenario())
+    if want is None:
+        assert heads == [] and answer.startswith("502: Cannot resolve upstream.example")
+    else:
+        assert answer == "x" and heads[0].startswith(want)
+        assert "Proxy-Authorization: Basic " + base64.b64encode(b"user:password1").decode() in heads[0]
+
+
+def test_this_machine_is_never_behind_an_outgoing_proxy():
+    async def scenario():
+        async with facing([KEPT], HTTP_PROXY="http://127.0.0.1:1",
+                          HTTPS_PROXY="http://127.0.0.1:1") as (_, server):
+            return shown(await ask(server.port, body=req()))
+
+    assert run(scenario()) == "x"
+
+
+# ============================================================================
+# 20. SERVER
+# ============================================================================
+
+def test_pipelined_requests_are_answered_in_order():
+    async def scenario():
+        async with proxied(OK) as (_, server), Wire(server.port) as wire:
+            message = POST(f"Content-Length: {len(HI)}", body=HI, path="/v1/messages")
+            await wire.send(GET() + message + chunks(CHUNKED_HI) + GET("/x") + GET("/"))
+            return [checked(await wire.answer()) for _ in range(5)]
+
+    assert run(scenario()) == ["200", "200", "200", "404 not_found_error", "200"]
+
+
+def test_a_keep_alive_connection_carries_messages_and_streams():
+    async def scenario():
+        async with proxied(OK, stream(SIMPLE), OK, stream(SIMPLE)) as (upstream, server):
+            async with Wire(server.port) as wire:
+                for streaming in (False, True, False, True):
+                    body = json.dumps(req(stream=streaming)).encode()
+                    await wire.send(POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages"))
+                    status, headers, _ = await wire.answer()
+                    assert status == 200 and headers.get("connection") != "close"
+            return len(upstream.connections)
+
+    assert run(scenario()) == 1
+
+
+# ---- Limits, times and clients that stop half way
 
 def test_a_body_over_the_limit_is_refused_before_it_has_come():
     async def scenario():
@@ -4264,1146 +5101,7 @@ def test_a_client_that_goes_before_it_has_asked(given, capfd):
     assert capfd.readouterr().err == ""
 
 
-# ============================================================================
-# JSON bodies
-# ============================================================================
-
-def deep(levels, inside): return b'{"a":' * levels + inside + b"}" * levels
-def in_request(member): return HI[:-1] + b"," + member + b"}"
-def in_schema(value): return b'"tools":[{"name":"a","input_schema":' + value + b"}]"
-
-
-HOSTILE_JSON = [  # body, what the answer says
-    ("100,000 arrays", b"[" * 100000 + b"]" * 100000, BAD), ("100,000 objects", deep(100000, b"1"), BAD),
-    ("100,000 levels in a request", in_request(b'"metadata":' + deep(100000, b"1")), BAD),
-    ("100,000 levels in a tool's input", in_request(in_schema(deep(100000, b"1"))), BAD),
-    ("900 levels in a tool's schema", in_request(in_schema(deep(900, b"1"))), "200 or 400"),
-    ("NaN", in_request(b'"temperature":NaN'), BAD), ("Infinity", in_request(b'"temperature":Infinity'), BAD),
-    ("-Infinity", in_request(b'"temperature":-Infinity'), BAD),
-    ("1e999", in_request(b'"temperature":1e999'), BAD),
-    ("-1e999", in_request(b'"metadata":{"a":-1e999}'), "200 or 400"),
-    ("a number of 5,000 digits", in_request(b'"max_tokens":' + b"1" * 5000), BAD),
-    ("a number of 4,000 digits", in_request(b'"top_k":' + b"1" * 4000), "200 or 400"),
-    ("not UTF-8", in_request(b'"a":"\xff"'), BAD), ("UTF-8 of a surrogate",
-                                                    in_request(b'"a":"\xed\xa0\x80"'), BAD),
-    ("UTF-8 that is too long", in_request(b'"a":"\xc0\xaf"'), BAD),
-    ("UTF-16", HI.decode().encode("utf-16"), BAD),
-    ("UTF-8 cut off", HI[:-2] + b"\xe2\x82", BAD),
-    ("a BOM", b"\xef\xbb\xbf" + HI, "200"), ("two BOMs", b"\xef\xbb\xbf" * 2 + HI, BAD),
-    ("a lone surrogate in a text", HI.replace(b'"Hi"', b'"Hi \\ud83d"'), "200"),
-    ("a lone surrogate in a name", HI.replace(b'claude-sonnet-5-5', b'claude-\\udc00'), "200 or 400"),
-    ("a lone surrogate as a key", in_request(b'"\\ud83d":1'), "200 or 400"),
-    ("NUL in a text", HI.replace(b'"Hi"', b'"\\u0000"'), "200"),
-    ("equal keys", HI[:-1] + b',"max_tokens":100}', "200"),
-    ("nothing", b"", BAD), ("blanks", b" \n ", BAD), ("an array", b"[]", BAD), ("a string", b'"a"', BAD),
-    ("a number", b"1", BAD), ("null", b"null", BAD), ("half an object", HI[:20], BAD),
-    ("two objects", HI + HI, BAD), ("single quotes", b"{'a':1}", BAD), ("a comma too much", b'{"a":1,}', BAD),
-    ("a comment", b"{/**/}", BAD), ("a raw line feed in a text", b'{"a":"\n"}', BAD),
-]
-
-
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
-@table(HOSTILE_JSON)
-def test_hostile_json(given, want, path):
-    async def scenario():
-        async with proxied(OK) as (_, server), Wire(server.port) as wire:
-            await wire.send(POST(f"Content-Length: {len(given)}", body=given, path=path))
-            answer = await wire.answer()
-            await wire.send(GET())
-            assert (await wire.answer())[0] == 200
-            return answer
-
-    answer = run(scenario())
-    assert checked(answer) in ({"200", BAD} if want == "200 or 400" else {want})
-    if b"Infinity" in given or b"NaN" in given:
-        assert "line" in answer[2].decode() or "NaN" in answer[2].decode() or "Infinity" in answer[2].decode()
-
-
-WRONG_VALUES = [None, True, -1, 0, 1.5, 10 ** 30, "", "x", "\ud83d", [], {}, [None], [[]], [{}], {"type": 1},
-                {"type": "x"}, {"type": []}, [{"type": "text"}], [{"type": "text", "text": None}],
-                {"a": {"a": []}}]
-EVERY_BLOCK = {
-    "text": {"type": "text", "text": "a", "citations": [], "cache_control": {"type": "ephemeral"}},
-    "image": img, "image by URL": {"type": "image", "source": {"type": "url", "url": "https://a/b.png"}},
-    "image by file": {"type": "image", "source": {"type": "file", "file_id": "f"}},
-    "document": {**doc(PDF), "title": "t", "context": "c", "citations": {"enabled": True}},
-    "document of text": doc({"type": "text", "media_type": "text/plain", "data": "a"}),
-    "document of content": doc({"type": "content", "content": [txt("a")]}),
-    "document by URL": doc({"type": "url", "url": "https://a/b.pdf"}),
-    "tool_use": use("call_1", "f", {"a": 1}),
-    "tool_result": {**res("call_1", [txt("a"), img]), "is_error": True},
-    "thinking": think("a", "b"), "redacted_thinking": {"type": "redacted_thinking", "data": "a"},
-    "search_result": {"type": "search_result", "source": "s", "title": "t", "content": [txt("a")]},
-    "server_tool_use": {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
-    "web_search_tool_result": {"type": "web_search_tool_result", "tool_use_id": "s", "content": [
-        {"type": "web_search_result", "url": "u", "title": "t", "encrypted_content": "e", "page_age": None}]},
-    "container_upload": {"type": "container_upload", "file_id": "f"},
-}
-EVERY_FIELD = {
-    **req(), "system": [txt("s")], "stream": False, "temperature": 0.5, "top_p": 0.5, "top_k": 5,
-    "stop_sequences": ["a"], "metadata": {"user_id": "u"}, "service_tier": "auto",
-    "tools": [{**tool("f"), "description": "d", "strict": True, "cache_control": {"type": "ephemeral"},
-               "input_examples": [{}], "type": "custom", "defer_loading": False}, WEB_SEARCH],
-    "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
-    "thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"},
-    "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": STRICT}},
-    "output_format": {"type": "json_schema", "schema": STRICT}, "container": "c", "mcp_servers": [],
-    "context_management": {"edits": []}, "betas": ["b"], "speed": "fast", "inference_geo": "us",
-    "thread": None,
-    "cache_control": {"type": "ephemeral"}, "fallbacks": [], "diagnostics": {}, "user_profile_id": "u"}
-
-
-def places(value):
-    """Every (parent, key) at every depth."""
-    for parent in containers(value):
-        for key in (list(parent) if isinstance(parent, dict) else range(len(parent))):
-            yield parent, key
-
-
-def with_block(block):
-    kind = block["type"]
-    if kind in ("tool_use", "thinking", "redacted_thinking", "server_tool_use", "web_search_tool_result"):
-        return req([usr("a"), asst([block]), usr("b")])
-    return req([usr("a"), asst([use("call_1")]), usr([block])] if kind == "tool_result" else [usr([block])])
-
-
-def check_is_served_or_refused(request):
-    """Translated, or refused by a sentence that names a field: never anything else."""
-    try:
-        translation = aiapiproxy.checked_translation(request, SETTINGS["openai"])
-        aiapiproxy.json_bytes(translation.body)
-        translation.input_estimate()
-    except aiapiproxy.ProxyError as error:
-        assert 400 <= error.status < 500 and "\n" not in error.message, (request, error.message)
-
-
-@table([("a request", EVERY_FIELD), *((f"a block {name}", with_block(each)) for name,
-                                      each in EVERY_BLOCK.items()),
-        ("a block's result in a tool's", with_block(res("call_1", list(EVERY_BLOCK.values()))))], "given")
-def test_a_wrong_type_in_any_field(given):
-    check_is_served_or_refused(given)
-    for parent, key in list(places(given)):
-        before = parent[key]
-        for wrong in WRONG_VALUES:
-            parent[key] = wrong
-            check_is_served_or_refused(given)
-        parent[key] = before
-        if isinstance(parent, dict):
-            del parent[key]
-            check_is_served_or_refused(given)
-            parent[key] = before
-
-
-def test_a_wrong_type_in_any_member_over_the_wire():
-    async def scenario():
-        async with proxied(OK) as (_, server), Wire(server.port) as wire:
-            for name in EVERY_FIELD:
-                for wrong in WRONG_VALUES:
-                    body = json.dumps({**EVERY_FIELD, name: wrong}).encode()
-                    await wire.send(POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages"))
-                    status, _, body = await wire.answer()
-                    assert status in (200, 400), (name, wrong, body)
-
-    within(20, scenario())
-
-
-# ============================================================================
-# 11. BYTE STREAMS
-# ============================================================================
-#
-# One stream over a transport that notes what is done to it.
-
-class NotedTransport(asyncio.Transport):
-    """What is sent and how it ends, in order; `stuck` bytes are taken as not sent yet."""
-
-    def __init__(self, protocol, stuck=0):
-        super().__init__()
-        self.protocol, self.stuck, self.done, self.ended = protocol, stuck, [], False
-
-    def get_protocol(self):
-        return self.protocol
-
-    def set_write_buffer_limits(self, high=None, low=None):
-        pass
-
-    def get_write_buffer_size(self):
-        return self.stuck
-
-    def is_closing(self):
-        return self.ended
-
-    def can_write_eof(self):
-        return True
-
-    def write(self, data):
-        self.done.append(data.decode())
-
-    def write_eof(self):
-        self.done.append("EOF")
-
-    def close(self):
-        self.done.append("CLOSED")
-        self.ended = True
-
-    def abort(self):
-        self.done.append("ABORTED")
-        self.ended = True
-
-
-def noted_stream():
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(aiapiproxy.READ_SIZE, loop)
-    protocol = aiapiproxy.ConnectionProtocol(reader, loop=loop)
-    transport = NotedTransport(protocol)
-    return aiapiproxy.ByteStream(reader, asyncio.StreamWriter(transport, protocol, reader, loop)), protocol, transport
-
-
-@table([
-    ("nothing in the turn itself", [], "", "ab"),
-    ("all before what is sent at once", ["write_now"], "ab c", "ab c"),
-    ("all before a half-close", ["end_writing"], "ab EOF", "ab EOF"),
-    ("all before a close", ["close"], "ab CLOSED", "ab CLOSED"),
-    ("nothing before an abort", ["abort"], "ABORTED", "ABORTED"),
-    ("all when the peer is waited for", ["drain"], "ab", "ab"),
-    ("nothing after a close", ["close", "write"], "ab CLOSED", "ab CLOSED"),
-], "steps, at_once, later")
-def test_what_a_turn_of_the_loop_writes_goes_out_together(steps, at_once, later):
-    async def scenario():
-        stream, _, transport = noted_stream()
-        stream.write(b"a")
-        stream.write(b"b")
-        assert stream.unsent_bytes == 2
-        for step in steps:
-            done = getattr(stream, step)(*[b"c"] * step.startswith("write"))
-            if asyncio.iscoroutine(done):
-                await done
-        now = " ".join(transport.done)
-        await asyncio.sleep(0)
-        return now, " ".join(transport.done)
-
-    assert run(scenario()) == (at_once, later)
-
-
-@table([
-    ("that waits", [b"a"], ["a"]),
-    ("twice in one turn", [b"a", b"b"], ["a", "b"]),
-    ("more than one read may give", [b"a" * 65536 + b"b"], ["a" * 65536, "b"]),
-    ("and an end", [b"a", "EOF"], ["a", ""]),
-    ("and a reset", [b"a", "RESET"], ["a", "the connection was reset"]),
-    ("an end alone", ["EOF"], [""]),
-    ("a reset alone", ["RESET"], ["the connection was reset"]),
-], "events, want")
-def test_a_read_gets_what_comes_while_it_waits(events, want):
-    async def scenario():
-        stream, protocol, _ = noted_stream()
-        reading = asyncio.ensure_future(stream.read())
-        await asyncio.sleep(0)
-        for event in events:
-            if event == "EOF":
-                protocol.eof_received()
-            elif event == "RESET":
-                protocol.connection_lost(ConnectionResetError())
-            else:
-                protocol.data_received(event)
-        got = []
-        for _ in want:
-            try:
-                got.append((await reading).decode())
-            except OSError as error:
-                got.append(str(error))
-            reading = asyncio.ensure_future(stream.read())
-        reading.cancel()
-        return got
-
-    assert run(scenario()) == want
-
-
-@table([("before it has come", False), ("in the turn that brings it", True)], "is_late")
-def test_what_comes_for_a_read_that_was_given_up_is_the_next_ones(is_late):
-    async def scenario():
-        stream, protocol, _ = noted_stream()
-        reading = asyncio.ensure_future(stream.read())
-        await asyncio.sleep(0)
-        reading.cancel()
-        if is_late:
-            protocol.data_received(b"a")
-        await asyncio.gather(reading, return_exceptions=True)
-        if not is_late:
-            protocol.data_received(b"a")
-        return await stream.read()
-
-    assert run(scenario()) == b"a"
-
-
-# ============================================================================
-# 12. UPSTREAM: what can go wrong there
-# ============================================================================
-#
-# `RawUpstream` answers by bytes, however wrong.  The certificates are for these tests alone: a CA and four
-# that stand for localhost and upstream.example, or fail to, all with the same key.
-
-TEST_CA = """\
------BEGIN CERTIFICATE-----
-MIIBijCCATGgAwIBAgIUJP7iGM1v8hDA74mCe33gbsntLSMwCgYIKoZIzj0EAwIw
-EjEQMA4GA1UEAwwHVGVzdCBDQTAgFw0yNjExMjUxNjM0MzdaGA8yMTI2MTEwMTE2
-MzQzN1owEjEQMA4GA1UEAwwHVGVzdCBDQTBZMBMGByqGSM49AgEGCCqGSM49AwEH
-A0IABAoYo2jU6QXssIP69qmyZvo/iaVmCr2KA9eDx+MuKBwx37gPYM4wgAcdJD2F
-VWFSqpr3GarYE9z9GVFZIMV+F72jYzBhMB0GA1UdDgQWBBTY0q15CEErwPM46kuH
-3te5b5bvvzAfBgNVHSMEGDAWgBTY0q15CEErwPM46kuH3te5b5bvvzAPBgNVHRMB
-Af8EBTADAQH/MA4GA1UdDwEB/wQEAwICBDAKBggqhkjOPQQDAgNHADBEAiBDUmhH
-bBgr2MkPxpURNYtAfs9U5Jpn6UzNwoMXPzfydQIgHWdArHi3xOx6FMZXEGXbAuO5
-eYntzzAW0VbZ5ZB1uCQ=
------END CERTIFICATE-----
-"""
-TEST_KEY = """\
------BEGIN EC PRIVATE KEY-----
-MHcCAQEEIARkPGFqRkDuxMrDyx/yEZTf7oXJIoX2Bcoy1VNADVJboAoGCCqGSM49
-AwEHoUQDQgAEpz2B5ClXuBbiE0umwQliTc50It/pJNxuH2PxbnrWlYp685hZH7Pc
-UgKptbd7WjEU/CEKWXcH1FG2s0GhS/9jhg==
------END EC PRIVATE KEY-----
-"""
-CERTIFICATES = {
-    "good": """\
------BEGIN CERTIFICATE-----
-MIIBgTCCASigAwIBAgIBATAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
-MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAPMQ0wCwYDVQQDDARn
-b29kMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEpz2B5ClXuBbiE0umwQliTc50
-It/pJNxuH2PxbnrWlYp685hZH7PcUgKptbd7WjEU/CEKWXcH1FG2s0GhS/9jhqNw
-MG4wLAYDVR0RBCUwI4IJbG9jYWxob3N0ghB1cHN0cmVhbS5leGFtcGxlhwR/AAAB
-MB0GA1UdDgQWBBRmANnvlq/cmmeH7AmHxDiF97Vf8TAfBgNVHSMEGDAWgBTY0q15
-CEErwPM46kuH3te5b5bvvzAKBggqhkjOPQQDAgNHADBEAiAwvXuVGg6B2NkRLdXa
-LhV40E2lcMq1p5UczRQZELYSngIgLrc43DmFChisj+NlU6TfUhkV60iZl1f5YWOn
-1fI606A=
------END CERTIFICATE-----
-""",
-    "other": """\
------BEGIN CERTIFICATE-----
-MIIBbzCCARWgAwIBAgIBAjAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
-MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAQMQ4wDAYDVQQDDAVv
-dGhlcjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABKc9geQpV7gW4hNLpsEJYk3O
-dCLf6STcbh9j8W561pWKevOYWR+z3FICqbW3e1oxFPwhCll3B9RRtrNBoUv/Y4aj
-XDBaMBgGA1UdEQQRMA+CDW90aGVyLmV4YW1wbGUwHQYDVR0OBBYEFGYA2e+Wr9ya
-Z4fsCYfEOIX3tV/xMB8GA1UdIwQYMBaAFNjSrXkIQSvA8zjqS4fe17lvlu+/MAoG
-CCqGSM49BAMCA0gAMEUCIC6fO8sUh1PdiRdIbgXr7QqfCFc+5RWs+sP0Lia7p5PJ
-AiEA5tQmWuU3yeAJYrlC7My6AuyhbhMU8NjFA/KAB7iUiL8=
------END CERTIFICATE-----
-""",
-    "old": """\
------BEGIN CERTIFICATE-----
-MIIBbjCCAROgAwIBAgIBAzAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
-MB4XDTIwMDEwMTAwMDAwMFoXDTIxMDEwMTAwMDAwMFowDjEMMAoGA1UEAwwDb2xk
-MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEpz2B5ClXuBbiE0umwQliTc50It/p
-JNxuH2PxbnrWlYp685hZH7PcUgKptbd7WjEU/CEKWXcH1FG2s0GhS/9jhqNeMFww
-GgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMB0GA1UdDgQWBBRmANnvlq/cmmeH
-7AmHxDiF97Vf8TAfBgNVHSMEGDAWgBTY0q15CEErwPM46kuH3te5b5bvvzAKBggq
-hkjOPQQDAgNJADBGAiEAju+dvrw6Gs5Qb/ZYAfXKXyyy6H6fP2EPmacneVNHiZoC
-IQDCFKiqM+ImkJWT23W4hvas2H9AnVSnVhOGb2W5MSPcHA==
------END CERTIFICATE-----
-""",
-    "self": """\
------BEGIN CERTIFICATE-----
-MIIBkDCCATegAwIBAgIUK83b3QXsTF3AUCl94t3Niaj5+PQwCgYIKoZIzj0EAwIw
-DzENMAsGA1UEAwwEc2VsZjAgFw0yNjExMjUxNjM0MzdaGA8yMTI2MTEwMTE2MzQz
-N1owDzENMAsGA1UEAwwEc2VsZjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABKc9
-geQpV7gW4hNLpsEJYk3OdCLf6STcbh9j8W561pWKevOYWR+z3FICqbW3e1oxFPwh
-Cll3B9RRtrNBoUv/Y4ajbzBtMB0GA1UdDgQWBBRmANnvlq/cmmeH7AmHxDiF97Vf
-8TAfBgNVHSMEGDAWgBRmANnvlq/cmmeH7AmHxDiF97Vf8TAPBgNVHRMBAf8EBTAD
-AQH/MBoGA1UdEQQTMBGCCWxvY2FsaG9zdIcEfwAAATAKBggqhkjOPQQDAgNHADBE
-AiBF9Bu1r04jyFevRfq9fvof3wwHiHTUotqhCVcbBiFqJwIgSd7/jBlOqJZksoEm
-VWkeO9Q12j1fPycsQLN+dqzp0cQ=
------END CERTIFICATE-----
-""",
-}
-
-
-class RawUpstream:
-    """A server on 127.0.0.1: the n-th request of a connection gets the n-th of its answers, byte by byte.
-
-    `scripts` has a list of answers for each connection, the last one for all that follow.  An answer is
-    bytes, or a list of bytes, gates and endings; behind the last answer the connection closes.
-    """
-
-    def __init__(self, *scripts, tls=None):
-        self.scripts, self.tls, self.connections = list(scripts), tls, set()
-        self.heads, self.opened, self.written, self.closed = [], 0, 0, asyncio.Event()
-
-    async def __aenter__(self):
-        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=self.tls, limit=2 ** 26)
-        self.port = self.server.sockets[0].getsockname()[1]
-        self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/v1"
-        return self
-
-    async def __aexit__(self, *_):
-        self.server.close()
-        for connection in self.connections:
-            connection.cancel()
-        await asyncio.gather(*self.connections, return_exceptions=True)
-
-    async def serve(self, reader, writer):
-        task = asyncio.current_task()
-        self.connections.add(task)
-        self.opened += 1
-        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
-        try:
-            for answer in script if isinstance(script, list) else [script]:
-                head = await reader.readuntil(b"\r\n\r\n")
-                self.heads.append(head.decode("latin-1"))
-                length = re.search(rb"(?i)content-length: *(\d+)", head)
-                await reader.readexactly(int(length[1]) if length else 0)
-                for part in answer if isinstance(answer, list) else [answer]:
-                    if isinstance(part, asyncio.Event):
-                        await part.wait()
-                    elif part == HANG:
-                        await reader.read(1)
-                    elif part == RESET:
-                        reset(writer)
-                        return
-                    else:
-                        for at in range(0, len(part), 65536):
-                            writer.write(part[at:at + 65536])
-                            await writer.drain()
-                            self.written += len(part[at:at + 65536])
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            self.closed.set()
-            self.connections.discard(task)
-            writer.close()
-
-
-def reset(writer):
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
-
-
-def framed(data):
-    """Data as one chunk."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-def raw_answer(body, *fields, status=200, length=True):
-    """The bytes of an answer."""
-    lines = [f"HTTP/1.1 {status} X", *fields, *([f"Content-Length: {len(body)}"] if length else [])]
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
-
-
-@contextlib.asynccontextmanager
-async def facing(*scripts, **environ):
-    """The proxy in front of a RawUpstream."""
-    async with RawUpstream(*scripts) as upstream:
-        async with bare(**{"OPENAI_BASE_URL": upstream.url, **environ}) as server:
-            yield upstream, server
-
-
-def deflated(data, wbits):
-    engine = zlib.compressobj(wbits=wbits)
-    return engine.compress(data) + engine.flush()
-
-
-FINE = json.dumps(completion({"content": "x"}, usage=used(5, 3))).encode()
-FINE_SSE = sse([ctext("x"), cend("stop"), cuse(5, 3), DONE])
-JSON_TYPE = "Content-Type: application/json"
-LOST = "The upstream closed the connection before the end of the answer"
-
-RAW_ANSWERS = [  # the upstream's bytes, what the client gets: the text x, or an error
-    ("nothing", b"", "502: Cannot connect to 127.0.0.1: the connection was closed before an answer"),
-    ("a reset before an answer", [[RESET]],
-     "502: Cannot connect to 127.0.0.1: the connection was closed before an answer"),
-    ("half a status line", b"HTTP/1.1 20", f"502: {LOST}"),
-    ("half a head", b"HTTP/1.1 200 OK\r\nContent-Le", f"502: {LOST}"),
-    ("half a body", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{",
-     "502: The upstream closed the connection before the end of the answer"),
-    ("half a body, then a reset", [[b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", RESET]],
-     f"502: {LOST}"),
-    ("half a chunk", raw_answer(b"5\r\n{", "Transfer-Encoding: chunked", length=False),
-     "502: The upstream closed the connection before the end of the answer"),
-    ("no last chunk", raw_answer(b"2\r\n{}\r\n", "Transfer-Encoding: chunked", length=False),
-     "502: The upstream closed the connection before the end of the answer"),
-    ("a chunk without size", raw_answer(b"x\r\n{}\r\n", "Transfer-Encoding: chunked", length=False),
-     "502: The upstream broke HTTP: "),
-    ("a chunk too long", raw_answer(b"1\r\n{}\r\n0\r\n\r\n", "Transfer-Encoding: chunked", length=False),
-     "502: The upstream broke HTTP: "),
-    ("another coding", raw_answer(FINE, "Transfer-Encoding: x"), "502: The upstream broke HTTP: "),
-    ("SSH", b"SSH-2.0-OpenSSH_9.0\r\n", "502: The upstream broke HTTP: "),
-    ("HTTP/2", b"HTTP/2 200\r\n\r\n", "502: The upstream broke HTTP: "),
-    ("TLS", b"\x15\x03\x01\x00\x02\x02\x28", "502: The upstream broke HTTP: "),
-    ("a page without a head", b"<html>", "502: The upstream broke HTTP: "),
-    ("a status of four digits", b"HTTP/1.1 2000 OK\r\n\r\n", "502: The upstream broke HTTP: "),
-    ("status 000", b"HTTP/1.1 000 OK\r\n\r\n", "502: The upstream broke HTTP: "),
-    ("two different lengths", raw_answer(FINE, "Content-Length: 1"), "502: The upstream broke HTTP: "),
-    ("a negative length", raw_answer(FINE, "Content-Length: -1", length=False),
-     "502: The upstream broke HTTP: "),
-    ("a length of 30 digits", raw_answer(FINE, "Content-Length: " + "9" * 30, length=False),
-     "502: The upstream broke HTTP: "),
-    ("a NUL in the head", raw_answer(FINE, "X: a\0"), "502: The upstream broke HTTP: "),
-    ("a head of 70 KB", raw_answer(FINE, "X: " + "a" * 70000), "502: The upstream broke HTTP: "),
-    ("a head without end", b"HTTP/1.1 200 OK\r\n" + b"X: aaaaaaaa\r\n" * 90000,
-     "502: The upstream broke HTTP: "),
-    ("101", b"HTTP/1.1 101 Switching Protocols\r\n\r\n", "502: The upstream broke HTTP: "),
-    ("204", b"HTTP/1.1 204 No Content\r\n\r\n", "502: The upstream's answer is empty"),
-    ("304", b"HTTP/1.1 304 Not Modified\r\n\r\n", "502: "),
-    *((f"{status}, never followed", raw_answer(b"", "Location: http://127.0.0.1:{port}/v2", status=status),
-       "502: ")
-      for status in (300, 301, 302, 303, 305, 307, 308)),
-    ("a redirect that breaks its URL", raw_answer(b"", "Location: http://[x/", status=302), "502: "),
-    ("an unknown status", raw_answer(b"{}", status=599), "500: "),
-    ("1xx before the answer", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n"
-     + raw_answer(FINE, JSON_TYPE), "x"),
-    ("equal lengths", raw_answer(FINE, f"Content-Length: {len(FINE)}"), "x"),
-    ("a body that the connection ends", raw_answer(FINE, length=False), "x"),
-    ("HTTP/1.0", raw_answer(FINE).replace(b"HTTP/1.1", b"HTTP/1.0"), "x"),
-    ("no reason phrase", raw_answer(FINE).replace(b"200 X", b"200"), "x"),
-    ("bare LF", raw_answer(FINE).replace(b"\r\n", b"\n"), "x"),
-    ("a folded header", raw_answer(FINE, "X: a", "  b"), "x"),
-    ("chunks with extensions and trailers",
-     raw_answer(b"%x;a=b\r\n%b\r\n0\r\nX: y\r\n\r\n" % (len(FINE), FINE), "Transfer-Encoding: chunked",
-                length=False), "x"),
-    ("bytes behind the answer", raw_answer(FINE) + b"HTTP/1.1 200 OK\r\n", "x"),
-    ("gzip", raw_answer(gzip.compress(FINE), "Content-Encoding: gzip"), "x"),
-    ("x-gzip", raw_answer(gzip.compress(FINE), "Content-Encoding: x-gzip"), "x"),
-    ("deflate", raw_answer(deflated(FINE, 15), "Content-Encoding: deflate"), "x"),
-    ("deflate without its wrapper", raw_answer(deflated(FINE, -15), "Content-Encoding: deflate"), "x"),
-    ("Content-Encoding: identity", raw_answer(FINE, "Content-Encoding: identity"), "x"),
-    ("gzip that is none", raw_answer(FINE, "Content-Encoding: gzip"), "502: "),
-    ("gzip cut off", raw_answer(gzip.compress(FINE)[:-30], "Content-Encoding: gzip"), "502: "),
-    ("gzip that swells beyond 64 MiB", raw_answer(gzip.compress(b" " * 70000000), "Content-Encoding: gzip"),
-     "502: The upstream's answer is "),
-    ("a page", raw_answer(b"<html><title>Sorry</title>", "Content-Type: text/html"), "502: "),
-    ("not JSON", raw_answer(b"sorry", JSON_TYPE), "502: "), ("JSON cut off", raw_answer(FINE[:-9]), "502: "),
-    ("not UTF-8", raw_answer(FINE.replace(b'"x"', b'"x\xff"')), "x\ufffd"),
-    ("a BOM", raw_answer(b"\xef\xbb\xbf" + FINE), "x"),
-    ("100,000 levels", raw_answer(b"[" * 100000 + b"]" * 100000), "502: "),
-    *((f"{value!r}", raw_answer(json.dumps(value).encode()), "502: ") for value in (
-        None, 1, "x", [], {}, [[]], {"choices": None}, {"choices": {}}, {"choices": [None]},
-        {"choices": [[]]},
-        {"choices": "x"})),
-]
-
-
-def shown(answer):
-    """The text of a message however it came, or the status and words of an error."""
-    status, headers, body = answer
-    if headers["content-type"].startswith("text/event-stream"):
-        return "".join(event["delta"].get("text", "") for event in events(body)
-                       if event["type"] == "content_block_delta")
-    found = json.loads(body)
-    if status == 200:
-        return "".join(block["text"] for block in found["content"])
-    checked_kind = found["error"]["type"]
-    assert checked_kind and found["request_id"] == headers["request-id"]
-    return f"{status}: {found['error']['message']}"
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
-@table(RAW_ANSWERS)
-def test_an_upstream_that_answers_anything(given, want, streaming):
-    async def scenario():
-        async with facing(given) as (upstream, server):
-            if isinstance(given, bytes):
-                upstream.scripts = [given.replace(b"{port}", str(upstream.port).encode())]
-            answer = await ask(server.port, body=req(stream=streaming))
-            assert (await ask(server.port, "GET", "/health"))[0] == 200
-            return answer, upstream
-
-    answer, upstream = run(scenario())
-    got = shown(answer).replace(f":{upstream.port}", "")
-    assert got.startswith(want) if want[3:4] == ":" else got == want
-    assert len(upstream.heads) == 1, "nothing is asked twice"
-    assert answer[1]["content-type"] in ("application/json", "text/event-stream; charset=utf-8")
-
-
-def test_a_redirect_leads_nobody_elsewhere_and_names_its_host():
-    async def scenario():
-        async with RawUpstream(raw_answer(FINE)) as other:
-            moved = raw_answer(b"", f"Location: http://localhost:{other.port}/v1/chat/completions",
-                               status=307)
-            async with facing(moved) as (upstream, server):
-                answer = await ask(server.port, body=req())
-                return shown(answer), answer[1], other.opened
-
-    message, headers, opened = run(scenario())
-    assert "localhost" in message and opened == 0 and "location" not in headers
-
-
-def test_nothing_of_the_upstreams_headers_reaches_the_client():
-    async def scenario(streaming):
-        fields = ["Set-Cookie: a=b", "Access-Control-Allow-Origin: *", "Location: /x", "Server: s",
-                  "X-Powered-By: p",
-                  "Strict-Transport-Security: max-age=1", "request-id: req_upstream", "Connection: close",
-                  "Via: v"]
-        body = FINE_SSE if streaming else FINE
-        async with facing(raw_answer(body, *fields)) as (_, server):
-            return (await ask(server.port, body=req(stream=streaming)))[1]
-
-    assert run(scenario(False)).keys() == {"date", "request-id", "content-type", "content-length",
-                                           "connection"}
-    assert run(scenario(True)).keys() == {"date", "request-id", "content-type", "cache-control",
-                                          "x-accel-buffering", "transfer-encoding", "connection"}
-
-
-# ---- the pool
-
-KEPT = raw_answer(FINE)
-NOT_TWICE = f"502: {LOST}"
-
-POOLS = [  # what each connection answers, what the clients get one after the other, connections, requests
-    ("a connection is used again", [[KEPT] * 3], ["x", "x", "x"], 1, 3),
-    ("one that dies unseen is replaced", [[KEPT, b""], [KEPT]], ["x", "x"], 2, 3),
-    ("one that is reset unseen is replaced", [[KEPT, [RESET]], [KEPT]], ["x", "x"], 2, 3),
-    ("but only once", [[KEPT, b""], [b""]],
-     ["x", "502: Cannot connect to 127.0.0.1: the connection was closed before an answer"], 2, 3),
-    ("not when an answer had begun", [[KEPT, b"HTTP/1.1 2"], [KEPT]], ["x", NOT_TWICE], 1, 2),
-    ("not in the body", [[KEPT, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"], [KEPT]],
-     ["x", "502: The upstream closed the connection before the end of the answer"], 1, 2),
-    ("Connection: close keeps it out", [[raw_answer(FINE, "Connection: close")] * 2], ["x", "x"], 2, 2),
-    ("HTTP/1.0 keeps it out", [[KEPT.replace(b"HTTP/1.1", b"HTTP/1.0")] * 2], ["x", "x"], 2, 2),
-    ("more bytes than the answer keep it out", [[KEPT + b"x"] * 2], ["x", "x"], 2, 2),
-    ("a second answer that nobody asked for is not taken",
-     [[KEPT + raw_answer(FINE.replace(b'"x"', b'"y"'))] * 2],
-     ["x", "x"], 2, 2),
-    ("an error's connection is used again", [[raw_answer(b"{}", status=400), KEPT]], ["400: ", "x"], 1, 2),
-    ("204 is nothing to read", [[b"HTTP/1.1 204 X\r\n\r\n", KEPT]], ["502: ", "x"], 1, 2),
-]
-
-
-@table(POOLS, "scripts, want, opened, asked")
-def test_the_pool(scripts, want, opened, asked):
-    async def scenario():
-        async with facing(*scripts) as (upstream, server):
-            got = [shown(await ask(server.port, body=req())).replace(f":{upstream.port}", "") for _ in want]
-            return got, upstream.opened, len(upstream.heads)
-
-    got, *counts = run(scenario())
-    assert all(each.startswith(start) for each, start in zip(got, want)) and counts == [opened, asked]
-
-
-def test_a_stream_for_a_client_that_wants_none_gives_its_connection_back_when_its_last_chunk_is_late():
-    answer = raw_answer(framed(FINE_SSE), "Transfer-Encoding: chunked", "Content-Type: text/event-stream", length=False)
-
-    async def scenario():
-        gates = [asyncio.Event() for _ in range(3)]
-        async with facing([*([answer, gate, b"0\r\n\r\n"] for gate in gates), HANG]) as (upstream, server):
-            for gate in gates:
-                assert shown(await ask(server.port, body=req(max_tokens=16000))) == "x"
-                gate.set()
-                while not server.app.upstream.idle_count:
-                    await asyncio.sleep(0.001)
-            return upstream.opened
-
-    assert run(scenario()) == 1
-
-
-@table([("closed", b""), ("sent bytes", b"HTTP/1.1 408 X\r\n\r\n")], "late")
-def test_an_idle_connection_that_the_upstream_touches_is_not_used_again(late):
-    async def scenario():
-        gate = asyncio.Event()
-        async with facing([[KEPT, gate, late]], [KEPT]) as (upstream, server):
-            await ask(server.port, body=req())
-            gate.set()
-            await upstream.closed.wait()
-            while server.app.upstream.idle_count:
-                await asyncio.sleep(0.001)
-            assert shown(await ask(server.port, body=req())) == "x"
-            return len(upstream.heads)
-
-    assert run(scenario()) == 2
-
-
-def test_a_connection_that_was_idle_too_long_or_slept_is_not_used():
-    async def scenario():
-        async with facing([KEPT] * 9) as (upstream, server):
-            for seconds in (0, 59, 61, -5):                    # the clock may also have been put back
-                for connection in server.app.upstream._idle:
-                    connection.idle_since -= seconds
-                assert shown(await ask(server.port, body=req())) == "x"
-            return upstream.opened
-
-    assert run(scenario()) == 3
-
-
-def test_idle_connections_are_closed_in_time(monkeypatch):
-    monkeypatch.setattr(aiapiproxy, "IDLE_TIME", 0.1)
-
-    async def scenario():
-        async with facing([[KEPT, HANG]]) as (upstream, server):
-            await ask(server.port, body=req())
-            await upstream.closed.wait()
-            return server.app.upstream.idle_count
-
-    assert run(scenario()) == 0
-
-
-# ---- silence
-
-@table([
-    ("before the head", [HANG], req(), "REQUEST_TIMEOUT"),
-    ("in the head", [b"HTTP/1.1 200 O", HANG], req(), "REQUEST_TIMEOUT"),
-    ("in the body", [raw_answer(FINE)[:-5], HANG], req(), "REQUEST_TIMEOUT"),
-    ("before a stream's head", [HANG], req(stream=True), "STREAM_TIMEOUT"),
-    ("before a stream's first byte", [raw_answer(b"", "Content-Type: text/event-stream", length=False), HANG],
-     req(stream=True), "STREAM_TIMEOUT"),
-    ("before the head of a stream that the client did not ask for", [HANG], req(max_tokens=30000),
-     "REQUEST_TIMEOUT"),
-], "parts, asked, setting")
-def test_an_upstream_that_falls_silent(parts, asked, setting):
-    async def scenario():
-        async with facing([parts], **{setting: "0.2"}) as (upstream, server):
-            answer = await ask(server.port, body=asked)
-            await upstream.closed.wait()
-            return answer
-
-    answer = run(scenario())
-    assert shown(answer) == f"504: The upstream did not answer within 0.2 s ({setting})"
-    assert json.loads(answer[2])["error"]["type"] == "timeout_error"
-
-
-def test_an_answer_that_drips_has_REQUEST_TIMEOUT_in_all_and_a_stream_has_not():
-    async def drip(reader, writer):
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            head = await reader.readuntil(b"\r\n\r\n")
-            is_stream = b"event-stream" in head
-            data = raw_answer(FINE_SSE if is_stream else FINE, length=False)
-            for at in range(0, len(data), 40):
-                writer.write(data[at:at + 40])
-                await writer.drain()
-                await asyncio.sleep(0.06)
-        writer.close()
-
-    async def scenario():
-        upstream = await asyncio.start_server(drip, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
-        async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2", STREAM_TIMEOUT="0.2") as server:
-            got = [shown(await ask(server.port, body=req(stream=streaming))) for streaming in (False, True)]
-        upstream.close()
-        return got
-
-    assert run(scenario()) == ["504: The upstream did not answer within 0.2 s (REQUEST_TIMEOUT)", "x"]
-
-
-@contextlib.contextmanager
-def packet_hole():
-    """The URL of a host that swallows packets: its backlog is full."""
-    with contextlib.ExitStack() as stack:
-        hole, *fillers = [stack.enter_context(socket.socket()) for _ in range(5)]
-        hole.bind(("127.0.0.1", 0))
-        hole.listen(0)
-        for filler in fillers:
-            filler.setblocking(False)
-            filler.connect_ex(hole.getsockname())
-        yield f"http://127.0.0.1:{hole.getsockname()[1]}/v1"
-
-
-def test_a_host_that_swallows_packets_is_given_up():
-    async def scenario():
-        with packet_hole() as url:
-            async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2") as server:
-                answers = [await ask(server.port, body=req(stream=streaming)) for streaming in (False, True, False)]
-                ready = await ask(server.port, "GET", "/health/ready")
-                assert (await ask(server.port, "GET", "/health"))[0] == 200
-                return answers, ready
-
-    answers, (status, _, body) = run(scenario())
-    assert all(checked(answer) == "504 timeout_error" and "REQUEST_TIMEOUT" in shown(answer)
-               for answer in answers)
-    found = json.loads(body)
-    assert status == 503 and found["status"] == "not_ready" and "127.0.0.1" in found["reason"]
-
-
-@table([
-    ("alone", False, "ReadTimeout"),
-    ("and a cancellation in the same turn", True, "CancelledError" if sys.version_info >= (3, 11) else "ReadTimeout"),
-], "is_cancelled, want")
-def test_a_time_limit_that_ends(is_cancelled, want):
-    async def scenario():
-        task = asyncio.ensure_future(aiapiproxy.with_timeout(0, asyncio.sleep(10)))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        if is_cancelled:
-            task.cancel()
-        (ended,) = await asyncio.gather(task, return_exceptions=True)
-        return type(ended).__name__
-
-    assert run(scenario()) == want
-
-
-def test_a_large_request_that_is_cancelled_in_the_turn_that_its_connection_dies_leaves_no_task():
-    async def scenario():
-        complaints = []
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-            settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url})
-            upstream = aiapiproxy.Upstream(settings, aiapiproxy.Metrics())
-            connection = await upstream._open_in_time(asyncio.get_running_loop().time() + 5)
-            sending = asyncio.ensure_future(upstream._write_large(connection.stream, b"", bytes(20_000_000)))
-            await asyncio.sleep(0)
-            connection.stream.abort()
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
-            del sending
-            gc.collect()
-            left = [task for task in asyncio.all_tasks() if "drain" in repr(task.get_coro())]
-            return complaints, left
-
-    assert run(scenario()) == ([], [])
-
-
-def test_a_client_that_goes_while_the_upstream_is_called_is_gone(caplog):
-    caplog.set_level(20, "aiapiproxy")
-
-    async def scenario():
-        with packet_hole() as url:
-            async with bare(OPENAI_BASE_URL=url) as server:
-                async with Wire(server.port) as wire:
-                    await wire.send(POST(f"Content-Length: {len(HI)}", body=HI, path="/v1/messages"))
-                    while not server.app.in_flight:
-                        await asyncio.sleep(0.001)
-                while server._tasks:
-                    await asyncio.sleep(0.001)
-                return server.app.in_flight
-
-    assert run(scenario()) == 0
-    (facts,) = [record.facts for record in caplog.records if record.getMessage() == "request"]
-    assert (facts["status"], facts["outcome"]) == (499, "client_gone")
-
-
-# ---- TLS and outgoing proxies
-
-def tls_server(folder, name):
-    for file, text in (("key.pem", TEST_KEY), ("ca.pem", TEST_CA), ("cert.pem", CERTIFICATES[name])):
-        (folder / file).write_text(text)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(str(folder / "cert.pem"), str(folder / "key.pem"))
-    context.set_alpn_protocols(["h2", "http/1.1"])
-    return context
-
-
-@table([
-    ("a good certificate", "good", "localhost", "x"), ("of an address", "good", "127.0.0.1", "x"),
-    ("of another name", "other", "localhost",
-     "502: The certificate of localhost is not accepted: Hostname mismatch"),
-    ("of another address", "other", "127.0.0.1",
-     "502: The certificate of 127.0.0.1 is not accepted: IP address mismatch"),
-    ("out of date", "old", "localhost",
-     "502: The certificate of localhost is not accepted: certificate has expired"),
-    ("signed by itself", "self", "localhost", "502: The certificate of localhost is not accepted: self"),
-    ("old TLS", "TLS 1.1", "localhost", "502: .*(TLS|closed)"),
-    ("no TLS", "plain", "localhost", "502: TLS with localhost:"),
-    ("the end in the handshake", "cut", "localhost", "502: .*(TLS|closed)"),
-    ("silence in the handshake", "silent", "localhost", "504: The upstream did not answer within 0.5 s"),
-], "certificate, host, want")
-def test_TLS(certificate, host, want, tmp_path):
-    context = tls_server(tmp_path, certificate if certificate in CERTIFICATES else "good")
-    if certificate == "TLS 1.1":
-        context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            context.maximum_version = ssl.TLSVersion.TLSv1_1
-    chosen = []
-    context.set_servername_callback(lambda connection, name, _: chosen.append(name))
-
-    async def odd(reader, writer):
-        await reader.read(1)
-        if certificate == "plain":
-            writer.write(b"HTTP/1.1 400 You speak TLS\r\n\r\n")
-        if certificate == "silent":
-            await reader.read(-1)
-        writer.close()
-
-    async def scenario():
-        server = await asyncio.start_server(odd, "127.0.0.1", 0)
-        async with RawUpstream([KEPT] * 2, tls=context) as upstream:
-            is_odd = certificate in ("plain", "cut", "silent")
-            port = server.sockets[0].getsockname()[1] if is_odd else upstream.port
-            async with bare(OPENAI_BASE_URL=f"https://{host}:{port}/v1",
-                            SSL_CERT_FILE=str(tmp_path / "ca.pem"),
-                            REQUEST_TIMEOUT="0.5") as proxy:
-                answers = [await ask(proxy.port, body=req()) for _ in range(2)]
-            assert upstream.opened <= 1 or want != "x"
-        server.close()
-        return answers
-
-    for answer in run(scenario()):
-        assert re.match(want, shown(answer)), shown(answer)
-        assert answer[1].get("x-should-retry") == ("false" if "certificate" in want else None)
-    if want == "x" and host == "localhost":
-        assert chosen == ["localhost"]
-
-
-class Tunnel:
-    """An outgoing proxy: records what it is asked, and leads everything to one port."""
-
-    def __init__(self, port, answer=b"HTTP/1.1 200 Connected\r\n\r\n"):
-        self.port, self.reply, self.heads, self.tasks = port, answer, [], set()
-
-    async def __aenter__(self):
-        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
-        self.url = f"127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *_):
-        self.server.close()
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-
-    async def serve(self, reader, writer):
-        self.tasks.add(asyncio.current_task())
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            self.heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
-            writer.write(self.reply)
-            if b" 200 " in self.reply:
-                there, here = await asyncio.open_connection("127.0.0.1", self.port)
-                await asyncio.gather(self.pump(reader, here), self.pump(there, writer))
-        writer.close()
-
-    async def pump(self, reader, writer):
-        with contextlib.suppress(ConnectionError):
-            while True:
-                data = await reader.read(65536)
-                if not data:
-                    break
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-
-def test_https_goes_through_a_tunnel_with_the_proxys_credentials_alone(tmp_path):
-    async def scenario():
-        async with RawUpstream([KEPT] * 2, tls=tls_server(tmp_path, "good")) as upstream:
-            async with Tunnel(upstream.port) as tunnel:
-                async with bare(OPENAI_BASE_URL="https://upstream.example/v1",
-                                SSL_CERT_FILE=str(tmp_path / "ca.pem"),
-                                HTTPS_PROXY=f"http://user:p%40ss@{tunnel.url}") as server:
-                    got = [shown(await ask(server.port, body=req())) for _ in range(2)]
-            return got, tunnel.heads, upstream.heads
-
-    got, tunnelled, heads = run(scenario())
-    assert got == ["x", "x"] and len(tunnelled) == 1 and len(heads) == 2
-    assert tunnelled[0].startswith("CONNECT upstream.example:443 HTTP/1.1\r\nHost: upstream.example:443\r\n")
-    assert "Basic " + base64.b64encode(b"user:p@ss").decode() in tunnelled[0] and KEY not in tunnelled[0]
-    assert "proxy-authorization" not in heads[0].lower() and KEY in heads[0]
-
-
-@table([
-    ("that refuses", b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n", "407"),
-    ("that breaks HTTP", b"hello\r\n\r\n", "upstream.example"), ("that closes", b"", "upstream.example"),
-    ("that says more than its head", b"HTTP/1.1 200 X\r\n\r\nHTTP/1.1 200 X\r\n\r\n{}", "upstream.example"),
-], "answer, word")
-def test_a_tunnel(answer, word, tmp_path):
-    async def scenario():
-        async with RawUpstream([KEPT], tls=tls_server(tmp_path, "good")) as upstream:
-            async with Tunnel(upstream.port, answer) as tunnel:
-                async with bare(OPENAI_BASE_URL="https://upstream.example/v1",
-                                https_proxy=f"http://user:password1@{tunnel.url}") as server:
-                    return shown(await ask(server.port, body=req())), upstream.heads
-
-    message, heads = run(scenario())
-    assert message.startswith("502: ") and word in message and "password1" not in message and heads == []
-
-
-def test_the_certificate_is_asked_for_in_a_tunnel_too(tmp_path):
-    async def scenario():
-        async with RawUpstream([KEPT], tls=tls_server(tmp_path, "other")) as upstream:
-            async with Tunnel(upstream.port) as tunnel:
-                async with bare(OPENAI_BASE_URL="https://upstream.example/v1", HTTPS_PROXY=tunnel.url,
-                                SSL_CERT_FILE=str(tmp_path / "ca.pem")) as server:
-                    return shown(await ask(server.port, body=req()))
-
-    assert run(scenario()).startswith("502: The certificate of upstream.example is not accepted: Hostname")
-
-
-@table([
-    ("http takes the whole address", "http://upstream.example/v1", {}, "POST http://upstream.example/v1/"),
-    ("with its query", "http://upstream.example/v1?a=b", {},
-     "POST http://upstream.example/v1/chat/completions?a=b "),
-    ("with its port", "http://upstream.example:8000", {},
-     "POST http://upstream.example:8000/chat/completions "),
-    ("but not for what is exempt", "http://upstream.example/v1", {"NO_PROXY": "a.b, .example"}, None),
-    ("nor for what is exempt by name", "http://upstream.example/v1", {"no_proxy": "upstream.example"}, None),
-    ("nor when all is exempt", "http://upstream.example/v1", {"NO_PROXY": "*"}, None),
-    ("another name does not exempt", "http://upstream.example/v1", {"NO_PROXY": "stream.example"},
-     "POST http://u"),
-], "url, more, want")
-def test_an_outgoing_proxy_for_http(url, more, want):
-    async def scenario():
-        async with RawUpstream([KEPT]) as proxy:
-            at = f"http://user:password1@127.0.0.1:{proxy.port}"
-            async with bare(OPENAI_BASE_URL=url, http_proxy=at, REQUEST_TIMEOUT="1", **more) as server:
-                answer = await ask(server.port, body=req())
-            return shown(answer), proxy.heads
-
-    answer, heads = run(scenario())
-    if want is None:
-        assert heads == [] and answer.startswith("502: Cannot resolve upstream.example")
-    else:
-        assert answer == "x" and heads[0].startswith(want)
-        assert "Proxy-Authorization: Basic " + base64.b64encode(b"user:password1").decode() in heads[0]
-
-
-def test_this_machine_is_never_behind_an_outgoing_proxy():
-    async def scenario():
-        async with facing([KEPT], HTTP_PROXY="http://127.0.0.1:1",
-                          HTTPS_PROXY="http://127.0.0.1:1") as (_, server):
-            return shown(await ask(server.port, body=req()))
-
-    assert run(scenario()) == "x"
-
-
-# ---- streams that break
-
-def test_a_stream_that_is_cut_anywhere_ends_in_an_error_event():
-    whole = sse([ROLE, ctext("x"), frag(0, "call_1", "f", '{"a":'), frag(0, None, None, "1}"), cend("tool_calls"),
-                 cuse(5, 3), DONE])
-    enough = whole.index(b"\n\n", whole.index(b"finish_reason\":\"tool")) + 1
-
-    async def scenario():
-        async with FakeUpstream(*[stream(whole[:at], CUT) for at in range(1, len(whole))]) as upstream:
-            async with bare(OPENAI_BASE_URL=upstream.url) as server:
-                for at in range(1, len(whole)):
-                    answer = await ask(server.port, body=req(stream=True, tools=[tool("f")]))
-                    if answer[0] == 200:
-                        shape = printed(answer[2])
-                        assert shape.endswith("MD(tool_use) ME"
-                                              if at >= enough else "ERR(api_error)"), (at, shape)
-                    else:
-                        assert checked(answer) == "502 api_error" and at < whole.index(b"\n\n") + 2, at
-
-    within(20, scenario())
-
-
-@table([
-    ("a line that is no JSON", [ctext("x"), sse(["{oops"]), ctext("y"), cend("stop"), DONE], BROKEN),
-    ("JSON cut off", [ctext("x"), sse(['{"choices":[{"delta":{"content":"']), DONE], BROKEN),
-    ("an error in the middle", [ctext("x"), error_like(500), DONE], BROKEN),
-    ("the end without a finish reason", [ctext("x"), CUT], BROKEN),
-    ("a line of 17 MiB", [ctext("x"), b"data: " + b" " * (17 << 20)], BROKEN),
-])
-def test_a_stream_that_goes_wrong_is_told_by_an_event(given, want):
-    answer, _ = run(asked_once(stream(*given), req(stream=True)))
-    assert said(answer) == want
-
-
-def test_a_line_of_5_MB_is_carried():
-    text = "0123456789" * 500000
-    answer, _ = run(asked_once(stream(ctext(text), cend("stop"), DONE), req(stream=True)))
-    assert shown(answer) == text
-
-
-def test_arguments_in_one_line_of_5_MB_are_carried():
-    arguments = json.dumps({"a": "\u00e4\"\\" * 800000})
-    answer, _ = run(asked_once(stream(frag(0, "call_1", "f", arguments), cend("tool_calls"), DONE),
-                               req(stream=True, tools=[tool("f")])))
-    got = "".join(event["delta"]["partial_json"] for event in events(answer[2])
-                  if event["type"] == "content_block_delta")
-    assert json.loads(got) == json.loads(arguments)
-
-
-def test_a_stream_that_stalls_is_ended_and_its_upstream_left():
-    async def scenario():
-        async with proxied(stream(ctext("x"), HANG), STREAM_TIMEOUT="0.2") as (upstream, server):
-            answer = await ask(server.port, body=req(stream=True))
-            await asyncio.wait_for(upstream.disconnected.wait(), 1)
-            return said(answer), server.app.upstream.idle_count
-
-    assert run(scenario()) == ('MS 0+text 0t"x" ERR(timeout_error)', 0)
-
-
-def test_comments_keep_a_stream_alive():
-    async def comment(reader, writer):
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream", length=False))
-            for _ in range(8):
-                await asyncio.sleep(0.06)
-                writer.write(b": keep-alive\n\n")
-            writer.write(sse([cend("stop"), DONE]))
-        writer.close()
-
-    async def scenario():
-        upstream = await asyncio.start_server(comment, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
-        async with bare(OPENAI_BASE_URL=url, STREAM_TIMEOUT="0.3") as server:
-            answer = await ask(server.port, body=req(stream=True))
-        upstream.close()
-        return said(answer)
-
-    assert run(scenario()) == ONE_X
-
-
-def test_a_client_that_reads_nothing_slows_the_upstream_and_is_not_cut():
-    async def scenario():
-        piece = sse([ctext("0123456789" * 3000)] * 1000)
-        async with facing([[raw_answer(b"", "Content-Type: text/event-stream", length=False), piece,
-                            sse([cend("stop"), DONE])]], STREAM_TIMEOUT="0.3") as (upstream, server):
-            async with Wire(server.port) as wire:
-                body = json.dumps(req(stream=True)).encode()
-                await wire.send(POST(f"Content-Length: {len(body)}", "Connection: close", body=body,
-                                     path="/v1/messages"))
-                await wire.more()
-                wire.reader._transport.pause_reading()
-                seen = -1
-                while seen != upstream.written:
-                    seen = upstream.written
-                    await asyncio.sleep(0.4)
-                assert seen < len(piece) * 0.8
-                (exchange,) = server._active
-                assert exchange._stream.unsent_bytes <= 262144
-                wire.reader._transport.resume_reading()
-                return seen + len(await wire.reader.read(-1)), await upstream.closed.wait()
-
-    assert within(15, scenario())[0] > 30000000
-
-
-def test_a_CRLF_that_chunks_and_reads_part_is_one_end_of_line():
-    head = raw_answer(b"", "Transfer-Encoding: chunked", "Content-Type: text/event-stream", length=False)
-    first, second = sse([ctext("x")]).replace(b"\n", b"\r\n"), sse([ctext("y"), cend("stop"), DONE]).replace(b"\n", b"\r\n")
-    second = second.replace(b'data: {', b'data: {\r\ndata: ', 1)
-    place = second.index(b"\n")
-    pieces = [framed(first), framed(second[:place]), b"%x\r\n" % len(second[place:]), second[place:] + b"\r\n",
-              b"0\r\n\r\n"]
-
-    async def scenario():
-        gates = [asyncio.Event() for _ in pieces]
-        script = [head, *itertools.chain(*zip(gates, pieces))]
-        async with facing([script]) as (upstream, server), Asking(server.port, "POST", "/v1/messages",
-                                                                  req(stream=True)) as client:
-            for gate in gates:
-                gate.set()
-                await asyncio.sleep(0.02)
-            return said(await client.answer())
-
-    assert run(scenario()) == 'MS 0+text 0t"x" 0t"y" ' + CLOSED
-
-
-def test_an_end_that_comes_in_the_moment_of_the_shutdown_is_sent_whole(monkeypatch):
-    relays, begin = [], aiapiproxy.Relay.__init__
-
-    def noted(relay, *more):
-        begin(relay, *more)
-        relays.append(relay)
-
-    monkeypatch.setattr(aiapiproxy.Relay, "__init__", noted)
-
-    async def scenario():
-        gate = asyncio.Event()
-        async with facing([[raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream", length=False), gate]]) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as client:
-                await client.until(b"text_delta")
-                ((exchange, task),) = server._active.items()
-                exchange.is_shut_down = True
-                task.cancel()
-                relays[0]._reply._stream._protocol.data_received(sse([ctext("y"), cend("stop"), DONE]))
-                return said(await client.answer())
-
-    assert run(scenario()) == 'MS 0+text 0t"x" 0t"y" ' + CLOSED
-
-
-# ---- load
-
-def descriptors():
-    return len(os.listdir("/dev/fd"))
-
+# ---- Load
 
 def test_a_hundred_streams_half_of_whose_clients_leave_leave_nothing_behind():
     async def scenario():
@@ -5458,7 +5156,328 @@ def test_one_request_more_than_MAX_CONCURRENT_REQUESTS_is_told_at_once():
 
 
 # ============================================================================
-# Who may call
+# 21. SETTINGS
+# ============================================================================
+
+DOTENV = [  # text, variables, lines that are skipped
+    ("plain", "A=b", {"A": "b"}, []), ("CRLF", "A=b\r\nC=d\r\n", {"A": "b", "C": "d"}, []),
+    ("a BOM", "\ufeffA=b", {"A": "b"}, []), ("comments and empty lines", "# a\n\n  #b\nA=b", {"A": "b"}, []),
+    ("export", "export A=b\nexport\tC=d", {"A": "b", "C": "d"}, []),
+    ("blanks around", "  A = b  ", {"A": "b"}, []), ("blanks inside", "A=b c", {"A": "b c"}, []),
+    ("single quotes", "A='b # c'", {"A": "b # c"}, []), ("double quotes", 'A="b # c"', {"A": "b # c"}, []),
+    ("blanks in quotes", "A=' b '", {"A": " b "}, []), ("the other quotes inside", "A='\"'", {"A": '"'}, []),
+    ("a comment behind", "A=b # c", {"A": "b"}, []),
+    ("no comment without a blank", "A=b#c", {"A": "b#c"}, []),
+    ("a comment behind quotes", "A='b' # c", {"A": "b"}, []),
+    ("an equals sign inside", "A=b=c", {"A": "b=c"}, []),
+    ("empty", "A=", {"A": ""}, []), ("empty quotes", "A=''", {"A": ""}, []),
+    ("only a comment", "A= # c", {"A": ""}, []),
+    ("the last one counts", "A=b\nA=c", {"A": "c"}, []),
+    ("nothing is expanded or run", "A=$HOME`ls`$(ls)\\n", {"A": "$HOME`ls`$(ls)\\n"}, []),
+    ("an open quote", "A='b\nC=d", {"C": "d"}, [1]),
+    ("no equals sign", "A\nC=d\nexport B", {"C": "d"}, [1, 3]),
+    ("a name that is none", "1A=b\nA-B=c\n=d\nC=d", {"C": "d"}, [1, 2, 3]),
+    ("words behind quotes", "A='b'c\nC=d", {"C": "d"}, [1]),
+]
+
+
+@table(DOTENV, "text, values, skipped")
+def test_a_env_file(text, values, skipped):
+    assert aiapiproxy.dotenv_values(text) == (values, skipped)
+
+
+@table([("only its owner", 0o600, 0), ("its group", 0o640, 1), ("everybody", 0o644, 1),
+        ("others alone", 0o604, 1)],
+       "mode, count")
+def test_a_env_file_that_others_can_read_is_warned_of(mode, count, tmp_path):
+    path = tmp_path / ".env"
+    path.write_text("OPENAI_API_KEY=sk-1\n")
+    path.chmod(mode)
+    _, found = aiapiproxy.read_env_file(str(path), True)
+    assert [facts["message"].count("chmod 600") for _, facts in found] == [1] * count
+
+
+BAD_VALUES = {
+    "SERVER_HOST": "a/b", "SERVER_PORT": "0", "OPENAI_API_KEY": "a b", "OPENAI_BASE_URL": "ftp://a",
+    "CLAUDE_HAIKU_MODEL": "a\x01", "CLAUDE_SONNET_MODEL": "a\x01", "CLAUDE_OPUS_MODEL": "a\x01",
+    "REQUEST_TIMEOUT": "0", "STREAM_TIMEOUT": "x", "LOG_LEVEL": "loud", "RUST_LOG": "loud",
+    "LOG_FORMAT": "xml",
+    "API_KEY_HEADER": "a b", "PROXY_API_KEY": "a b", "MAX_REQUEST_SIZE": "-1", "MAX_CONCURRENT_REQUESTS": "0",
+    "WORKERS": "0", "TOKIO_WORKER_THREADS": "1.5", "HTTPS_PROXY": "socks5://a", "HTTP_PROXY": "https://a",
+    "https_proxy": "http://a:b", "http_proxy": "http://", "UPSTREAM_HEADERS": "a", "RUST_BACKTRACE": "2",
+    "SSL_CERT_FILE": "a\x01", "SSL_CERT_DIR": "a\x01", "PID_FILE": "a\x01",
+}
+
+
+@table([(f"{name}={text!r}", name, text) for name, text in [
+           *BAD_VALUES.items(), *(("SERVER_PORT", text) for text in ("65536", "80a", "-1", "8e3", "\u0661")),
+           *(("REQUEST_TIMEOUT", text) for text in ("nan", "inf", "-1", "1e9", "1s")),
+           *(("OPENAI_BASE_URL", text) for text in ("a", "http://", "http://a:x", "http://a:99999",
+                                                    "http://a b",
+                                                    "http://u:p@a", "http://[::1")),
+           *(("UPSTREAM_HEADERS", text) for text in ("a b: c", "Host: a", "a: \xe4", "Content-Length: 1",
+                                                     "a:b\rc: d"))]], "name, text")
+def test_a_value_that_cannot_be_used_is_named(name, text):
+    with pytest.raises(aiapiproxy.ConfigError) as caught:
+        aiapiproxy.load_settings({name: text})
+    (problem,) = caught.value.problems
+    assert problem.startswith(name + " ") and "\n" not in problem
+    assert repr(text) not in problem or name not in ("OPENAI_API_KEY", "PROXY_API_KEY", "HTTPS_PROXY",
+                                                     "HTTP_PROXY")
+
+
+def test_all_bad_values_are_told_at_once_and_an_empty_one_counts_as_not_set():
+    with pytest.raises(aiapiproxy.ConfigError) as caught:
+        aiapiproxy.load_settings({"SERVER_PORT": "x", "WORKERS": "x", "LOG_LEVEL": "", "STREAM_TIMEOUT": " "})
+    assert len(caught.value.problems) == 2
+
+
+def test_the_environment_wins_over_the_file_and_the_file_over_the_default():
+    got = aiapiproxy.load_settings({"SERVER_PORT": "1", "WORKERS": ""}, {"SERVER_PORT": "2", "WORKERS": "3"})
+    assert (got.server_port, got.workers, got.request_timeout) == (1, 3, 30)
+
+
+@table([
+    ("a slash", "https://a.b/v1/", "https://a.b/v1"),
+    ("the whole path", "https://a.b/v1/chat/completions", "https://a.b/v1"),
+    ("both", "http://a/chat/completions/", "http://a"),
+    ("a query", "https://a/x?api-version=1", "https://a/x?api-version=1"),
+    ("a port", "http://[::1]:11434/v1", "http://[::1]:11434/v1"),
+])
+def test_base_urls(given, want):
+    assert aiapiproxy.load_settings({"OPENAI_BASE_URL": given}).openai_base_url.geturl() == want
+
+
+@table([("a level", "debug", 10), ("trace is debug", "TRACE", 10), ("warning", "warning", 30),
+        ("the bare level of a list", "hyper=warn,error,tower=info", 40),
+        ("a list without one", "hyper=warn", 20)])
+def test_log_levels(given, want):
+    assert aiapiproxy.load_settings({"RUST_LOG": given}).log_level == want
+
+
+# ============================================================================
+# 22. LOG
+# ============================================================================
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_SIGHUP_opens_the_logs_anew(workers, tmp_path):
+    out, err = tmp_path / "out.log", tmp_path / "err.log"
+    with out.open("ab") as stdout, err.open("ab") as stderr:
+        program = Program(tmp_path, "--port", "0", stdout=stdout, stderr=stderr, PID_FILE="p.pid",
+                          WORKERS=workers,
+                          patch="aiapiproxy.ROTATION_CHECK = 999")
+    with program:
+        wait_for(lambda: out.exists() and b"started" in out.read_bytes())
+        program.port = int(json.loads(out.read_text().splitlines()[0])["address"].rpartition(":")[2])
+        program.get("/x")
+        out.rename(tmp_path / "out.log.0")
+        program.signal(signal.SIGHUP)
+        wait_for(lambda: out.exists() and out.read_bytes().count(b"reloaded") == int(workers))
+        program.get("/y")
+        wait_for(lambda: b'"/y"' in out.read_bytes())
+        program.signal(signal.SIGTERM)
+        assert program.end()[0] == 0
+    old = (tmp_path / "out.log.0").read_text()
+    assert '"/x"' in old and '"/y"' not in old and stat.S_IMODE(out.stat().st_mode) & 0o037 == 0
+    for line in (old + out.read_text()).splitlines():
+        assert json.loads(line)["event"]
+
+
+def test_a_log_that_was_moved_away_is_noticed_without_a_signal(tmp_path):
+    out = tmp_path / "out.log"
+    with out.open("ab") as stdout:
+        program = Program(tmp_path, "--port", "0", stdout=stdout, patch="aiapiproxy.ROTATION_CHECK = 0")
+    with program:
+        wait_for(lambda: b"started" in out.read_bytes())
+        program.port = int(json.loads(out.read_text())["address"].rpartition(":")[2])
+        out.rename(tmp_path / "out.log.0")
+        program.get("/y")
+        wait_for(lambda: out.exists() and b'"/y"' in out.read_bytes())
+
+
+def close_outputs():
+    os.close(1)
+    os.close(2)
+
+
+@table([("closed", "closed"), ("a full disk", "/dev/full"), ("a pipe that nobody reads", "pipe"),
+        ("a pipe that is full", "full pipe")], "way")
+def test_a_log_that_cannot_be_written_stops_nothing(way, tmp_path):
+    reader, writer = os.pipe()
+    options = {"stdout": writer, "stderr": writer}
+    if way == "closed":
+        options = {"before": close_outputs}
+    elif way == "/dev/full":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("there is no /dev/full here")
+        options = {"stdout": os.open("/dev/full", os.O_WRONLY)}
+        options["stderr"] = options["stdout"]
+    elif way == "pipe":
+        os.close(reader)
+    else:
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"\n" * 65536)
+        os.set_blocking(writer, True)
+    port = free_port()
+    with Program(tmp_path, "--port", str(port), LOG_LEVEL="debug", **options) as program:
+        program.port = port
+
+        def serves():
+            with contextlib.suppress(OSError):
+                return program.get()[0] == 200
+
+        wait_for(serves)
+        for _ in range(20):
+            assert program.get("/x")[0] == 404
+            body = json.dumps(req())
+            assert program.get("/v1/messages", "POST", body)[0] == 502
+        program.signal(signal.SIGTERM)
+        assert program.end()[0] == 0
+    for descriptor in {reader, writer, *(each for each in options.values() if isinstance(each, int))}:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+# ---- What must not be seen
+
+ECHOES = [  # how an upstream tells the key that it was sent
+    ("in an error", raw_answer(json.dumps({"error": {"message": f"Incorrect API key: {KEY}."}}).encode(),
+                               status=401)),
+    ("in a 400", raw_answer(json.dumps({"error": {"message": f"Bearer {KEY}", "param": KEY,
+                                                  "code": KEY}}).encode(),
+                            status=400)),
+    ("in an error with 200", raw_answer(json.dumps({"error": {"message": KEY, "code": 500}}).encode())),
+    ("in a page", raw_answer(f"<html><title>{KEY}</title></html>".encode(), "Content-Type: text/html",
+                             status=502)),
+    ("in a page with 200", raw_answer(f"<html><title>{KEY}</title></html>".encode(),
+                                      "Content-Type: text/html")),
+    ("in plain text", raw_answer(f"no {KEY}".encode(), status=500)),
+    ("in a stream's error", raw_answer(sse([ctext("x"), error_like(500, KEY)]),
+                                       "Content-Type: text/event-stream")),
+    ("in an event named error", raw_answer(b"event: error\ndata: " + KEY.encode() + b"\n\n",
+                                           "Content-Type: text/event-stream")),
+    ("in a redirect", raw_answer(b"", f"Location: https://{KEY}.example/{KEY}", status=302)),
+    ("in its headers", raw_answer(b"{}", f"x-request-id: {KEY}", f"Retry-After: {KEY}", status=429)),
+    ("in a finish reason", raw_answer(json.dumps(completion({"content": "x"}, KEY)).encode())),
+]
+
+
+@pytest.mark.parametrize("passed_on", [False, True], ids=["own key", "client's key"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+@table(ECHOES, "answer")
+def test_a_key_that_the_upstream_echoes_is_not_seen(answer, streaming, passed_on, caplog):
+    caplog.set_level(10, "aiapiproxy")
+
+    async def scenario():
+        more = {"OPENAI_API_KEY": ""} if passed_on else {}
+        async with facing([answer], **more, RUST_BACKTRACE="1") as (_, server):
+            got = await ask(server.port, body=req(stream=streaming), authorization=f"Bearer {KEY}")
+            pages = [await ask(server.port, "GET", path, accept="text/html")
+                     for path in ("/", "/status", "/metrics")]
+            return got, pages
+
+    got, pages = run(scenario())
+    assert KEY not in str((got, pages)) and b"Internal error" not in got[2]
+    assert KEY not in "".join(str(vars(record)) for record in caplog.records)
+
+
+def test_a_key_that_is_echoed_is_shown_by_its_last_four():
+    async def scenario():
+        async with facing([ECHOES[0][1]]) as (_, server):
+            return shown(await ask(server.port, body=req()))
+
+    assert run(scenario()).endswith("Incorrect API key: sk-\u20261234.")
+
+
+FORGED = 'claude-\u2028"x"\r\n{"level":"error","event":"forged"}\x1b[31m\\\ud83d'
+
+
+def test_nothing_forges_a_line_of_the_log_a_metric_or_a_header(caplog):
+    caplog.set_level(10, "aiapiproxy")
+
+    async def scenario():
+        async with facing([KEPT] * 9) as (_, server):
+            for asked in (req(model=FORGED), req(model=FORGED, stream=True), req(model=FORGED.upper())):
+                answer = await ask(server.port, body=asked, x_request_id="a\tb{}\x80\"",
+                                   user_agent="\xa0\x85",
+                                   x_claude_code_session_id="\x85\"" * 200)
+                assert "forged" not in str(answer[1]) and answer[0] != 500
+            await ask(server.port, "GET", "/%0d%0aforged%1b[31m" + "x" * 500)
+            return (await ask(server.port, "GET", "/metrics"))[2]
+
+    metrics = run(scenario()).decode()
+    label = r'\w+="([^"\\\n]|\\.)*"'
+    for line in metrics.split("\n")[:-1]:
+        assert line[0] == "#" or re.fullmatch(rf"aiapiproxy_\w+(\{{{label}(,{label})*\}})? [0-9.e+-]+", line)
+    json_lines, text = aiapiproxy.JsonFormatter(), aiapiproxy.TextFormatter(False)
+    assert len(caplog.records) >= 4
+    for record in caplog.records:
+        line = json_lines.format(record)
+        assert line.isascii() and line.isprintable() and json.loads(line)["event"] == record.getMessage()
+        assert not re.search("[\x00-\x1f\x7f-\x9f]", text.format(record))
+
+
+def test_what_was_said_is_in_no_line_of_the_log(caplog):
+    caplog.set_level(1, "aiapiproxy")
+
+    async def scenario():
+        said_there = completion({"content": "ANSWER-SECRET", "reasoning_content": "ANSWER-SECRET"})
+        async with facing([raw_answer(json.dumps(said_there).encode()),
+                           raw_answer(sse([ctext("ANSWER-SECRET"), "{"])),
+                           raw_answer(b"{}", status=500)]) as (_, server):
+            for streaming in (False, True, False):
+                await ask(server.port, body=req([usr("PROMPT-SECRET")], system="PROMPT-SECRET", stream=streaming,
+                                              tools=[tool("f", description="PROMPT-SECRET")]),
+                                              x_api_key="CLIENT-SECRET")
+
+    run(scenario())
+    lines = "".join(str(vars(record)) for record in caplog.records)
+    assert "request" in lines and not re.search("(ANSWER|PROMPT|CLIENT)-SECRET", lines)
+
+
+# ============================================================================
+# 23. METRICS AND HISTORY
+# ============================================================================
+
+async def served(script, *requests, path="/status", **environ):
+    """What a path answers after these requests."""
+    async with proxied(script, **environ) as (_, server):
+        for request in requests:
+            await ask(server.port, body=request)
+        return await ask(server.port, "GET", path)
+
+
+def test_the_status_has_the_requests_and_no_word_of_them():
+    _, _, body = run(served(OK, req([usr("a secret")]), {"model": "x"}, req(stream=True)))
+    found = json.loads(body)
+    assert KEY.encode() not in body and b"secret" not in body and b"Hello" not in body
+    assert [(entry["status"], entry["outcome"], entry["output_tokens"]) for entry in found["recent"]] == [
+        (200, "ok", 2), (400, "rejected", None), (200, "ok", 2)]
+    assert (found["requests"], found["errors"], found["health"], found["models"]["sonnet"]) == (3, 1, "ready", "gpt-4o")
+    assert len(found["minutes"]) == 60 and sum(minute["requests"] for minute in found["minutes"]) == 3
+    assert found["environment"][0].startswith("export ANTHROPIC_BASE_URL=http://127.0.0.1:")
+
+
+METRIC_LINE = re.compile(r'[a-z_]+(\{[a-z_]+="([^"\\]|\\.)*"(,[a-z_]+="([^"\\]|\\.)*")*\})? [0-9.e+-]+')
+
+
+def test_the_metrics_are_prometheus_text_with_bounded_labels():
+    models = [req(model=f'm"{number}\\\n') for number in range(40)]
+    _, headers, body = run(served(OK, *models, path="/metrics"))
+    lines = body.decode().splitlines()
+    assert headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert [line for line in lines if not line.startswith("# ") and not METRIC_LINE.fullmatch(line)] == []
+    assert 'aiapiproxy_requests_total{route="/v1/messages",status="200",outcome="ok"} 40' in lines
+    assert 'aiapiproxy_request_duration_seconds_count 40' in lines
+    assert len([line for line in lines if line.startswith("aiapiproxy_tokens_total")]) <= 3 * 21
+    if shutil.which("promtool"):
+        subprocess.run(["promtool", "check", "metrics"], input=body, check=True)
+
+
+# ============================================================================
+# 24. WHO MAY CALL
 # ============================================================================
 
 PROXY = {"PROXY_API_KEY": "proxy-key-1, proxy-key-2"}
@@ -5727,310 +5746,624 @@ def test_an_unprotected_key_is_not_offered_to_other_machines(given, want):
             aiapiproxy.load_settings(environ)
 
 
-# ---- what must not be seen
-
-ECHOES = [  # how an upstream tells the key that it was sent
-    ("in an error", raw_answer(json.dumps({"error": {"message": f"Incorrect API key: {KEY}."}}).encode(),
-                               status=401)),
-    ("in a 400", raw_answer(json.dumps({"error": {"message": f"Bearer {KEY}", "param": KEY,
-                                                  "code": KEY}}).encode(),
-                            status=400)),
-    ("in an error with 200", raw_answer(json.dumps({"error": {"message": KEY, "code": 500}}).encode())),
-    ("in a page", raw_answer(f"<html><title>{KEY}</title></html>".encode(), "Content-Type: text/html",
-                             status=502)),
-    ("in a page with 200", raw_answer(f"<html><title>{KEY}</title></html>".encode(),
-                                      "Content-Type: text/html")),
-    ("in plain text", raw_answer(f"no {KEY}".encode(), status=500)),
-    ("in a stream's error", raw_answer(sse([ctext("x"), error_like(500, KEY)]),
-                                       "Content-Type: text/event-stream")),
-    ("in an event named error", raw_answer(b"event: error\ndata: " + KEY.encode() + b"\n\n",
-                                           "Content-Type: text/event-stream")),
-    ("in a redirect", raw_answer(b"", f"Location: https://{KEY}.example/{KEY}", status=302)),
-    ("in its headers", raw_answer(b"{}", f"x-request-id: {KEY}", f"Retry-After: {KEY}", status=429)),
-    ("in a finish reason", raw_answer(json.dumps(completion({"content": "x"}, KEY)).encode())),
-]
-
-
-@pytest.mark.parametrize("passed_on", [False, True], ids=["own key", "client's key"])
-@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
-@table(ECHOES, "answer")
-def test_a_key_that_the_upstream_echoes_is_not_seen(answer, streaming, passed_on, caplog):
-    caplog.set_level(10, "aiapiproxy")
-
-    async def scenario():
-        more = {"OPENAI_API_KEY": ""} if passed_on else {}
-        async with facing([answer], **more, RUST_BACKTRACE="1") as (_, server):
-            got = await ask(server.port, body=req(stream=streaming), authorization=f"Bearer {KEY}")
-            pages = [await ask(server.port, "GET", path, accept="text/html")
-                     for path in ("/", "/status", "/metrics")]
-            return got, pages
-
-    got, pages = run(scenario())
-    assert KEY not in str((got, pages)) and b"Internal error" not in got[2]
-    assert KEY not in "".join(str(vars(record)) for record in caplog.records)
-
-
-def test_a_key_that_is_echoed_is_shown_by_its_last_four():
-    async def scenario():
-        async with facing([ECHOES[0][1]]) as (_, server):
-            return shown(await ask(server.port, body=req()))
-
-    assert run(scenario()).endswith("Incorrect API key: sk-\u20261234.")
-
-
-FORGED = 'claude-\u2028"x"\r\n{"level":"error","event":"forged"}\x1b[31m\\\ud83d'
-
-
-def test_nothing_forges_a_line_of_the_log_a_metric_or_a_header(caplog):
-    caplog.set_level(10, "aiapiproxy")
-
-    async def scenario():
-        async with facing([KEPT] * 9) as (_, server):
-            for asked in (req(model=FORGED), req(model=FORGED, stream=True), req(model=FORGED.upper())):
-                answer = await ask(server.port, body=asked, x_request_id="a\tb{}\x80\"",
-                                   user_agent="\xa0\x85",
-                                   x_claude_code_session_id="\x85\"" * 200)
-                assert "forged" not in str(answer[1]) and answer[0] != 500
-            await ask(server.port, "GET", "/%0d%0aforged%1b[31m" + "x" * 500)
-            return (await ask(server.port, "GET", "/metrics"))[2]
-
-    metrics = run(scenario()).decode()
-    label = r'\w+="([^"\\\n]|\\.)*"'
-    for line in metrics.split("\n")[:-1]:
-        assert line[0] == "#" or re.fullmatch(rf"aiapiproxy_\w+(\{{{label}(,{label})*\}})? [0-9.e+-]+", line)
-    json_lines, text = aiapiproxy.JsonFormatter(), aiapiproxy.TextFormatter(False)
-    assert len(caplog.records) >= 4
-    for record in caplog.records:
-        line = json_lines.format(record)
-        assert line.isascii() and line.isprintable() and json.loads(line)["event"] == record.getMessage()
-        assert not re.search("[\x00-\x1f\x7f-\x9f]", text.format(record))
-
-
-def test_what_was_said_is_in_no_line_of_the_log(caplog):
-    caplog.set_level(1, "aiapiproxy")
-
-    async def scenario():
-        said_there = completion({"content": "ANSWER-SECRET", "reasoning_content": "ANSWER-SECRET"})
-        async with facing([raw_answer(json.dumps(said_there).encode()),
-                           raw_answer(sse([ctext("ANSWER-SECRET"), "{"])),
-                           raw_answer(b"{}", status=500)]) as (_, server):
-            for streaming in (False, True, False):
-                await ask(server.port, body=req([usr("PROMPT-SECRET")], system="PROMPT-SECRET", stream=streaming,
-                                              tools=[tool("f", description="PROMPT-SECRET")]),
-                                              x_api_key="CLIENT-SECRET")
-
-    run(scenario())
-    lines = "".join(str(vars(record)) for record in caplog.records)
-    assert "request" in lines and not re.search("(ANSWER|PROMPT|CLIENT)-SECRET", lines)
-
-
 # ============================================================================
-# 3. SETTINGS
+# 25. ONE REQUEST
 # ============================================================================
 
-DOTENV = [  # text, variables, lines that are skipped
-    ("plain", "A=b", {"A": "b"}, []), ("CRLF", "A=b\r\nC=d\r\n", {"A": "b", "C": "d"}, []),
-    ("a BOM", "\ufeffA=b", {"A": "b"}, []), ("comments and empty lines", "# a\n\n  #b\nA=b", {"A": "b"}, []),
-    ("export", "export A=b\nexport\tC=d", {"A": "b", "C": "d"}, []),
-    ("blanks around", "  A = b  ", {"A": "b"}, []), ("blanks inside", "A=b c", {"A": "b c"}, []),
-    ("single quotes", "A='b # c'", {"A": "b # c"}, []), ("double quotes", 'A="b # c"', {"A": "b # c"}, []),
-    ("blanks in quotes", "A=' b '", {"A": " b "}, []), ("the other quotes inside", "A='\"'", {"A": '"'}, []),
-    ("a comment behind", "A=b # c", {"A": "b"}, []),
-    ("no comment without a blank", "A=b#c", {"A": "b#c"}, []),
-    ("a comment behind quotes", "A='b' # c", {"A": "b"}, []),
-    ("an equals sign inside", "A=b=c", {"A": "b=c"}, []),
-    ("empty", "A=", {"A": ""}, []), ("empty quotes", "A=''", {"A": ""}, []),
-    ("only a comment", "A= # c", {"A": ""}, []),
-    ("the last one counts", "A=b\nA=c", {"A": "c"}, []),
-    ("nothing is expanded or run", "A=$HOME`ls`$(ls)\\n", {"A": "$HOME`ls`$(ls)\\n"}, []),
-    ("an open quote", "A='b\nC=d", {"C": "d"}, [1]),
-    ("no equals sign", "A\nC=d\nexport B", {"C": "d"}, [1, 3]),
-    ("a name that is none", "1A=b\nA-B=c\n=d\nC=d", {"C": "d"}, [1, 2, 3]),
-    ("words behind quotes", "A='b'c\nC=d", {"C": "d"}, [1]),
-]
+def test_a_message():
+    (status, headers, body), (heard,) = run(asked_once(OK, req()))
+    message = json.loads(body)
+    assert (status, headers["content-type"], message["content"]) == (200, "application/json", [txt("Hello")])
+    assert re.fullmatch(r"req_[A-Za-z0-9]{24}", headers["request-id"])
+    assert heard.line == "POST /v1/chat/completions HTTP/1.1" and heard.body == PLAIN
+    assert {name: heard.headers[name]
+            for name in ("authorization", "content-type", "accept", "accept-encoding")} == {
+        "authorization": f"Bearer {KEY}", "content-type": "application/json", "accept": "application/json",
+        "accept-encoding": "identity"}
+    assert heard.headers["user-agent"] == f"aiapiproxy/{aiapiproxy.__version__}"
 
 
-@table(DOTENV, "text, values, skipped")
-def test_a_env_file(text, values, skipped):
-    assert aiapiproxy.dotenv_values(text) == (values, skipped)
+def test_a_stream():
+    # Clients send "accept: application/json" even for streams.
+    async def scenario():
+        async with proxied(stream(SIMPLE)) as (upstream, server):
+            answer = await ask(server.port, path="/v1/messages?beta=true", body=req(stream=True),
+                               accept="application/json", anthropic_beta="new-2030-01-01")
+            return answer, upstream.requests[0]
 
-
-@table([("only its owner", 0o600, 0), ("its group", 0o640, 1), ("everybody", 0o644, 1),
-        ("others alone", 0o604, 1)],
-       "mode, count")
-def test_a_env_file_that_others_can_read_is_warned_of(mode, count, tmp_path):
-    path = tmp_path / ".env"
-    path.write_text("OPENAI_API_KEY=sk-1\n")
-    path.chmod(mode)
-    _, found = aiapiproxy.read_env_file(str(path), True)
-    assert [facts["message"].count("chmod 600") for _, facts in found] == [1] * count
-
-
-BAD_VALUES = {
-    "SERVER_HOST": "a/b", "SERVER_PORT": "0", "OPENAI_API_KEY": "a b", "OPENAI_BASE_URL": "ftp://a",
-    "CLAUDE_HAIKU_MODEL": "a\x01", "CLAUDE_SONNET_MODEL": "a\x01", "CLAUDE_OPUS_MODEL": "a\x01",
-    "REQUEST_TIMEOUT": "0", "STREAM_TIMEOUT": "x", "LOG_LEVEL": "loud", "RUST_LOG": "loud",
-    "LOG_FORMAT": "xml",
-    "API_KEY_HEADER": "a b", "PROXY_API_KEY": "a b", "MAX_REQUEST_SIZE": "-1", "MAX_CONCURRENT_REQUESTS": "0",
-    "WORKERS": "0", "TOKIO_WORKER_THREADS": "1.5", "HTTPS_PROXY": "socks5://a", "HTTP_PROXY": "https://a",
-    "https_proxy": "http://a:b", "http_proxy": "http://", "UPSTREAM_HEADERS": "a", "RUST_BACKTRACE": "2",
-    "SSL_CERT_FILE": "a\x01", "SSL_CERT_DIR": "a\x01", "PID_FILE": "a\x01",
-}
-
-
-@table([(f"{name}={text!r}", name, text) for name, text in [
-           *BAD_VALUES.items(), *(("SERVER_PORT", text) for text in ("65536", "80a", "-1", "8e3", "\u0661")),
-           *(("REQUEST_TIMEOUT", text) for text in ("nan", "inf", "-1", "1e9", "1s")),
-           *(("OPENAI_BASE_URL", text) for text in ("a", "http://", "http://a:x", "http://a:99999",
-                                                    "http://a b",
-                                                    "http://u:p@a", "http://[::1")),
-           *(("UPSTREAM_HEADERS", text) for text in ("a b: c", "Host: a", "a: \xe4", "Content-Length: 1",
-                                                     "a:b\rc: d"))]], "name, text")
-def test_a_value_that_cannot_be_used_is_named(name, text):
-    with pytest.raises(aiapiproxy.ConfigError) as caught:
-        aiapiproxy.load_settings({name: text})
-    (problem,) = caught.value.problems
-    assert problem.startswith(name + " ") and "\n" not in problem
-    assert repr(text) not in problem or name not in ("OPENAI_API_KEY", "PROXY_API_KEY", "HTTPS_PROXY",
-                                                     "HTTP_PROXY")
-
-
-def test_all_bad_values_are_told_at_once_and_an_empty_one_counts_as_not_set():
-    with pytest.raises(aiapiproxy.ConfigError) as caught:
-        aiapiproxy.load_settings({"SERVER_PORT": "x", "WORKERS": "x", "LOG_LEVEL": "", "STREAM_TIMEOUT": " "})
-    assert len(caught.value.problems) == 2
-
-
-def test_the_environment_wins_over_the_file_and_the_file_over_the_default():
-    got = aiapiproxy.load_settings({"SERVER_PORT": "1", "WORKERS": ""}, {"SERVER_PORT": "2", "WORKERS": "3"})
-    assert (got.server_port, got.workers, got.request_timeout) == (1, 3, 30)
+    (status, headers, body), heard = run(scenario())
+    assert (status, printed(body)) == (200, HELLO)
+    assert {name: headers[name] for name in (
+        "content-type", "cache-control", "x-accel-buffering", "transfer-encoding")} == {
+        "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
+        "x-accel-buffering": "no", "transfer-encoding": "chunked"}
+    assert heard.body == STREAMED and heard.headers["accept"] == "text/event-stream"
+    assert not any(name.startswith("anthropic") for name in heard.headers)
 
 
 @table([
-    ("a slash", "https://a.b/v1/", "https://a.b/v1"),
-    ("the whole path", "https://a.b/v1/chat/completions", "https://a.b/v1"),
-    ("both", "http://a/chat/completions/", "http://a"),
-    ("a query", "https://a/x?api-version=1", "https://a/x?api-version=1"),
-    ("a port", "http://[::1]:11434/v1", "http://[::1]:11434/v1"),
+    ("a client's headers are not passed on", {"x_stainless_os": "Linux", "anthropic_version": "2023-06-01",
+                                              "x_api_key": "sk-ant-1", "cookie": "c=1", "x_app": "cli"}),
+    ("old and new clients are served alike",
+     {"anthropic_version": "2026-10-21", "authorization": "Bearer x"}),
+], "headers")
+def test_headers_of_a_client(headers):
+    async def scenario():
+        async with proxied(OK) as (upstream, server):
+            status, _, _ = await ask(server.port, body=req(), **headers)
+            return status, upstream.requests[0].headers
+
+    status, heard = run(scenario())
+    assert status == 200 and heard["authorization"] == f"Bearer {KEY}"
+    assert heard.keys() <= {"host", "content-length", "content-type", "accept", "accept-encoding",
+                            "user-agent",
+                            "authorization", "connection"}
+
+
+@pytest.mark.parametrize("streamed_too", [False, True])
+def test_max_tokens_0_is_answered_here(streamed_too):
+    answer, requests = run(asked_once(OK, req(max_tokens=0, stream=streamed_too)))
+    assert answer[0] == 200 and requests == []
+    if streamed_too:
+        assert printed(answer[2]) == "MS MD(max_tokens) ME"
+    else:
+        message = json.loads(answer[2])
+        assert (message["content"], message["stop_reason"]) == ([], "max_tokens")
+        assert (message["usage"]["input_tokens"], message["usage"]["output_tokens"]) == (8, 0)
+
+
+def test_a_rejected_thread_over_the_wire():
+    (status, _, body), _ = run(asked_once(OK, req(thread={"type": "create"})))
+    assert (status, json.loads(body)["error"]["details"]) == (
+        400, {"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
+
+
+def test_the_limit_reached_before_the_first_word_is_an_answer():
+    words = "Could not finish the message because max_tokens or model output limit was reached."
+    script = reply(400, error_like(None, words))
+    answer, _ = run(asked_once(script, req()))
+    assert (said(answer)["content"], said(answer)["stop_reason"]) == ([], "max_tokens")
+    answer, _ = run(asked_once(script, req(stream=True)))
+    assert said(answer) == "MS MD(max_tokens) ME"
+
+
+# ---- Answers that are not what was asked for
+
+SOME_MESSAGE = [think("r", "aap1.c."), only_x, use("call_1", "f", {"a": 1})]
+
+
+def test_sse_in_place_of_json():
+    answer, _ = run(asked_once(stream(*X_ONLY), req()))
+    assert (said(answer)["content"], said(answer)["stop_reason"]) == ([only_x], "end_turn")
+    answer, _ = run(asked_once(reply(200, sse(X_ONLY)), req()))  # by its first bytes
+    assert (said(answer)["content"], said(answer)["usage"]["output_tokens"]) == ([only_x], 3)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+@table([
+    ("blank lines in front", reply(200, b"\n\n \n" + json.dumps(completion(TEXT)).encode())),
+    ("many lines", reply(200, json.dumps(completion(TEXT), indent=2))),
+    ("many lines that claim to be events",
+     reply(200, json.dumps(completion(TEXT), indent=2), "text/event-stream")),
+    ("no content type that says so", reply(200, completion(TEXT), "text/plain")),
+], "script")
+def test_json_in_any_dress(script, streaming):
+    answer, _ = run(asked_once(script, req(stream=streaming)))
+    assert said(answer) == ONE_X if streaming else said(answer)["content"] == [only_x]
+
+
+def test_a_long_answer_is_streamed_and_collected():
+    script = stream(creason("r"), ctext("x"), WHOLE, cend("tool_calls"), cuse(5, 3), DONE)
+    answer, (heard,) = run(asked_once(script, req(max_tokens=16000, thinking=ADAPTIVE)))
+    message = said(answer)
+    assert heard.body["stream"] is True and heard.headers["accept"] == "text/event-stream"
+    assert (message["content"], message["stop_reason"], message["usage"]["output_tokens"]) == (
+        SOME_MESSAGE, "tool_use", 3)
+
+
+def test_a_long_answer_that_breaks_is_an_error():
+    answer, _ = run(asked_once(stream(ctext("x"), CUT), req(max_tokens=16000)))
+    assert said(answer).startswith("502 api_error: ")
+
+
+def test_json_in_place_of_sse():
+    message = {"content": "x", "reasoning_content": "r", "tool_calls": [call("call_1", "f", '{"a":1}')]}
+    answer, _ = run(asked_once(reply(200, completion(message, usage=used(5, 3))),
+                               req(stream=True, thinking=ADAPTIVE)))
+    assert said(answer) == ('MS 0+thinking 0h"r" 0s"aap1.c." 0- 1+text 1t"x" 1- '
+                            '2+tool(call_1,f) 2j`{"a":1}` 2- MD(tool_use) ME')
+
+
+WRONG = [  # reply, the same error whether a stream was asked or not
+    ("an empty body", reply(200, ""), "502 api_error"),
+    ("a page", reply(200, "<html>", "text/html"), "502 api_error"),
+    ("no choices", reply(200, {"choices": []}), "502 api_error"),
+    ("an array", reply(200, []), "502 api_error"),
+    ("an error", reply(200, error_like(429)), "429 rate_limit_error"),
+    ("an error with its status as text", reply(200, error_like("503")), "529 overloaded_error"),
+    ("an overflow", reply(200, {"error": {"message": "too many tokens in the prompt"}}),
+     "400 invalid_request_error"),
+    ("an error in SSE", stream(error_like(429, "slow")), "429 rate_limit_error"),
+    ("SSE that ends at once", stream(DONE), "502 api_error"),
+    ("SSE without anything", stream(b": comment\n\n"), "502 api_error"),
+    ("a redirect", reply(302, "", location="https://elsewhere.example/v1"), "502 api_error"),
+    ("a status", reply(503, JSON_ERROR), "529 overloaded_error"),
+    ("a body that ends early", Reply(200, {"content-type": "application/json"}, [b'{"choices"', CUT], 50),
+     "502 api_error"),
+    ("a reset", Reply(200, {"content-type": "application/json"}, [RESET], 50), "502 api_error"),
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+@table(WRONG, "script, want")
+def test_a_wrong_answer(script, want, streaming):
+    answer, requests = run(asked_once(script, req(stream=streaming)))
+    assert said(answer).startswith(want + ": ") and len(requests) == 1
+
+
+# ---- Streams that pause or break
+
+def test_silence_in_a_stream():
+    answer, _ = run(asked_once(stream(ctext("x"), HANG), req(stream=True), STREAM_TIMEOUT="0.2"))
+    assert said(answer) == 'MS 0+text 0t"x" ERR(timeout_error)'
+
+
+SILENCES = [  # request members, parts of the stream, what comes in a silence of a third of a second
+    ("a ping after text", {}, [ctext("x")], b'event: ping\ndata: {"type":"ping"}\n\n'),
+    ("the start while the upstream still thinks", {}, [b": thinking\n\n"], b"event: message_start\n"),
+    ("an empty delta while thinking is hidden", {"thinking": OMITTED}, [creason("a")],
+     b'"delta":{"type":"thinking_delta","thinking":""}}\n\n'),
+    ("a ping while thinking shows", {"thinking": ADAPTIVE}, [creason("a")],
+     b'event: ping\ndata: {"type":"ping"}\n\n'),
+]
+
+
+@table(SILENCES, "members, parts, sign")
+def test_a_sign_of_life_in_silence(members, parts, sign, monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "FIRST_CHUNK_WAIT", 0.01)
+    monkeypatch.setattr(aiapiproxy, "PING_INTERVAL", 0.3)
+
+    async def scenario():
+        async with proxied(stream(*parts, HANG)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True, **members)) as asking:
+                await asking.until(b"event: ping\n")
+                started, asking.read = asking.read, b""
+                if sign not in started or b"ping" in sign:
+                    await asking.until(sign)
+
+    run(scenario())
+
+
+def test_an_error_after_a_start_without_a_chunk_is_an_event(monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "FIRST_CHUNK_WAIT", 0.01)
+
+    async def scenario():
+        gate = asyncio.Event()
+        async with proxied(stream(b": thinking\n\n", gate, error_like(429))) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
+                await asking.until(b"event: ping\n")
+                gate.set()
+                return said(await asking.answer())
+
+    assert run(scenario()) == "MS ERR(rate_limit_error)"
+
+
+def test_a_stream_whose_end_does_not_come_is_whole(monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "FIRST_CHUNK_WAIT", 0.01)
+    monkeypatch.setattr(aiapiproxy, "LAST_CHUNK_WAIT", 0.3)
+    answer, _ = run(asked_once(stream(ctext("x"), cend("stop"), HANG), req(stream=True)))
+    assert said(answer) == ONE_X
+
+
+def test_a_prompt_that_was_cut_in_silence_is_logged_once(caplog):
+    async def scenario():
+        async with proxied(reply(200, completion(TEXT, usage=used(2000, 2)))) as (_, server):
+            for words in (100, 6000, 6000):
+                await ask(server.port, body=req([usr("word " * words)]))
+
+    run(scenario())
+    warnings = [record.levelname for record in caplog.records if "OLLAMA_CONTEXT_LENGTH" in str(vars(record))]
+    assert warnings == ["WARNING"]
+
+
+@table([
+    ("reset after the finish reason", [ctext("x"), cend("stop"), RESET], ONE_X),
+    ("cut after the finish reason", [ctext("x"), cend("stop"), CUT], ONE_X),
+    ("cut before it", [ctext("x"), CUT], BROKEN),
 ])
-def test_base_urls(given, want):
-    assert aiapiproxy.load_settings({"OPENAI_BASE_URL": given}).openai_base_url.geturl() == want
+def test_a_stream_that_breaks(given, want):
+    answer, _ = run(asked_once(stream(*given), req(stream=True)))
+    assert said(answer) == want
 
 
-@table([("a level", "debug", 10), ("trace is debug", "TRACE", 10), ("warning", "warning", 30),
-        ("the bare level of a list", "hyper=warn,error,tower=info", 40),
-        ("a list without one", "hyper=warn", 20)])
-def test_log_levels(given, want):
-    assert aiapiproxy.load_settings({"RUST_LOG": given}).log_level == want
+def test_a_reset_in_a_stream():
+    async def scenario():
+        gate = asyncio.Event()
+        async with proxied(stream(ctext("x"), gate, RESET)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
+                await asking.until(b"text_delta")
+                gate.set()
+                return said(await asking.answer())
+
+    assert run(scenario()) == BROKEN
 
 
-# ============================================================================
-# 17. MAIN: the program as a process
-# ============================================================================
+def test_a_stream_that_is_cut_anywhere_ends_in_an_error_event():
+    whole = sse([ROLE, ctext("x"), frag(0, "call_1", "f", '{"a":'), frag(0, None, None, "1}"), cend("tool_calls"),
+                 cuse(5, 3), DONE])
+    enough = whole.index(b"\n\n", whole.index(b"finish_reason\":\"tool")) + 1
+
+    async def scenario():
+        async with FakeUpstream(*[stream(whole[:at], CUT) for at in range(1, len(whole))]) as upstream:
+            async with bare(OPENAI_BASE_URL=upstream.url) as server:
+                for at in range(1, len(whole)):
+                    answer = await ask(server.port, body=req(stream=True, tools=[tool("f")]))
+                    if answer[0] == 200:
+                        shape = printed(answer[2])
+                        assert shape.endswith("MD(tool_use) ME"
+                                              if at >= enough else "ERR(api_error)"), (at, shape)
+                    else:
+                        assert checked(answer) == "502 api_error" and at < whole.index(b"\n\n") + 2, at
+
+    within(20, scenario())
+
+
+@table([
+    ("a line that is no JSON", [ctext("x"), sse(["{oops"]), ctext("y"), cend("stop"), DONE], BROKEN),
+    ("JSON cut off", [ctext("x"), sse(['{"choices":[{"delta":{"content":"']), DONE], BROKEN),
+    ("an error in the middle", [ctext("x"), error_like(500), DONE], BROKEN),
+    ("the end without a finish reason", [ctext("x"), CUT], BROKEN),
+    ("a line of 17 MiB", [ctext("x"), b"data: " + b" " * (17 << 20)], BROKEN),
+])
+def test_a_stream_that_goes_wrong_is_told_by_an_event(given, want):
+    answer, _ = run(asked_once(stream(*given), req(stream=True)))
+    assert said(answer) == want
+
+
+def test_a_stream_that_stalls_is_ended_and_its_upstream_left():
+    async def scenario():
+        async with proxied(stream(ctext("x"), HANG), STREAM_TIMEOUT="0.2") as (upstream, server):
+            answer = await ask(server.port, body=req(stream=True))
+            await asyncio.wait_for(upstream.disconnected.wait(), 1)
+            return said(answer), server.app.upstream.idle_count
+
+    assert run(scenario()) == ('MS 0+text 0t"x" ERR(timeout_error)', 0)
+
+
+def test_comments_keep_a_stream_alive():
+    async def comment(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream", length=False))
+            for _ in range(8):
+                await asyncio.sleep(0.06)
+                writer.write(b": keep-alive\n\n")
+            writer.write(sse([cend("stop"), DONE]))
+        writer.close()
+
+    async def scenario():
+        upstream = await asyncio.start_server(comment, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
+        async with bare(OPENAI_BASE_URL=url, STREAM_TIMEOUT="0.3") as server:
+            answer = await ask(server.port, body=req(stream=True))
+        upstream.close()
+        return said(answer)
+
+    assert run(scenario()) == ONE_X
+
+
+def test_a_client_that_reads_nothing_slows_the_upstream_and_is_not_cut():
+    async def scenario():
+        piece = sse([ctext("0123456789" * 3000)] * 1000)
+        async with facing([[raw_answer(b"", "Content-Type: text/event-stream", length=False), piece,
+                            sse([cend("stop"), DONE])]], STREAM_TIMEOUT="0.3") as (upstream, server):
+            async with Wire(server.port) as wire:
+                body = json.dumps(req(stream=True)).encode()
+                await wire.send(POST(f"Content-Length: {len(body)}", "Connection: close", body=body,
+                                     path="/v1/messages"))
+                await wire.more()
+                wire.reader._transport.pause_reading()
+                seen = -1
+                while seen != upstream.written:
+                    seen = upstream.written
+                    await asyncio.sleep(0.4)
+                assert seen < len(piece) * 0.8
+                (exchange,) = server._active
+                assert exchange._stream.unsent_bytes <= 262144
+                wire.reader._transport.resume_reading()
+                return seen + len(await wire.reader.read(-1)), await upstream.closed.wait()
+
+    assert within(15, scenario())[0] > 30000000
+
+
+def test_a_fault_of_the_proxy_in_a_stream_is_an_error_event(monkeypatch):
+    monkeypatch.setattr(aiapiproxy.ToolCalls, "find", lambda table, entry: 1 / 0)
+
+    async def scenario():
+        gate = asyncio.Event()
+        async with proxied(stream(ctext("x"), gate, frag(0, "call_1", "f", "{}"), DONE)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
+                await asking.until(b"text_delta")
+                gate.set()
+                return await asking.answer()
+
+    assert said(run(scenario())) == 'MS 0+text 0t"x" ERR(api_error)'
+
+
+# ---- Ends before the end
+
+def test_a_stop_sequence_ends_the_upstreams_work():
+    async def scenario():
+        async with proxied(stream(ctext("abcE"), ctext("NDxyz"), HANG)) as (upstream, server):
+            answer = await ask(server.port, body=req(stream=True, stop_sequences=["END"]))
+            await upstream.disconnected.wait()
+            return said(answer)
+
+    assert run(scenario()) == 'MS 0+text 0t"abc" 0- MD(stop_sequence,"END") ME'
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+def test_a_client_that_goes_away_ends_the_upstreams_work(streaming, capfd):
+    async def scenario():
+        async with proxied(stream(*([ctext("x")] if streaming else []), HANG)) as (upstream, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=streaming)) as asking:
+                await (asking.until(b"text_delta") if streaming else upstream.asked.wait())
+            await upstream.disconnected.wait()
+
+    run(scenario())
+    assert not re.search(r"(?i)error|traceback", capfd.readouterr().err)
+
+
+def test_a_stream_that_runs_at_the_end_of_the_proxy_is_told():
+    async def scenario():
+        async with proxied(stream(ctext("x"), HANG)) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
+                await asking.until(b"text_delta")
+                await server.drain(0)
+                return said(await asking.answer())
+
+    assert run(scenario()) == 'MS 0+text 0t"x" ERR(overloaded_error)'
+
+
+def test_a_client_that_goes_while_the_upstream_is_called_is_gone(caplog):
+    caplog.set_level(20, "aiapiproxy")
+
+    async def scenario():
+        with packet_hole() as url:
+            async with bare(OPENAI_BASE_URL=url) as server:
+                async with Wire(server.port) as wire:
+                    await wire.send(POST(f"Content-Length: {len(HI)}", body=HI, path="/v1/messages"))
+                    while not server.app.in_flight:
+                        await asyncio.sleep(0.001)
+                while server._tasks:
+                    await asyncio.sleep(0.001)
+                return server.app.in_flight
+
+    assert run(scenario()) == 0
+    (facts,) = [record.facts for record in caplog.records if record.getMessage() == "request"]
+    assert (facts["status"], facts["outcome"]) == (499, "client_gone")
+
+
+def test_an_end_that_comes_in_the_moment_of_the_shutdown_is_sent_whole(monkeypatch):
+    relays, begin = [], aiapiproxy.Relay.__init__
+
+    def noted(relay, *more):
+        begin(relay, *more)
+        relays.append(relay)
+
+    monkeypatch.setattr(aiapiproxy.Relay, "__init__", noted)
+
+    async def scenario():
+        gate = asyncio.Event()
+        async with facing([[raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream", length=False), gate]]) as (_, server):
+            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as client:
+                await client.until(b"text_delta")
+                ((exchange, task),) = server._active.items()
+                exchange.is_shut_down = True
+                task.cancel()
+                relays[0]._reply._stream._protocol.data_received(sse([ctext("y"), cend("stop"), DONE]))
+                return said(await client.answer())
+
+    assert run(scenario()) == 'MS 0+text 0t"x" 0t"y" ' + CLOSED
+
+
+# ---- Fuzz
 #
-# `Program` starts it with a clean environment in an empty folder and reads what it writes, line by line.
-# One that hangs is killed after 20 s, so that nothing waits for ever.
+# AIAPIPROXY_FUZZ_SECONDS=600 runs longer, and from another seed each time.
 
-PATCHED = "import sys, aiapiproxy; {}; sys.exit(aiapiproxy.main(sys.argv[1:]))"
-
-
-class Program:
-    """A process of the proxy; `patch` changes constants of it first."""
-
-    def __init__(self, folder, *arguments, patch="", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                 before=None,
-                 **environ):
-        path = os.path.abspath(aiapiproxy.__file__)
-        command = [sys.executable, "-c", PATCHED.format(patch)] if patch else [sys.executable, path]
-        environ = {"PATH": os.environ["PATH"], "PYTHONPATH": os.path.dirname(path),
-                   "PYTHONDONTWRITEBYTECODE": "1",
-                   "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:1/v1", **environ}
-        self.process = subprocess.Popen([*command, *arguments], cwd=str(folder), env=environ, stdout=stdout,
-                                        stderr=stderr, stdin=subprocess.DEVNULL, preexec_fn=before)
-        self.timer = threading.Timer(20, self.process.kill)
-        self.timer.start()
-        self.lines, self.port = [], 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.timer.cancel()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        for file in (self.process.stdout, self.process.stderr):
-            if file is not None:
-                file.close()
-
-    def until(self, event, file=None):
-        """The line of an event; each line before it is JSON too."""
-        file = file or self.process.stdout
-        while True:
-            line = file.readline()
-            assert line, f"ended before {event}: {self.lines}"
-            self.lines.append(json.loads(line))
-            if self.lines[-1]["event"] == event:
-                return self.lines[-1]
-
-    def started(self):
-        self.port = int(self.until("started")["address"].rpartition(":")[2])
-        return self
-
-    def signal(self, number):
-        self.process.send_signal(number)
-
-    def end(self):
-        """(exit code, what is left of stdout and stderr)."""
-        out, err = self.process.communicate()
-        return self.process.returncode, (out or b"").decode(), (err or b"").decode()
-
-    def get(self, path="/health", method="GET", body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        try:
-            connection.request(method, path, body, headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
-
-    def streaming(self):
-        """A stream that has begun: (connection, answer, its first bytes)."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        connection.request("POST", "/v1/messages", json.dumps(req(stream=True)))
-        answer = connection.getresponse()
-        start = b""
-        while b"text_delta" not in start:
-            piece = answer.read1(65536)
-            assert piece, (answer.status, start)
-            start += piece
-        return connection, answer, start
+FUZZ_SECONDS = float(os.environ.get("AIAPIPROXY_FUZZ_SECONDS", "2"))
+PIECES = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b",", b";", b"0", b"-1", b"5\r\n", b"0\r\n\r\n",
+          b"\r\n\r\n", b"\xff",
+          b"HTTP/1.1", b"Host: a", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
+          b"Expect: 100-continue\r\n",
+          b"Connection: close\r\n", b"\xef\xbb\xbf", b"{", b"}", b"[", b'"', b"\\", b"1e999", b"\\ud83d",
+          b"null",
+          b"data: ", b"event: error\n", b"[DONE]", b"18446744073709551616", b"a" * 300]
 
 
-@contextlib.contextmanager
-def hanging_upstream():
-    """A server that begins each stream and never ends it; its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    kept = []
+def mutated(raw, dice):
+    """Bytes with a few changes that a hostile or broken peer might make."""
+    raw = bytearray(raw)
+    for _ in range(dice.choice([0, 1, 1, 1, 2, 3, 8])):
+        at = dice.randrange(len(raw) + 1)
+        kind = dice.random()
+        if kind < 0.25 and raw:
+            raw[at % len(raw)] = dice.randrange(256)
+        elif kind < 0.6:
+            raw[at:at] = dice.choice(PIECES)
+        elif kind < 0.8:
+            del raw[at:at + dice.choice([1, 2, 10, 100])]
+        else:
+            raw[at:at] = raw[at:at + dice.choice([1, 20, 200])]
+    return bytes(raw)
 
-    def serve():
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                kept.append(connection)
-                data = b""
-                while b"stream\":true" not in data.replace(b" ", b""):
-                    data += connection.recv(65536)
-                connection.sendall(raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream", length=False))
 
-    threading.Thread(target=serve, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    finally:
-        listener.close()
-        for connection in kept:
-            connection.close()
+async def fuzzed(port, data, dice):
+    """Sends bytes in pieces and reads to the end: whatever is answered is HTTP, and never 500."""
+    async with Wire(port) as wire:
+        cut = dice.randrange(len(data) + 1)
+        with contextlib.suppress(ConnectionError):
+            await wire.send(data[:cut])
+            await wire.send(data[cut:])
+            if dice.random() < 0.2:
+                return
+            if dice.random() < 0.2:
+                wire.writer.write_eof()
+            while await asyncio.wait_for(wire.more(), 4):
+                pass
+        assert re.match(rb"HTTP/1\.1 [1-5]\d\d |$", wire.data), (data, wire.data)
+        assert b"Internal error" not in wire.data, (data, wire.data)
 
+
+def test_fuzz(monkeypatch, capfd, caplog):
+    for name in ("HEAD_TIME", "BODY_READ_TIME", "IDLE_KEEP_ALIVE", "LINGER_TIME", "LINGER_READ_TIME",
+                 "LAST_CHUNK_WAIT"):
+        monkeypatch.setattr(aiapiproxy, name, 0.05)
+    seed = 1 if FUZZ_SECONDS <= 5 else random.randrange(2 ** 32)
+    dice = random.Random(seed)
+    plain, streaming = (json.dumps(req(stream=flag)).encode() for flag in (False, True))
+    asked = [request for _, request, *_ in (*GOOD, *BAD_HEADS) if len(request) < 3000]
+    asked += [POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages")
+              for body in (plain, streaming)] * 10
+    told = [raw_answer(FINE, JSON_TYPE), raw_answer(FINE_SSE, "Content-Type: text/event-stream"),
+            raw_answer(b"%x\r\n%b\r\n0\r\n\r\n" % (len(FINE_SSE), FINE_SSE), "Transfer-Encoding: chunked",
+                       length=False),
+            raw_answer(gzip.compress(FINE), "Content-Encoding: gzip"), ECHOES[1][1], ECHOES[6][1],
+            ECHOES[8][1]]
+
+    async def scenario():
+        end = time.monotonic() + FUZZ_SECONDS * 0.8
+        count = 0
+        async with facing([b""], REQUEST_TIMEOUT="0.2", STREAM_TIMEOUT="0.2") as (upstream, server):
+            before, tasks = descriptors(), len(asyncio.all_tasks())
+            while time.monotonic() < end:
+                upstream.scripts = [[mutated(dice.choice(told), dice) for _ in range(2)] for _ in range(20)]
+                await asyncio.gather(*[fuzzed(server.port, mutated(dice.choice(asked), dice), dice)
+                                       for _ in range(20)])
+                assert (await ask(server.port, "GET", "/health", connection="close"))[0] == 200
+                count += 20
+            while server._tasks or upstream.connections:
+                server.app.upstream.close()
+                await asyncio.sleep(0.01)
+            assert server.app.in_flight == 0
+            while descriptors() > before or len(asyncio.all_tasks()) > tasks:
+                await asyncio.sleep(0.01)
+        return count
+
+    count = within(FUZZ_SECONDS + 10, scenario())
+    assert count > 50, f"seed {seed}"
+    assert "Traceback" not in capfd.readouterr().err
+    assert not [record for record in caplog.records if record.msg == "internal_error"]
+
+
+# ============================================================================
+# 27. OTHER ENDPOINTS
+# ============================================================================
+
+COUNTS = [
+    ("the plain request", req(), 8),
+    ("without max_tokens", without(req(), "max_tokens"), 8),
+    ("with any max_tokens and stream", req(max_tokens="x", stream="y"), 8),
+    ("an image", req([usr([txt("Hi"), img])]), 1608),
+]
+
+
+@table(COUNTS)
+def test_count_tokens(given, want):
+    async def scenario():
+        async with proxied(OK) as (upstream, server):
+            return await ask(server.port, path="/v1/messages/count_tokens", body=given), upstream.requests
+
+    (status, _, body), requests = run(scenario())
+    assert (status, json.loads(body), requests) == (200, {"input_tokens": want}, [])
+
+
+def test_count_tokens_rejects_what_messages_reject():
+    async def scenario():
+        async with proxied(OK) as (_, server):
+            return await ask(server.port, path="/v1/messages/count_tokens", body=without(req(), "messages"))
+
+    assert said(run(scenario())) == "400 invalid_request_error: messages: Field required"
+
+
+NAMES = ["claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-opus-5", "claude-sonnet-5",
+         "claude-opus-4-8", "claude-sonnet-4-6", "claude-haiku-4-5"]
+
+PAGES = [  # query, ids, has_more
+    ("all", "", NAMES, False),
+    ("as many as asked", "?limit=1000", NAMES, False),
+    ("two", "?limit=2", NAMES[:2], True),
+    ("the next two", "?limit=2&after_id=claude-sonnet-5-5", NAMES[2:4], True),
+    ("the last two", "?limit=2&after_id=claude-opus-4-8", NAMES[6:], False),
+    ("the two before", "?limit=2&before_id=claude-opus-5", NAMES[1:3], True),
+    ("nothing after the last", "?after_id=claude-haiku-4-5", [], False),
+    ("none that is retired", "?lifecycle=retired", [], False),
+]
+
+
+@table(PAGES, "query, ids, more")
+def test_list_of_models(query, ids, more):
+    async def scenario():
+        async with proxied(OK) as (_, server):
+            return await ask(server.port, "GET", "/v1/models" + query)
+
+    status, _, body = run(scenario())
+    found = json.loads(body)
+    assert status == 200 and [model["id"] for model in found.pop("data")] == ids
+    assert found == {"has_more": more, "first_id": ids[0] if ids else None,
+                     "last_id": ids[-1] if ids else None}
+
+
+def model(id, name, line):
+    return {"type": "model", "id": id, "display_name": name, "created_at": "1970-01-01T00:00:00Z",
+            "lifecycle": "active", "line": line, "max_input_tokens": None, "max_tokens": None,
+            "capabilities": None,
+            "deprecated_at": None, "retires_at": None}
+
+
+GETS = [  # path, answer
+    ("a listed model", "/v1/models/claude-sonnet-5-5",
+     model("claude-sonnet-5-5", "Claude Sonnet 5.5 (gpt-4o)", "sonnet")),
+    ("a Claude name", "/v1/models/claude-anything",
+     model("claude-anything", "claude-anything (gpt-4o)", None)),
+    ("a configured model", "/v1/models/gpt-4o", model("gpt-4o", "gpt-4o (gpt-4o)", None)),
+    ("an unknown model", "/v1/models/nothing", NOT_FOUND + "model: nothing"),
+    ("an unknown path", "/v1/skills", NOT_FOUND + "GET /v1/skills is not available here"),
+    ("no page", "/v1/models?limit=0", "400 invalid_request_error: limit: Input should be between 1 and 1000"),
+    ("no number", "/v1/models?limit=x",
+     "400 invalid_request_error: limit: Input should be between 1 and 1000"),
+    ("after nothing known", "/v1/models?after_id=x", "400 invalid_request_error: after_id: unknown model id"),
+]
+
+
+@table(GETS, "path, want")
+def test_get(path, want):
+    async def scenario():
+        async with proxied(OK) as (_, server):
+            return await ask(server.port, "GET", path)
+
+    assert said(run(scenario())) == want
+
+
+def test_methods_and_paths():
+    async def scenario():
+        async with proxied(OK) as (_, server):
+            status, headers, _ = answer = await ask(server.port, "GET", "/v1/messages")
+            assert (status, headers["allow"]) == (405, "POST")
+            assert said(answer).startswith("405 invalid_request_error: ")
+            assert said(await ask(server.port, path="/v1/messages/batches", body={})) == (
+                NOT_FOUND + "POST /v1/messages/batches is not available here")
+            status, _, body = await ask(server.port, "HEAD", "/api/hello")
+            assert (status, body) == (404, b"")
+            status, _, body = await ask(server.port, "HEAD", "/v1/models")
+            assert (status, body) == (200, b"")
+
+    run(scenario())
+
+
+# ============================================================================
+# 28. RUN
+# ============================================================================
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -6144,101 +6477,278 @@ def test_SIGHUP_reads_the_file_again_and_connections_go_on(tmp_path):
         kept.close()
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_SIGHUP_opens_the_logs_anew(workers, tmp_path):
-    out, err = tmp_path / "out.log", tmp_path / "err.log"
-    with out.open("ab") as stdout, err.open("ab") as stderr:
-        program = Program(tmp_path, "--port", "0", stdout=stdout, stderr=stderr, PID_FILE="p.pid",
-                          WORKERS=workers,
-                          patch="aiapiproxy.ROTATION_CHECK = 999")
-    with program:
-        wait_for(lambda: out.exists() and b"started" in out.read_bytes())
-        program.port = int(json.loads(out.read_text().splitlines()[0])["address"].rpartition(":")[2])
-        program.get("/x")
-        out.rename(tmp_path / "out.log.0")
-        program.signal(signal.SIGHUP)
-        wait_for(lambda: out.exists() and out.read_bytes().count(b"reloaded") == int(workers))
-        program.get("/y")
-        wait_for(lambda: b'"/y"' in out.read_bytes())
-        program.signal(signal.SIGTERM)
-        assert program.end()[0] == 0
-    old = (tmp_path / "out.log.0").read_text()
-    assert '"/x"' in old and '"/y"' not in old and stat.S_IMODE(out.stat().st_mode) & 0o037 == 0
-    for line in (old + out.read_text()).splitlines():
-        assert json.loads(line)["event"]
+def test_the_process_loads_nothing_from_its_working_folder_and_is_small_at_idle(tmp_path):
+    (tmp_path / "argparse.py").write_text("print('foreign')")
+    with Program(tmp_path, "--port", "0") as program:
+        program.started()
+        assert json.loads(program.get()[1])["pid"] == program.process.pid
+        with contextlib.suppress(FileNotFoundError):         # only Linux has it
+            size = int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(
+                f"/proc/{program.process.pid}/status").read_text())[1])
+            assert size < 55_000, "kB at idle"
 
 
-def test_a_log_that_was_moved_away_is_noticed_without_a_signal(tmp_path):
-    out = tmp_path / "out.log"
-    with out.open("ab") as stdout:
-        program = Program(tmp_path, "--port", "0", stdout=stdout, patch="aiapiproxy.ROTATION_CHECK = 0")
-    with program:
-        wait_for(lambda: b"started" in out.read_bytes())
-        program.port = int(json.loads(out.read_text())["address"].rpartition(":")[2])
-        out.rename(tmp_path / "out.log.0")
-        program.get("/y")
-        wait_for(lambda: out.exists() and b'"/y"' in out.read_bytes())
+# ============================================================================
+# 29. RECORD AND REPLAY
+# ============================================================================
+
+def test_an_exchange_is_recorded_and_replayed(tmp_path):
+    words = [creason("r"), ctext(f"my key is {KEY}"), frag(0, "call_1", "f", '{"a":1}'), cend("tool_calls"), cuse(5, 3), DONE]
+    _, headers, body = run(served_once(stream(*words), req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]),
+                                       RECORD_DIR=str(tmp_path / "records")))
+    (path,) = (tmp_path / "records").iterdir()
+    assert headers["request-id"] in path.name and path.stat().st_mode & 0o777 == 0o600
+    assert KEY not in path.read_text()
+    replayed = subprocess.run([sys.executable, aiapiproxy.__file__, "--replay", str(path)], stdout=subprocess.PIPE,
+                              check=True, timeout=20).stdout
+    assert printed(replayed) == printed(body).replace(KEY, f"sk-...{KEY[-4:]}")
 
 
-def wait_for(fact):
-    """Waits until something outside of this process is so; 10 s at most."""
-    end = time.monotonic() + 10
-    while not fact():
-        assert time.monotonic() < end, "it does not come"
-        threading.Event().wait(0.01)
+async def served_once(script, asked, **environ):
+    return (await asked_once(script, asked, **environ))[0]
 
 
-def free_port():
-    """A port that nobody has, below those that the system gives to outgoing connections."""
-    while True:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(20000, 30000))) as free:
-            return free.getsockname()[1]
+def test_what_is_not_a_record_is_not_replayed(tmp_path, capfd):
+    (tmp_path / "x.json").write_text("[]")
+    for path in (tmp_path / "x.json", tmp_path / "nothing"):
+        assert aiapiproxy.main(["--replay", str(path)]) == 1
+    assert len(capfd.readouterr().err.splitlines()) == 2
 
 
-def close_outputs():
-    os.close(1)
-    os.close(2)
+def test_old_records_make_room_for_new_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(aiapiproxy, "RECORDED_FILES", 2)
+    (tmp_path / "mine.json").write_text("kept")
+
+    async def scenario():
+        async with proxied(OK, RECORD_DIR=str(tmp_path)) as (_, server):
+            for _ in range(4):
+                await ask(server.port, body=req())
+
+    run(scenario())
+    assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "mine.json").exists()
 
 
-@table([("closed", "closed"), ("a full disk", "/dev/full"), ("a pipe that nobody reads", "pipe"),
-        ("a pipe that is full", "full pipe")], "way")
-def test_a_log_that_cannot_be_written_stops_nothing(way, tmp_path):
-    reader, writer = os.pipe()
-    options = {"stdout": writer, "stderr": writer}
-    if way == "closed":
-        options = {"before": close_outputs}
-    elif way == "/dev/full":
-        if not os.path.exists("/dev/full"):
-            pytest.skip("there is no /dev/full here")
-        options = {"stdout": os.open("/dev/full", os.O_WRONLY)}
-        options["stderr"] = options["stdout"]
-    elif way == "pipe":
-        os.close(reader)
-    else:
-        os.set_blocking(writer, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(writer, b"\n" * 65536)
-        os.set_blocking(writer, True)
-    port = free_port()
-    with Program(tmp_path, "--port", str(port), LOG_LEVEL="debug", **options) as program:
-        program.port = port
+# ============================================================================
+# 30. CHECK
+# ============================================================================
 
-        def serves():
-            with contextlib.suppress(OSError):
-                return program.get()[0] == 200
+def models_answer(*names):
+    return raw_answer(json.dumps({"object": "list", "data": [{"id": name} for name in names]}).encode(),
+                      "Connection: close")
 
-        wait_for(serves)
+
+CHECKS = [  # the upstream's answer to GET /models, exit code, what is said
+    ("all is well", models_answer("gpt-4o", "gpt-4o-mini", "gpt-5.1"), 0,
+     ["CLAUDE_OPUS_MODEL gpt-5.1 is there"]),
+    ("a model is missing", models_answer("gpt-4o", "gpt-4o-mini"), 1, ["fail  CLAUDE_OPUS_MODEL gpt-5.1"]),
+    ("the key is not accepted", raw_answer(b"{}", status=401), 1,
+     ["fail  the upstream answered 401", "OPENAI_API_KEY"]),
+    ("no list", raw_answer(b"{}", status=404), 0, ["warn  the upstream answered 404"]),
+    ("not a list", raw_answer(b"[1]"), 0, ["warn  the upstream's list"]),
+    ("it fails", raw_answer(b"{}", status=500), 1, ["fail  the upstream answered 500"]),
+    ("it closes", b"", 1, ["fail  Cannot connect"]),
+]
+
+
+@table(CHECKS, "answer, code, words")
+def test_check(answer, code, words, tmp_path):
+    async def scenario():
+        async with RawUpstream([answer]) as upstream:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, aiapiproxy.__file__, "--check", "--port", "1", cwd=str(tmp_path), stdout=-1,
+                stderr=-1,
+                env={"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, **MODELS})
+            return (*await process.communicate(), process.returncode, upstream.heads)
+
+    out, err, got, heads = run(scenario())
+    text = out.decode()
+    assert (got, err) == (code, b"") and KEY not in text and all(word in text for word in words), text
+    assert all(re.match("(ok   |warn |fail ) ", line) for line in text.splitlines())
+    assert heads[0].startswith("GET /v1/models HTTP/1.1") and f"Authorization: Bearer {KEY}" in heads[0]
+
+
+# ============================================================================
+# 31. DEMO
+# ============================================================================
+
+def test_the_demo_streams_a_message_and_calls_a_tool(tmp_path):
+    weather = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}},
+                                                        "required": ["city"]}}
+    with Program(tmp_path, "--demo", "--port", "0") as program:
+        program.started()
+        _, body = program.get("/v1/messages", "POST", json.dumps(req([usr("Hello")], stream=True)))
+        assert printed(body).endswith("0- MD(end_turn) ME") and b"demo" in body
+        _, body = program.get("/v1/messages", "POST", json.dumps(req([usr("Use get_weather")], tools=[weather])))
+        call = json.loads(body)["content"][-1]
+        assert (call["name"], call["input"]) == ("get_weather", {"city": "demo"})
+        result = [usr("Use get_weather"), asst([call]), usr([res(call["id"], "sunny")])]
+        _, body = program.get("/v1/messages", "POST", json.dumps(req(result, tools=[weather])))
+        assert "sunny" in json.loads(body)["content"][0]["text"]
+
+
+# ============================================================================
+# 32. STATUS PAGE
+# ============================================================================
+
+def test_the_page_is_for_browsers_and_brings_all_that_it_needs():
+    async def scenario():
+        settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY}, server_port=0)
+        server = aiapiproxy.Server(settings, aiapiproxy.STATUS_PAGE)
+        await server.start()
+        try:
+            page = await ask(server.port, "GET", "/", accept="text/html")
+            return page, await ask(server.port, "GET", "/", accept="application/json")
+        finally:
+            await server.drain(1)
+
+    (status, headers, page), (_, _, plain) = run(scenario())
+    assert status == 200 and headers["content-type"] == "text/html; charset=utf-8"
+    assert headers["content-security-policy"].startswith("default-src 'none'")
+    assert re.findall(rb"""(?:src|href)=["']?(?:https?:)?//""", page) == [] and b"innerHTML" not in page
+    assert json.loads(plain)["name"] == "aiapiproxy"
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+def test_a_browser_shows_the_requests_and_runs_nothing_of_them(tmp_path):
+    hostile = "<img src=x onerror=document.title='broken'>"
+    with Program(tmp_path, "--demo", "--port", "0") as program:
+        program.started()
+        program.get("/v1/messages", "POST", json.dumps({**req([usr("Hello")]), "model": hostile}))
+        page = subprocess.run([
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom",
+            f"http://127.0.0.1:{program.port}/"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=15,
+            check=True).stdout.decode()
+    assert "Ready" in page and "aiapiproxy-demo" in page and "<title>broken" not in page
+    assert "&lt;img src=x" in page and "<img" not in page
+
+
+# ============================================================================
+# 33. WORKERS
+# ============================================================================
+
+def total_requests(program):
+    _, body = program.get("/metrics")
+    return sum(int(value) for value in re.findall(r'requests_total\{route="other".* (\d+)\n', body.decode()))
+
+
+def test_workers_share_a_socket_add_up_and_are_replaced(tmp_path):
+    with Program(tmp_path, "--port", "0", WORKERS="2") as program:
+        program.started()
+        wait_for(lambda: len(children(program.process.pid)) == 2)
+        first = children(program.process.pid)
+        for _ in range(40):
+            assert program.get("/x")[0] == 404
+        wait_for(lambda: total_requests(program) == 40)
+        threading.Event().wait(0.3)                            # a worker tells the others now and then
+        killed = min(first)
+        os.kill(killed, signal.SIGKILL)
+        died = program.until("worker_died", program.process.stderr)
+        assert died["level"] == "error" and str(killed) in died["message"]
+        assert program.get()[0] == 200                     # while it is being replaced
+        wait_for(lambda: len(children(program.process.pid)) == 2
+                 and killed not in children(program.process.pid))
         for _ in range(20):
             assert program.get("/x")[0] == 404
-            body = json.dumps(req())
-            assert program.get("/v1/messages", "POST", body)[0] == 502
+        wait_for(lambda: total_requests(program) == 60)
+        workers = children(program.process.pid)
         program.signal(signal.SIGTERM)
-        assert program.end()[0] == 0
-    for descriptor in {reader, writer, *(each for each in options.values() if isinstance(each, int))}:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
+        assert program.end()[0] == 0 and not any(is_alive(pid) for pid in workers)
 
+
+def test_a_worker_that_is_replaced_has_the_settings_of_now(tmp_path):
+    file = tmp_path / ".env"
+    file.write_text("CLAUDE_OPUS_MODEL=first\n")
+    file.chmod(0o600)
+    with Program(tmp_path, "--port", "0", WORKERS="2", patch="aiapiproxy.WORKER_PAUSE = 0") as program:
+        program.started()
+        wait_for(lambda: len(children(program.process.pid)) == 2 and program.get()[0] == 200)
+        file.write_text("CLAUDE_OPUS_MODEL=second\n")
+
+        def reloaded():
+            program.signal(signal.SIGHUP)
+            program.until("reloaded")
+            return all(b"(second)" in program.get("/v1/models/claude-opus-5-5")[1] for _ in range(20))
+
+        wait_for(reloaded)
+        for killed in children(program.process.pid):
+            os.kill(killed, signal.SIGKILL)
+            program.until("worker_died", program.process.stderr)
+        for _ in range(20):
+            assert b"(second)" in program.get("/v1/models/claude-opus-5-5")[1]
+
+
+def test_several_workers_stop_accepting_at_once(tmp_path):
+    with hanging_upstream() as url, Program(tmp_path, "--port", "0", OPENAI_BASE_URL=url,
+                                            WORKERS="2") as program:
+        program.started()
+        connection, _, _ = program.streaming()
+        program.signal(signal.SIGTERM)
+        program.until("stopping")
+
+        def is_refused():
+            with contextlib.suppress(ConnectionResetError):
+                try:
+                    socket.create_connection(("127.0.0.1", program.port), 1).close()
+                except ConnectionRefusedError:
+                    return True
+            return False
+
+        began = time.monotonic()
+        wait_for(is_refused)
+        assert time.monotonic() - began < 2
+        connection.close()
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    with Program(tmp_path, "--port", "0", WORKERS="2", stdout=subprocess.PIPE) as program:
+        program.started()
+        wait_for(lambda: len(children(program.process.pid)) == 2 and program.get()[0] == 200)
+        workers = children(program.process.pid)
+        program.process.kill()
+        program.process.wait()
+        wait_for(lambda: not any(is_alive(pid) for pid in workers))
+
+
+# ============================================================================
+# 34. SPEED
+# ============================================================================
+
+CHUNK_TEXTS = ["the ", "quick", "\n", "\t", '"', "\\", "é", "中", "😀", "\ud83d", "", " ", "{", "}", "/", "\x7f", "\u2028", "a\\nb"]
+
+
+@pytest.mark.parametrize("size", [70, 3000, 65536])
+@pytest.mark.parametrize("kind", ["text", "reasoning", "arguments"])
+def test_runs_of_chunks_give_the_same_bytes_as_each_chunk_by_itself(kind, size, monkeypatch):
+    dice = random.Random(f"{kind} {size}")
+    texts = [dice.choice(CHUNK_TEXTS if dice.random() < 0.2 else CHUNK_TEXTS[:2]) for _ in range(600)]
+    if kind == "arguments":
+        whole = json.dumps({"a": "".join(texts)}, ensure_ascii=False)
+        cuts = sorted(dice.randrange(len(whole)) for _ in range(400))
+        chunks = [frag(0, "call_1", "f", "")] + [frag(0, "-", "-", whole[start:end]) for start, end in zip([0, *cuts], [
+            *cuts, len(whole)])]
+    else:
+        chunks = [ctext(text) if kind == "text" else creason(text) for text in texts]
+    raw = sse([*chunks, cend("stop"), DONE])
+
+    def events():
+        translator = aiapiproxy.StreamTranslator(aiapiproxy.checked_translation(
+            req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]), SETTINGS["local"]), lambda size: "x" * size)
+        return b"".join(translator.feed(raw[place:place + size]) for place in range(0, len(raw), size)), translator
+
+    fast, translator = events()
+    assert translator.done and translator.error is None
+    monkeypatch.setattr(aiapiproxy.ChunkPattern, "learn", lambda *_: None)
+    assert fast == events()[0]
+
+
+# ============================================================================
+# 35. COMMAND LINE
+# ============================================================================
 
 def test_a_port_in_use_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -6326,435 +6836,6 @@ def test_env_prints_what_points_a_client_here(tmp_path):
         code, out, err = program.end()
     assert (code, err) == (0, "") and KEY not in out
     assert out.splitlines()[0] == "export ANTHROPIC_BASE_URL=http://127.0.0.1:8099"
-
-
-def models_answer(*names):
-    return raw_answer(json.dumps({"object": "list", "data": [{"id": name} for name in names]}).encode(),
-                      "Connection: close")
-
-
-CHECKS = [  # the upstream's answer to GET /models, exit code, what is said
-    ("all is well", models_answer("gpt-4o", "gpt-4o-mini", "gpt-5.1"), 0,
-     ["CLAUDE_OPUS_MODEL gpt-5.1 is there"]),
-    ("a model is missing", models_answer("gpt-4o", "gpt-4o-mini"), 1, ["fail  CLAUDE_OPUS_MODEL gpt-5.1"]),
-    ("the key is not accepted", raw_answer(b"{}", status=401), 1,
-     ["fail  the upstream answered 401", "OPENAI_API_KEY"]),
-    ("no list", raw_answer(b"{}", status=404), 0, ["warn  the upstream answered 404"]),
-    ("not a list", raw_answer(b"[1]"), 0, ["warn  the upstream's list"]),
-    ("it fails", raw_answer(b"{}", status=500), 1, ["fail  the upstream answered 500"]),
-    ("it closes", b"", 1, ["fail  Cannot connect"]),
-]
-
-
-@table(CHECKS, "answer, code, words")
-def test_check(answer, code, words, tmp_path):
-    async def scenario():
-        async with RawUpstream([answer]) as upstream:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, aiapiproxy.__file__, "--check", "--port", "1", cwd=str(tmp_path), stdout=-1,
-                stderr=-1,
-                env={"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, **MODELS})
-            return (*await process.communicate(), process.returncode, upstream.heads)
-
-    out, err, got, heads = run(scenario())
-    text = out.decode()
-    assert (got, err) == (code, b"") and KEY not in text and all(word in text for word in words), text
-    assert all(re.match("(ok   |warn |fail ) ", line) for line in text.splitlines())
-    assert heads[0].startswith("GET /v1/models HTTP/1.1") and f"Authorization: Bearer {KEY}" in heads[0]
-
-
-# ---- several workers
-
-def children(pid):
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE,
-                             check=True).stdout.decode()
-    return {int(child) for child, parent in (line.split() for line in listing.splitlines())
-            if int(parent) == pid}
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-        return True
-    except ProcessLookupError:
-        return False
-
-
-def total_requests(program):
-    _, body = program.get("/metrics")
-    return sum(int(value) for value in re.findall(r'requests_total\{route="other".* (\d+)\n', body.decode()))
-
-
-def test_workers_share_a_socket_add_up_and_are_replaced(tmp_path):
-    with Program(tmp_path, "--port", "0", WORKERS="2") as program:
-        program.started()
-        wait_for(lambda: len(children(program.process.pid)) == 2)
-        first = children(program.process.pid)
-        for _ in range(40):
-            assert program.get("/x")[0] == 404
-        wait_for(lambda: total_requests(program) == 40)
-        threading.Event().wait(0.3)                            # a worker tells the others now and then
-        killed = min(first)
-        os.kill(killed, signal.SIGKILL)
-        died = program.until("worker_died", program.process.stderr)
-        assert died["level"] == "error" and str(killed) in died["message"]
-        assert program.get()[0] == 200                     # while it is being replaced
-        wait_for(lambda: len(children(program.process.pid)) == 2
-                 and killed not in children(program.process.pid))
-        for _ in range(20):
-            assert program.get("/x")[0] == 404
-        wait_for(lambda: total_requests(program) == 60)
-        workers = children(program.process.pid)
-        program.signal(signal.SIGTERM)
-        assert program.end()[0] == 0 and not any(is_alive(pid) for pid in workers)
-
-
-def test_a_worker_that_is_replaced_has_the_settings_of_now(tmp_path):
-    file = tmp_path / ".env"
-    file.write_text("CLAUDE_OPUS_MODEL=first\n")
-    file.chmod(0o600)
-    with Program(tmp_path, "--port", "0", WORKERS="2", patch="aiapiproxy.WORKER_PAUSE = 0") as program:
-        program.started()
-        wait_for(lambda: len(children(program.process.pid)) == 2 and program.get()[0] == 200)
-        file.write_text("CLAUDE_OPUS_MODEL=second\n")
-
-        def reloaded():
-            program.signal(signal.SIGHUP)
-            program.until("reloaded")
-            return all(b"(second)" in program.get("/v1/models/claude-opus-5-5")[1] for _ in range(20))
-
-        wait_for(reloaded)
-        for killed in children(program.process.pid):
-            os.kill(killed, signal.SIGKILL)
-            program.until("worker_died", program.process.stderr)
-        for _ in range(20):
-            assert b"(second)" in program.get("/v1/models/claude-opus-5-5")[1]
-
-
-def test_several_workers_stop_accepting_at_once(tmp_path):
-    with hanging_upstream() as url, Program(tmp_path, "--port", "0", OPENAI_BASE_URL=url,
-                                            WORKERS="2") as program:
-        program.started()
-        connection, _, _ = program.streaming()
-        program.signal(signal.SIGTERM)
-        program.until("stopping")
-
-        def is_refused():
-            with contextlib.suppress(ConnectionResetError):
-                try:
-                    socket.create_connection(("127.0.0.1", program.port), 1).close()
-                except ConnectionRefusedError:
-                    return True
-            return False
-
-        began = time.monotonic()
-        wait_for(is_refused)
-        assert time.monotonic() - began < 2
-        connection.close()
-
-
-def test_workers_end_with_their_parent(tmp_path):
-    with Program(tmp_path, "--port", "0", WORKERS="2", stdout=subprocess.PIPE) as program:
-        program.started()
-        wait_for(lambda: len(children(program.process.pid)) == 2 and program.get()[0] == 200)
-        workers = children(program.process.pid)
-        program.process.kill()
-        program.process.wait()
-        wait_for(lambda: not any(is_alive(pid) for pid in workers))
-
-
-# ============================================================================
-# Fuzz
-# ============================================================================
-#
-# AIAPIPROXY_FUZZ_SECONDS=600 runs longer, and from another seed each time.
-
-FUZZ_SECONDS = float(os.environ.get("AIAPIPROXY_FUZZ_SECONDS", "2"))
-PIECES = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b",", b";", b"0", b"-1", b"5\r\n", b"0\r\n\r\n",
-          b"\r\n\r\n", b"\xff",
-          b"HTTP/1.1", b"Host: a", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
-          b"Expect: 100-continue\r\n",
-          b"Connection: close\r\n", b"\xef\xbb\xbf", b"{", b"}", b"[", b'"', b"\\", b"1e999", b"\\ud83d",
-          b"null",
-          b"data: ", b"event: error\n", b"[DONE]", b"18446744073709551616", b"a" * 300]
-
-
-def mutated(raw, dice):
-    """Bytes with a few changes that a hostile or broken peer might make."""
-    raw = bytearray(raw)
-    for _ in range(dice.choice([0, 1, 1, 1, 2, 3, 8])):
-        at = dice.randrange(len(raw) + 1)
-        kind = dice.random()
-        if kind < 0.25 and raw:
-            raw[at % len(raw)] = dice.randrange(256)
-        elif kind < 0.6:
-            raw[at:at] = dice.choice(PIECES)
-        elif kind < 0.8:
-            del raw[at:at + dice.choice([1, 2, 10, 100])]
-        else:
-            raw[at:at] = raw[at:at + dice.choice([1, 20, 200])]
-    return bytes(raw)
-
-
-async def fuzzed(port, data, dice):
-    """Sends bytes in pieces and reads to the end: whatever is answered is HTTP, and never 500."""
-    async with Wire(port) as wire:
-        cut = dice.randrange(len(data) + 1)
-        with contextlib.suppress(ConnectionError):
-            await wire.send(data[:cut])
-            await wire.send(data[cut:])
-            if dice.random() < 0.2:
-                return
-            if dice.random() < 0.2:
-                wire.writer.write_eof()
-            while await asyncio.wait_for(wire.more(), 4):
-                pass
-        assert re.match(rb"HTTP/1\.1 [1-5]\d\d |$", wire.data), (data, wire.data)
-        assert b"Internal error" not in wire.data, (data, wire.data)
-
-
-def test_fuzz(monkeypatch, capfd, caplog):
-    for name in ("HEAD_TIME", "BODY_READ_TIME", "IDLE_KEEP_ALIVE", "LINGER_TIME", "LINGER_READ_TIME",
-                 "LAST_CHUNK_WAIT"):
-        monkeypatch.setattr(aiapiproxy, name, 0.05)
-    seed = 1 if FUZZ_SECONDS <= 5 else random.randrange(2 ** 32)
-    dice = random.Random(seed)
-    plain, streaming = (json.dumps(req(stream=flag)).encode() for flag in (False, True))
-    asked = [request for _, request, *_ in (*GOOD, *BAD_HEADS) if len(request) < 3000]
-    asked += [POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages")
-              for body in (plain, streaming)] * 10
-    told = [raw_answer(FINE, JSON_TYPE), raw_answer(FINE_SSE, "Content-Type: text/event-stream"),
-            raw_answer(b"%x\r\n%b\r\n0\r\n\r\n" % (len(FINE_SSE), FINE_SSE), "Transfer-Encoding: chunked",
-                       length=False),
-            raw_answer(gzip.compress(FINE), "Content-Encoding: gzip"), ECHOES[1][1], ECHOES[6][1],
-            ECHOES[8][1]]
-
-    async def scenario():
-        end = time.monotonic() + FUZZ_SECONDS * 0.8
-        count = 0
-        async with facing([b""], REQUEST_TIMEOUT="0.2", STREAM_TIMEOUT="0.2") as (upstream, server):
-            before, tasks = descriptors(), len(asyncio.all_tasks())
-            while time.monotonic() < end:
-                upstream.scripts = [[mutated(dice.choice(told), dice) for _ in range(2)] for _ in range(20)]
-                await asyncio.gather(*[fuzzed(server.port, mutated(dice.choice(asked), dice), dice)
-                                       for _ in range(20)])
-                assert (await ask(server.port, "GET", "/health", connection="close"))[0] == 200
-                count += 20
-            while server._tasks or upstream.connections:
-                server.app.upstream.close()
-                await asyncio.sleep(0.01)
-            assert server.app.in_flight == 0
-            while descriptors() > before or len(asyncio.all_tasks()) > tasks:
-                await asyncio.sleep(0.01)
-        return count
-
-    count = within(FUZZ_SECONDS + 10, scenario())
-    assert count > 50, f"seed {seed}"
-    assert "Traceback" not in capfd.readouterr().err
-    assert not [record for record in caplog.records if record.msg == "internal_error"]
-
-
-# ---- the demo, the status page, the metrics, records -------------------------
-
-def test_the_demo_streams_a_message_and_calls_a_tool(tmp_path):
-    weather = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}},
-                                                        "required": ["city"]}}
-    with Program(tmp_path, "--demo", "--port", "0") as program:
-        program.started()
-        _, body = program.get("/v1/messages", "POST", json.dumps(req([usr("Hello")], stream=True)))
-        assert printed(body).endswith("0- MD(end_turn) ME") and b"demo" in body
-        _, body = program.get("/v1/messages", "POST", json.dumps(req([usr("Use get_weather")], tools=[weather])))
-        call = json.loads(body)["content"][-1]
-        assert (call["name"], call["input"]) == ("get_weather", {"city": "demo"})
-        result = [usr("Use get_weather"), asst([call]), usr([res(call["id"], "sunny")])]
-        _, body = program.get("/v1/messages", "POST", json.dumps(req(result, tools=[weather])))
-        assert "sunny" in json.loads(body)["content"][0]["text"]
-
-
-def test_the_process_loads_nothing_from_its_working_folder_and_is_small_at_idle(tmp_path):
-    (tmp_path / "argparse.py").write_text("print('foreign')")
-    with Program(tmp_path, "--port", "0") as program:
-        program.started()
-        assert json.loads(program.get()[1])["pid"] == program.process.pid
-        with contextlib.suppress(FileNotFoundError):         # only Linux has it
-            size = int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(
-                f"/proc/{program.process.pid}/status").read_text())[1])
-            assert size < 55_000, "kB at idle"
-
-
-async def served(script, *requests, path="/status", **environ):
-    """What a path answers after these requests."""
-    async with proxied(script, **environ) as (_, server):
-        for request in requests:
-            await ask(server.port, body=request)
-        return await ask(server.port, "GET", path)
-
-
-def test_the_status_has_the_requests_and_no_word_of_them():
-    _, _, body = run(served(OK, req([usr("a secret")]), {"model": "x"}, req(stream=True)))
-    found = json.loads(body)
-    assert KEY.encode() not in body and b"secret" not in body and b"Hello" not in body
-    assert [(entry["status"], entry["outcome"], entry["output_tokens"]) for entry in found["recent"]] == [
-        (200, "ok", 2), (400, "rejected", None), (200, "ok", 2)]
-    assert (found["requests"], found["errors"], found["health"], found["models"]["sonnet"]) == (3, 1, "ready", "gpt-4o")
-    assert len(found["minutes"]) == 60 and sum(minute["requests"] for minute in found["minutes"]) == 3
-    assert found["environment"][0].startswith("export ANTHROPIC_BASE_URL=http://127.0.0.1:")
-
-
-def test_the_page_is_for_browsers_and_brings_all_that_it_needs():
-    async def scenario():
-        settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY}, server_port=0)
-        server = aiapiproxy.Server(settings, aiapiproxy.STATUS_PAGE)
-        await server.start()
-        try:
-            page = await ask(server.port, "GET", "/", accept="text/html")
-            return page, await ask(server.port, "GET", "/", accept="application/json")
-        finally:
-            await server.drain(1)
-
-    (status, headers, page), (_, _, plain) = run(scenario())
-    assert status == 200 and headers["content-type"] == "text/html; charset=utf-8"
-    assert headers["content-security-policy"].startswith("default-src 'none'")
-    assert re.findall(rb"""(?:src|href)=["']?(?:https?:)?//""", page) == [] and b"innerHTML" not in page
-    assert json.loads(plain)["name"] == "aiapiproxy"
-
-
-CHUNK_TEXTS = ["the ", "quick", "\n", "\t", '"', "\\", "é", "中", "😀", "\ud83d", "", " ", "{", "}", "/", "\x7f", "\u2028", "a\\nb"]
-
-
-@pytest.mark.parametrize("size", [70, 3000, 65536])
-@pytest.mark.parametrize("kind", ["text", "reasoning", "arguments"])
-def test_runs_of_chunks_give_the_same_bytes_as_each_chunk_by_itself(kind, size, monkeypatch):
-    dice = random.Random(f"{kind} {size}")
-    texts = [dice.choice(CHUNK_TEXTS if dice.random() < 0.2 else CHUNK_TEXTS[:2]) for _ in range(600)]
-    if kind == "arguments":
-        whole = json.dumps({"a": "".join(texts)}, ensure_ascii=False)
-        cuts = sorted(dice.randrange(len(whole)) for _ in range(400))
-        chunks = [frag(0, "call_1", "f", "")] + [frag(0, "-", "-", whole[start:end]) for start, end in zip([0, *cuts], [
-            *cuts, len(whole)])]
-    else:
-        chunks = [ctext(text) if kind == "text" else creason(text) for text in texts]
-    raw = sse([*chunks, cend("stop"), DONE])
-
-    def events():
-        translator = aiapiproxy.StreamTranslator(aiapiproxy.checked_translation(
-            req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]), SETTINGS["local"]), lambda size: "x" * size)
-        return b"".join(translator.feed(raw[place:place + size]) for place in range(0, len(raw), size)), translator
-
-    fast, translator = events()
-    assert translator.done and translator.error is None
-    monkeypatch.setattr(aiapiproxy.ChunkPattern, "learn", lambda *_: None)
-    assert fast == events()[0]
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
-def test_a_browser_shows_the_requests_and_runs_nothing_of_them(tmp_path):
-    hostile = "<img src=x onerror=document.title='broken'>"
-    with Program(tmp_path, "--demo", "--port", "0") as program:
-        program.started()
-        program.get("/v1/messages", "POST", json.dumps({**req([usr("Hello")]), "model": hostile}))
-        page = subprocess.run([
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom",
-            f"http://127.0.0.1:{program.port}/"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=15,
-            check=True).stdout.decode()
-    assert "Ready" in page and "aiapiproxy-demo" in page and "<title>broken" not in page
-    assert "&lt;img src=x" in page and "<img" not in page
-
-
-METRIC_LINE = re.compile(r'[a-z_]+(\{[a-z_]+="([^"\\]|\\.)*"(,[a-z_]+="([^"\\]|\\.)*")*\})? [0-9.e+-]+')
-
-
-def test_the_metrics_are_prometheus_text_with_bounded_labels():
-    models = [req(model=f'm"{number}\\\n') for number in range(40)]
-    _, headers, body = run(served(OK, *models, path="/metrics"))
-    lines = body.decode().splitlines()
-    assert headers["content-type"].startswith("text/plain; version=0.0.4")
-    assert [line for line in lines if not line.startswith("# ") and not METRIC_LINE.fullmatch(line)] == []
-    assert 'aiapiproxy_requests_total{route="/v1/messages",status="200",outcome="ok"} 40' in lines
-    assert 'aiapiproxy_request_duration_seconds_count 40' in lines
-    assert len([line for line in lines if line.startswith("aiapiproxy_tokens_total")]) <= 3 * 21
-    if shutil.which("promtool"):
-        subprocess.run(["promtool", "check", "metrics"], input=body, check=True)
-
-
-def test_an_exchange_is_recorded_and_replayed(tmp_path):
-    words = [creason("r"), ctext(f"my key is {KEY}"), frag(0, "call_1", "f", '{"a":1}'), cend("tool_calls"), cuse(5, 3), DONE]
-    _, headers, body = run(served_once(stream(*words), req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]),
-                                       RECORD_DIR=str(tmp_path / "records")))
-    (path,) = (tmp_path / "records").iterdir()
-    assert headers["request-id"] in path.name and path.stat().st_mode & 0o777 == 0o600
-    assert KEY not in path.read_text()
-    replayed = subprocess.run([sys.executable, aiapiproxy.__file__, "--replay", str(path)], stdout=subprocess.PIPE,
-                              check=True, timeout=20).stdout
-    assert printed(replayed) == printed(body).replace(KEY, f"sk-...{KEY[-4:]}")
-
-
-async def served_once(script, asked, **environ):
-    return (await asked_once(script, asked, **environ))[0]
-
-
-def test_what_is_not_a_record_is_not_replayed(tmp_path, capfd):
-    (tmp_path / "x.json").write_text("[]")
-    for path in (tmp_path / "x.json", tmp_path / "nothing"):
-        assert aiapiproxy.main(["--replay", str(path)]) == 1
-    assert len(capfd.readouterr().err.splitlines()) == 2
-
-
-def test_old_records_make_room_for_new_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(aiapiproxy, "RECORDED_FILES", 2)
-    (tmp_path / "mine.json").write_text("kept")
-
-    async def scenario():
-        async with proxied(OK, RECORD_DIR=str(tmp_path)) as (_, server):
-            for _ in range(4):
-                await ask(server.port, body=req())
-
-    run(scenario())
-    assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "mine.json").exists()
-
-
-@pytest.mark.parametrize("chunks, asked", [
-    ([ctext("x" * 600)] * 2, req(max_tokens=16000)),
-    ([frag(0, "call_1", "f", '{"a":"' + "x" * 600), frag(1, "call_2", "g", '{"b":"' + "x" * 1200)],
-     req(stream=True)),
-    ([creason("x" * 600)] * 2, req(stream=True, thinking={"type": "adaptive", "display": "omitted"})),
-    ([frag(0, "call_1", "f", "[" + "1," * 600)], req(stream=True)),
-], ids=["a collected answer", "a call behind another", "hidden reasoning", "arguments to be repaired"])
-def test_what_is_kept_of_an_answer_has_a_bound(chunks, asked, monkeypatch):
-    monkeypatch.setattr(aiapiproxy, "MAX_BUFFERED_ANSWER", 1000)
-    answer, _ = run(asked_once(stream(*chunks, cend("stop"), DONE), asked))
-    assert "ERR(api_error)" in said(answer) if asked.get("stream") else said(answer).startswith("502 api_error: ")
-
-
-def test_a_fault_of_the_proxy_in_a_stream_is_an_error_event(monkeypatch):
-    monkeypatch.setattr(aiapiproxy.ToolCalls, "find", lambda table, entry: 1 / 0)
-
-    async def scenario():
-        gate = asyncio.Event()
-        async with proxied(stream(ctext("x"), gate, frag(0, "call_1", "f", "{}"), DONE)) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
-                await asking.until(b"text_delta")
-                gate.set()
-                return await asking.answer()
-
-    assert said(run(scenario())) == 'MS 0+text 0t"x" ERR(api_error)'
-
-
-@pytest.mark.parametrize("asked", [req(), req(stream=True)], ids=["plain", "stream"])
-def test_an_error_of_strange_numbers_is_an_error(asked):
-    answer, _ = run(asked_once(reply(400, b'{"error":{"message":1e999,"code":NaN}}'), asked))
-    assert said(answer).startswith("400 invalid_request_error: ")
-
-
-def test_the_upstream_request_of_a_large_body_is_dropped_when_it_answers_early():
-    refusal = reply(413, {"error": {"message": "too large for us"}})
-    answer, _ = run(asked_once(refusal, req([usr("x" * 3_000_000)])))
-    assert said(answer) == "413 request_too_large: too large for us"
 
 
 # ============================================================================
@@ -6873,7 +6954,149 @@ def test_the_readme_lists_every_setting():
     assert set(re.findall(r"^\| `([A-Z_]+)`", README, re.M)) == setting_names()
 
 
-# ---- a Mac in a folder ---------------------------------------------------------------------------
+# ---- README.md, the guide's part
+
+README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+GUIDE = ["Prerequisites", "Build the Application", "Create Service User", "Install Application Files",
+         "Configure Environment", "Install Launch Daemon", "Load and Start the Service", "Service Management Commands",
+         "Monitoring and Logs", "Health Check", "Firewall Configuration", "Reverse Proxy Setup (Optional)",
+         "Updating the Service", "Troubleshooting", "Security Considerations", "Performance Tuning", "Log Rotation",
+         "Uninstallation", "Where this differs from the guide", "Comparison: macOS and Linux"]
+
+
+def test_every_section_of_the_guide_is_in_the_readme_in_its_order():
+    assert [title for title in re.findall(r"^#+ (.*)", README, re.M) if title in GUIDE] == GUIDE
+
+
+def test_the_readmes_accounts_by_hand_are_those_of_install_sh(installed):
+    by_hand = re.findall(r"^sudo (dscl \. -create .*)", README, re.M)
+    assert {line.replace("$n", "499").replace("'", "").replace('"', "") for line in by_hand} == {
+        line.replace("-merge", "-create") for line in installed.changes("dscl")}
+
+
+def test_the_readmes_rotation_is_that_of_install_sh(installed):
+    lines = installed.files()["etc/newsyslog.d/aiapiproxy.conf"][1].splitlines()[1:]
+    assert re.findall(r"^/usr/local/var/log/aiapiproxy/\w+\.log .*", README, re.M) == lines
+
+
+# ---- com.aiapiproxy.plist
+
+@pytest.fixture(scope="module")
+def plist():
+    return plistlib.loads((ROOT / "com.aiapiproxy.plist").read_bytes())
+
+
+PLIST = [
+    ("the label is that of the file", "Label", "com.aiapiproxy"),
+    ("the program is the installed one, which names its interpreter itself",
+     "ProgramArguments", ["/usr/local/bin/aiapiproxy"]),
+    ("it works where its configuration lies", "WorkingDirectory", "/usr/local/etc/aiapiproxy"),
+    ("it runs as its own user", "UserName", "_aiapiproxy"),
+    ("it runs in its own group", "GroupName", "_aiapiproxy"),
+    ("it starts at boot", "RunAtLoad", True),
+    ("it is started again after a failure only", "KeepAlive", {"SuccessfulExit": False}),
+    ("a crash loop is slowed down", "ThrottleInterval", 10),
+    ("info goes to its own log", "StandardOutPath", "/usr/local/var/log/aiapiproxy/stdout.log"),
+    ("errors go to their own log", "StandardErrorPath", "/usr/local/var/log/aiapiproxy/stderr.log"),
+    ("a log that launchd makes is not for everybody", "Umask", 0o027),
+    ("it is not throttled like a background job", "ProcessType", None),
+    ("nothing but the place of the pid file is set beside .env",
+     "EnvironmentVariables", {"PID_FILE": "/usr/local/var/log/aiapiproxy/aiapiproxy.pid"}),
+]
+
+
+@pytest.mark.parametrize("key, want", [row[1:] for row in PLIST], ids=[row[0] for row in PLIST])
+def test_the_plist(plist, key, want):
+    assert plist.get(key) == want
+
+
+def test_the_plist_leaves_more_time_to_end_than_the_program_takes(plist):
+    assert plist["ExitTimeOut"] > 10
+
+
+@pytest.mark.parametrize("limits", ["SoftResourceLimits", "HardResourceLimits"])
+def test_the_plist_has_descriptors_for_a_thousand_streams_and_limits_nothing_else(plist, limits):
+    assert list(plist[limits]) == ["NumberOfFiles"] and 2 * 1000 + 100 < plist[limits]["NumberOfFiles"] <= 65536
+
+
+def test_the_plist_holds_no_secret_and_nothing_of_another_language():
+    text = (ROOT / "com.aiapiproxy.plist").read_text()
+    assert re.findall(r"_KEY|sk-|RUST_|TOKIO_|ResidentSetSize|NumberOfProcesses", text) == []
+
+
+# ---- The scripts as text
+
+SCRIPTS = pytest.mark.parametrize("script", ["install.sh", "uninstall.sh"])
+SHELLS = [shell for shell in (["sh"], ["dash"], ["bash", "--posix"]) if shutil.which(shell[0])]
+
+
+def functions(script):
+    return re.findall(r"^(\w+)\(\) \{", (ROOT / script).read_text(), re.M)
+
+
+def steps_of_main(script):
+    body = re.search(r"^main\(\) \{.*?\n(.*?)^\}", (ROOT / script).read_text(), re.M | re.S).group(1)
+    return re.findall(r"^    (\w+)", body, re.M)
+
+
+@SCRIPTS
+def test_a_script_has_its_run_bit(script):
+    assert os.access(ROOT / script, os.X_OK)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_a_script_is_syntactically_right_for_every_shell(script, shell):
+    assert subprocess.run([*shell, "-n", ROOT / script], stderr=subprocess.PIPE).stderr == b""
+
+
+@SCRIPTS
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing(script):
+    result = subprocess.run(["shellcheck", "-s", "sh", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert result.stdout == ""
+
+
+@SCRIPTS
+def test_a_download_that_was_cut_off_runs_nothing(script):
+    assert (ROOT / script).read_text().endswith('\nmain "$@"\n')
+
+
+@SCRIPTS
+def test_main_is_a_list_of_the_steps_in_the_order_of_the_file(script):
+    steps = steps_of_main(script)
+    assert [name for name in functions(script) if name in steps] == steps
+
+
+def test_the_guides_steps_are_functions_of_install_sh_in_the_guides_order():
+    assert [step for step in steps_of_main("install.sh") if step != "read_options"] == [
+        "check_prerequisites", "build_the_application", "create_service_user", "install_application_files",
+        "configure_environment", "install_launch_daemon", "install_log_rotation", "load_and_start_service",
+        "verify_health", "show_next_steps"]
+
+
+def test_install_sh_prints_the_guides_headings(installed):
+    assert re.findall("^==> (.*)", (installed.state / "stdout").read_text(), re.M) == [
+        "Prerequisites", "Build the Application", "Create Service User", "Install Application Files",
+        "Configure Environment", "Install Launch Daemon", "Log Rotation", "Load and Start the Service",
+        "Health Check"]
+
+
+@SCRIPTS
+def test_no_command_is_given_an_option_that_only_gnu_knows(script):
+    gnu = r"sed -[ri]\b|readlink -f|realpath|stat -c|date -d|grep -P|cp --|\bmktemp\b|\becho |\[\[ |^ *local |\bpkill\b"
+    code = re.sub(r"^\s*#.*", "", (ROOT / script).read_text(), flags=re.M)
+    assert re.findall(gnu, code, re.M) == []
+
+
+def test_what_is_removed_with_all_its_content_is_named_literally():
+    assert re.findall(r"rm -rf (.*)", (ROOT / "uninstall.sh").read_text()) == [
+        "/usr/local/etc/aiapiproxy", "/usr/local/var/log/aiapiproxy"]
+
+
+# ============================================================================
+# THE MAC IN A FOLDER
+# ============================================================================
 #
 # The scripts run unchanged but for their absolute paths, which are moved below a scratch folder.
 # Every tool that only a Mac has, or that would do harm, is one shell script under many names
@@ -6998,7 +7221,6 @@ MOVED = re.compile(r"(?<![\w.%}])/(?=(?:usr/local|opt/homebrew|Library|etc)/|usr
 INSTALLED = ("usr/local/bin/aiapiproxy", "usr/local/etc/aiapiproxy/.env", "etc/newsyslog.d/aiapiproxy.conf",
              "usr/local/var/log/aiapiproxy/stdout.log", "usr/local/var/log/aiapiproxy/stderr.log",
              "Library/LaunchDaemons/com.aiapiproxy.plist")
-SHELLS = [shell for shell in (["sh"], ["dash"], ["bash", "--posix"]) if shutil.which(shell[0])]
 
 
 class Mac:
@@ -7124,146 +7346,6 @@ def answered_script(mac, script, answers, *arguments):
     finally:
         os.close(ours)
         os.close(theirs)
-
-
-# ---- the scripts as text -------------------------------------------------------------------------
-
-SCRIPTS = pytest.mark.parametrize("script", ["install.sh", "uninstall.sh"])
-
-
-def functions(script):
-    return re.findall(r"^(\w+)\(\) \{", (ROOT / script).read_text(), re.M)
-
-
-def steps_of_main(script):
-    body = re.search(r"^main\(\) \{.*?\n(.*?)^\}", (ROOT / script).read_text(), re.M | re.S).group(1)
-    return re.findall(r"^    (\w+)", body, re.M)
-
-
-@SCRIPTS
-def test_a_script_has_its_run_bit(script):
-    assert os.access(ROOT / script, os.X_OK)
-
-
-@SCRIPTS
-@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
-def test_a_script_is_syntactically_right_for_every_shell(script, shell):
-    assert subprocess.run([*shell, "-n", ROOT / script], stderr=subprocess.PIPE).stderr == b""
-
-
-@SCRIPTS
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
-def test_shellcheck_finds_nothing(script):
-    result = subprocess.run(["shellcheck", "-s", "sh", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert result.stdout == ""
-
-
-@SCRIPTS
-def test_a_download_that_was_cut_off_runs_nothing(script):
-    assert (ROOT / script).read_text().endswith('\nmain "$@"\n')
-
-
-@SCRIPTS
-def test_main_is_a_list_of_the_steps_in_the_order_of_the_file(script):
-    steps = steps_of_main(script)
-    assert [name for name in functions(script) if name in steps] == steps
-
-
-def test_the_guides_steps_are_functions_of_install_sh_in_the_guides_order():
-    assert [step for step in steps_of_main("install.sh") if step != "read_options"] == [
-        "check_prerequisites", "build_the_application", "create_service_user", "install_application_files",
-        "configure_environment", "install_launch_daemon", "install_log_rotation", "load_and_start_service",
-        "verify_health", "show_next_steps"]
-
-
-def test_install_sh_prints_the_guides_headings(installed):
-    assert re.findall("^==> (.*)", (installed.state / "stdout").read_text(), re.M) == [
-        "Prerequisites", "Build the Application", "Create Service User", "Install Application Files",
-        "Configure Environment", "Install Launch Daemon", "Log Rotation", "Load and Start the Service",
-        "Health Check"]
-
-
-@SCRIPTS
-def test_no_command_is_given_an_option_that_only_gnu_knows(script):
-    gnu = r"sed -[ri]\b|readlink -f|realpath|stat -c|date -d|grep -P|cp --|\bmktemp\b|\becho |\[\[ |^ *local |\bpkill\b"
-    code = re.sub(r"^\s*#.*", "", (ROOT / script).read_text(), flags=re.M)
-    assert re.findall(gnu, code, re.M) == []
-
-
-def test_what_is_removed_with_all_its_content_is_named_literally():
-    assert re.findall(r"rm -rf (.*)", (ROOT / "uninstall.sh").read_text()) == [
-        "/usr/local/etc/aiapiproxy", "/usr/local/var/log/aiapiproxy"]
-
-
-# ---- README.md, the guide's part ------------------------------------------------------------------
-
-README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
-GUIDE = ["Prerequisites", "Build the Application", "Create Service User", "Install Application Files",
-         "Configure Environment", "Install Launch Daemon", "Load and Start the Service", "Service Management Commands",
-         "Monitoring and Logs", "Health Check", "Firewall Configuration", "Reverse Proxy Setup (Optional)",
-         "Updating the Service", "Troubleshooting", "Security Considerations", "Performance Tuning", "Log Rotation",
-         "Uninstallation", "Where this differs from the guide", "Comparison: macOS and Linux"]
-
-
-def test_every_section_of_the_guide_is_in_the_readme_in_its_order():
-    assert [title for title in re.findall(r"^#+ (.*)", README, re.M) if title in GUIDE] == GUIDE
-
-
-def test_the_readmes_accounts_by_hand_are_those_of_install_sh(installed):
-    by_hand = re.findall(r"^sudo (dscl \. -create .*)", README, re.M)
-    assert {line.replace("$n", "499").replace("'", "").replace('"', "") for line in by_hand} == {
-        line.replace("-merge", "-create") for line in installed.changes("dscl")}
-
-
-def test_the_readmes_rotation_is_that_of_install_sh(installed):
-    lines = installed.files()["etc/newsyslog.d/aiapiproxy.conf"][1].splitlines()[1:]
-    assert re.findall(r"^/usr/local/var/log/aiapiproxy/\w+\.log .*", README, re.M) == lines
-
-
-# ---- com.aiapiproxy.plist ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def plist():
-    return plistlib.loads((ROOT / "com.aiapiproxy.plist").read_bytes())
-
-
-PLIST = [
-    ("the label is that of the file", "Label", "com.aiapiproxy"),
-    ("the program is the installed one, which names its interpreter itself",
-     "ProgramArguments", ["/usr/local/bin/aiapiproxy"]),
-    ("it works where its configuration lies", "WorkingDirectory", "/usr/local/etc/aiapiproxy"),
-    ("it runs as its own user", "UserName", "_aiapiproxy"),
-    ("it runs in its own group", "GroupName", "_aiapiproxy"),
-    ("it starts at boot", "RunAtLoad", True),
-    ("it is started again after a failure only", "KeepAlive", {"SuccessfulExit": False}),
-    ("a crash loop is slowed down", "ThrottleInterval", 10),
-    ("info goes to its own log", "StandardOutPath", "/usr/local/var/log/aiapiproxy/stdout.log"),
-    ("errors go to their own log", "StandardErrorPath", "/usr/local/var/log/aiapiproxy/stderr.log"),
-    ("a log that launchd makes is not for everybody", "Umask", 0o027),
-    ("it is not throttled like a background job", "ProcessType", None),
-    ("nothing but the place of the pid file is set beside .env",
-     "EnvironmentVariables", {"PID_FILE": "/usr/local/var/log/aiapiproxy/aiapiproxy.pid"}),
-]
-
-
-@pytest.mark.parametrize("key, want", [row[1:] for row in PLIST], ids=[row[0] for row in PLIST])
-def test_the_plist(plist, key, want):
-    assert plist.get(key) == want
-
-
-def test_the_plist_leaves_more_time_to_end_than_the_program_takes(plist):
-    assert plist["ExitTimeOut"] > 10
-
-
-@pytest.mark.parametrize("limits", ["SoftResourceLimits", "HardResourceLimits"])
-def test_the_plist_has_descriptors_for_a_thousand_streams_and_limits_nothing_else(plist, limits):
-    assert list(plist[limits]) == ["NumberOfFiles"] and 2 * 1000 + 100 < plist[limits]["NumberOfFiles"] <= 65536
-
-
-def test_the_plist_holds_no_secret_and_nothing_of_another_language():
-    text = (ROOT / "com.aiapiproxy.plist").read_text()
-    assert re.findall(r"_KEY|sk-|RUST_|TOKIO_|ResidentSetSize|NumberOfProcesses", text) == []
 
 
 # ---- installing ----------------------------------------------------------------------------------
@@ -7716,7 +7798,7 @@ def test_an_uninstallation_that_is_killed_again_and_again_is_finished_all_the_sa
 
 
 # ============================================================================
-# BENCHMARK: python3 test_aiapiproxy.py --bench
+# THE BENCHMARK: python3 test_aiapiproxy.py --bench
 # ============================================================================
 #
 # Three processes: this one asks, the proxy is the program as its users start it, and a fork of this one is
