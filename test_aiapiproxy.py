@@ -112,15 +112,16 @@ def usr(content): return {"role": "user", "content": content}
 def asst(content): return {"role": "assistant", "content": content}
 def sysm(content, **members): return {"role": "system", "content": content, **members}
 def txt(text): return {"type": "text", "text": text}
-def use(id, name="f", input=None): return {"type": "tool_use", "id": id, "name": name, "input": input or {}}
+def use(id, name="f", input=None): return {"type": "tool_use", "id": id, "name": name,
+                                           "input": input or {}}
 def think(text, signature): return {"type": "thinking", "thinking": text, "signature": signature}
 def doc(source, **members): return {"type": "document", "source": source, **members}
 
 
 def res(id, *content, **members):
     """A tool_result; without content the member is absent."""
-    return {"type": "tool_result", "tool_use_id": id, **({"content": content[0]} if content else {}),
-            **members}
+    return {"type": "tool_result", "tool_use_id": id,
+            **({"content": content[0]} if content else {}), **members}
 
 
 def tool(name, schema=None, **members):
@@ -133,10 +134,12 @@ def fn(name, schema=None, **members):
 
 
 def call(id, name="f", arguments="{}", **members):
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}, **members}
+    return {"id": id, "type": "function",
+            "function": {"name": name, "arguments": arguments}, **members}
 
 
-def msg(text, calls, **members): return {"role": "assistant", "content": text, "tool_calls": calls, **members}
+def msg(text, calls, **members): return {"role": "assistant", "content": text,
+                                         "tool_calls": calls, **members}
 def tmsg(id, text): return {"role": "tool", "tool_call_id": id, "content": text}
 def part(text): return {"type": "text", "text": text}
 def compact(value): return json.dumps(value, separators=(",", ":"))
@@ -161,7 +164,8 @@ def output(schema): return {"output_config": {"format": {"type": "json_schema", 
 
 
 def response_format(schema, strict):
-    return {"type": "json_schema", "json_schema": {"name": "response", "schema": schema, "strict": strict}}
+    return {"type": "json_schema",
+            "json_schema": {"name": "response", "schema": schema, "strict": strict}}
 
 
 def sent(asked, host="openai", session_id=""):
@@ -189,7 +193,8 @@ def check_conversation(messages):
             continue
         assert not owed, "every call has its tool message before anything else follows"
         assert role != before["role"], "neighbours of one role are one message"
-        assert role != "system" or before["role"] is None, "a system message stands first, or nowhere"
+        assert (role != "system"
+                or before["role"] is None), "a system message stands first, or nowhere"
         calls = message.get("tool_calls", [])
         assert message["content"] or calls, "no message is empty"
         assert calls or "tool_calls" not in message
@@ -210,7 +215,8 @@ def completion(message=None, finish="stop", usage=None, **choice):
 
 def calling(*calls, content=None, **members): return {"content": content, "tool_calls": list(calls),
                                                       **members}
-def used(prompt, generated, **more): return {"prompt_tokens": prompt, "completion_tokens": generated, **more}
+def used(prompt, generated, **more): return {"prompt_tokens": prompt,
+                                             "completion_tokens": generated, **more}
 
 
 def new_ids():
@@ -263,7 +269,8 @@ def creason(text): return chunk({"reasoning_content": text})
 def frag(*each): return chunk({"tool_calls": [entry(*each)]})
 def frags(*entries): return chunk({"tool_calls": [entry(*each) for each in entries]})
 def cend(reason): return chunk({}, reason)
-def cuse(prompt, generated, **more): return {"choices": [], "usage": used(prompt, generated, **more)}
+def cuse(prompt, generated, **more): return {"choices": [],
+                                             "usage": used(prompt, generated, **more)}
 
 
 DONE = "[DONE]"
@@ -308,11 +315,15 @@ def check_order(found):
     kinds = [event["type"] for event in found]
     assert kinds[:2] == ["message_start", "ping"] and kinds.count("message_start") == 1
     message = found[0]["message"]
-    assert re.fullmatch(r"msg_[A-Za-z0-9]{24}", message["id"]) and message["usage"]["input_tokens"] >= 1
+    assert (re.fullmatch(r"msg_[A-Za-z0-9]{24}", message["id"])
+            and message["usage"]["input_tokens"] >= 1)
     assert without(message, "id", "model") == {
-        "type": "message", "role": "assistant", "content": [], "stop_reason": None, "stop_sequence": None,
-        "stop_details": None, "usage": {"input_tokens": message["usage"]["input_tokens"], "output_tokens": 0,
-                                        "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
+        "type": "message", "role": "assistant", "content": [], "stop_reason": None,
+        "stop_sequence": None,
+        "stop_details": None, "usage": {"input_tokens": message["usage"]["input_tokens"],
+                                        "output_tokens": 0,
+                                        "cache_creation_input_tokens": 0,
+                                        "cache_read_input_tokens": 0}}
     if kinds[-1] == "error":
         assert "message_delta" not in kinds and "message_stop" not in kinds
         assert kinds.count("error") == 1 and found[-1]["error"].keys() == {"type", "message"}
@@ -336,7 +347,8 @@ def check_order(found):
                                  {"type": "thinking", "thinking": "", "signature": ""})
         elif event["type"] == "content_block_delta":
             kind, member, _ = DELTAS[event["delta"]["type"]]
-            assert event["index"] == index and block and kind == block["type"] and last != "signature_delta"
+            assert (event["index"] == index and block and kind == block["type"]
+                    and last != "signature_delta")
             assert event["delta"].keys() == {"type", member} and event["delta"][member]
             last = event["delta"]["type"]
         elif event["type"] == "content_block_stop":
@@ -350,7 +362,8 @@ def notation(event):
     kind, index = event["type"], event.get("index")
     if kind == "content_block_start":
         block = event["content_block"]
-        name = f"tool({readable(block['id'])},{block['name']})" if "name" in block else block["type"]
+        name = (f"tool({readable(block['id'])},{block['name']})" if "name" in block
+                else block["type"])
         return f"{index}+{name}"
     if kind == "content_block_delta":
         _, member, letter = DELTAS[event["delta"]["type"]]
@@ -360,7 +373,8 @@ def notation(event):
                                                 ensure_ascii=False))
     if kind == "message_delta":
         hit = event["delta"]["stop_sequence"]
-        return f"MD({event['delta']['stop_reason']}" + (")" if hit is None else f",{json.dumps(hit)})")
+        return f"MD({event['delta']['stop_reason']}" + (")" if hit is None
+                                                        else f",{json.dumps(hit)})")
     return {"message_start": "MS", "content_block_stop": f"{index}-", "message_stop": "ME",
             "ping": "PING", "error": f"ERR({event.get('error', {}).get('type')})"}[kind]
 
@@ -381,14 +395,15 @@ def streamed(pieces, translation):
         if not translator.done:
             out.append(translator.finish())
     except aiapiproxy.ProxyError as error:
-        assert not translator.started and not b"".join(out), "once it has begun, an error is an event"
+        assert (not translator.started
+                and not b"".join(out)), "once it has begun, an error is an event"
         return f"HTTP {error.status} {error.kind}"
     assert translator.started and translator.done
     return b"".join(out)
 
 
-ODD = [None, True, 0, -1, 1.5, "", "x", [], {}, [None], {"type": None}, {"type": "text"}, {"x": [{}]},
-       "\ud83d",
+ODD = [None, True, 0, -1, 1.5, "", "x", [], {}, [None], {"type": None}, {"type": "text"},
+       {"x": [{}]}, "\ud83d",
        [{"type": "text", "text": 5}], 10 ** 30]
 
 
@@ -427,13 +442,15 @@ def check_stream(raw, want, asked, host="openai"):
     for pieces in every_split(raw):
         out = streamed(pieces, translation)
         if out != seen:  # printing is dear: only what is new is looked at
-            assert (out if isinstance(out, str) else printed(out)) == want, f"in {len(pieces)}: {pieces[0]!r}"
+            assert ((out if isinstance(out, str) else printed(out))
+                    == want), f"in {len(pieces)}: {pieces[0]!r}"
         seen = out
 
 # ---- Usage and chunks that several sections need
 
 def usage(input, generated, read=0, written=0, tier=None, **details):
-    return {"input_tokens": input, "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
+    return {"input_tokens": input, "cache_creation_input_tokens": written,
+            "cache_read_input_tokens": read,
             "output_tokens": generated, "service_tier": tier, **details}
 
 
@@ -488,18 +505,21 @@ EXTRA = {"google": {"thought_signature": "sig"}}
 
 
 def conversation_with(id):
-    return [usr("a"), asst([use(id)]), usr([res(id, "ok")])], [usr("a"), msg(None, [call(id)]), tmsg(id, "ok")]
+    return [usr("a"), asst([use(id)]),
+            usr([res(id, "ok")])], [usr("a"), msg(None, [call(id)]), tmsg(id, "ok")]
 
 
-SEARCH_RESULT = {"type": "search_result", "title": "T", "source": "S", "content": [txt("a"), txt("b")]}
+SEARCH_RESULT = {"type": "search_result", "title": "T", "source": "S",
+                 "content": [txt("a"), txt("b")]}
 
 
 def inside(schema): return {"type": "object", "properties": {"a": schema}}
 
 
 SESSION = {  # the first turn of a session: attribution, a system message after the user's, deferred tools
-    "model": "claude-opus-5-5", "max_tokens": 128000, "stream": True, "thinking": {"type": "adaptive",
-                                                                                   "display": "updates"},
+    "model": "claude-opus-5-5", "max_tokens": 128000, "stream": True,
+    "thinking": {"type": "adaptive",
+                 "display": "updates"},
     "system": [billing("cc_version=2.1.154.d3f; cc_entrypoint=cli; cch=0a1b2;"),
                {**txt("You are the client."), "cache_control": {"type": "ephemeral"}},
                {**txt("Work well."), "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
@@ -618,7 +638,8 @@ class FakeUpstream:
         try:
             while await watch:
                 head = watch.result() + await reader.readuntil(b"\r\n\r\n")
-                body = await reader.readexactly(int(re.search(rb"(?i)content-length: *(\d+)", head).group(1)))
+                body = await reader.readexactly(int(re.search(rb"(?i)content-length: *(\d+)",
+                                                              head).group(1)))
                 self.requests.append(Heard(head, body))
                 self.asked.set()
                 watch = asyncio.ensure_future(reader.read(1))
@@ -669,7 +690,8 @@ async def running(settings):
 async def proxied(*replies, **environ):
     """An upstream that plays these replies, and the proxy in front of it."""
     async with FakeUpstream(*replies) as upstream:
-        settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, **MODELS, "OPENAI_BASE_URL": upstream.url,
+        settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, **MODELS,
+                                             "OPENAI_BASE_URL": upstream.url,
                                              **environ}, server_port=0)
         async with running(settings) as server:
             yield upstream, server
@@ -680,11 +702,15 @@ class Asking:
 
     def __init__(self, port, method, path, body=None, **headers):
         self.port, self.read = port, b""
-        raw = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        fields = {"host": f"127.0.0.1:{port}", "connection": "close", "content-length": len(raw), **{
+        raw = (b"" if body is None else body if isinstance(body, bytes)
+               else json.dumps(body).encode())
+        fields = {"host": f"127.0.0.1:{port}", "connection": "close",
+                  "content-length": len(raw), **{
             name.replace("_", "-"): value for name, value in headers.items()}}
-        self.request = (f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in
-                                                                  fields.items()) + "\r\n").encode() + raw
+        self.request = (f"{method} {path} HTTP/1.1\r\n"
+                        + "".join(f"{name}: {value}\r\n" for name, value in
+                                  fields.items())
+                        + "\r\n").encode() + raw
 
     async def __aenter__(self):
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -739,7 +765,8 @@ def said(answer):
         return found
     assert found["request_id"] == headers["request-id"] and re.fullmatch(r"req_[A-Za-z0-9]{24}",
                                                                          found["request_id"])
-    assert headers["content-type"] == "application/json" and found["error"].keys() <= {"type", "message",
+    assert headers["content-type"] == "application/json" and found["error"].keys() <= {"type",
+                                                                                       "message",
                                                                                        "details"}
     return f"{status} {found['error']['type']}: {found['error']['message']}"
 
@@ -770,7 +797,8 @@ def within(seconds, coroutine):
 @contextlib.asynccontextmanager
 async def bare(**environ):
     """The proxy in front of a port where nobody listens."""
-    settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:1/v1",
+    settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY,
+                                         "OPENAI_BASE_URL": "http://127.0.0.1:1/v1",
                                          **environ}, server_port=0)
     async with running(settings) as server:
         yield server
@@ -783,7 +811,8 @@ class Wire:
         self.port, self.data = port, b""
 
     async def __aenter__(self):
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2 ** 20)
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port,
+                                                                 limit=2 ** 20)
         return self
 
     async def __aexit__(self, *_):
@@ -898,7 +927,8 @@ class RawUpstream:
         self.heads, self.opened, self.written, self.closed = [], 0, 0, asyncio.Event()
 
     async def __aenter__(self):
-        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=self.tls, limit=2 ** 26)
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=self.tls,
+                                                 limit=2 ** 26)
         self.port = self.server.sockets[0].getsockname()[1]
         self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/v1"
         return self
@@ -942,7 +972,8 @@ class RawUpstream:
 
 
 def reset(writer):
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                               struct.pack("ii", 1, 0))
     writer.transport.abort()
 
 
@@ -1017,7 +1048,8 @@ class Program:
         environ = {"PATH": os.environ["PATH"], "PYTHONPATH": os.path.dirname(path),
                    "PYTHONDONTWRITEBYTECODE": "1",
                    "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:1/v1", **environ}
-        self.process = subprocess.Popen([*command, *arguments], cwd=str(folder), env=environ, stdout=stdout,
+        self.process = subprocess.Popen([*command, *arguments], cwd=str(folder), env=environ,
+                                        stdout=stdout,
                                         stderr=stderr, stdin=subprocess.DEVNULL, preexec_fn=before)
         self.timer = threading.Timer(20, self.process.kill)
         self.timer.start()
@@ -1093,7 +1125,8 @@ def hanging_upstream():
                 data = b""
                 while b"stream\":true" not in data.replace(b" ", b""):
                     data += connection.recv(65536)
-                connection.sendall(raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream", length=False))
+                connection.sendall(raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream",
+                                              length=False))
 
     threading.Thread(target=serve, daemon=True).start()
     try:
@@ -1139,7 +1172,8 @@ def is_alive(pid):
 # ============================================================================
 
 MANY_TOOLS = [{"name": f"tool_{place}", "description": 'says "so"\n' * 20, "input_schema": {
-    "type": "object", "properties": {"a": {"type": "string", "default": "x"}}}} for place in range(4)]
+    "type": "object", "properties": {"a": {"type": "string", "default": "x"}}}}
+              for place in range(4)]
 MANY = compact(MANY_TOOLS)
 
 
@@ -1148,7 +1182,8 @@ MANY = compact(MANY_TOOLS)
     ("as the only member", '{"tools":%s}'),
     ("inside a message, before the true ones", '{"messages":[{"input":{"tools":%s}}],"tools":[1]}'),
     ("inside a message, behind the true ones", '{"tools":[1],"messages":[{"input":{"tools":%s}}]}'),
-    ("inside a message, the same as the true ones", '{"tools":%s,"messages":[{"input":{"tools":%s}}]}'),
+    ("inside a message, the same as the true ones",
+     '{"tools":%s,"messages":[{"input":{"tools":%s}}]}'),
     ("only inside a message", '{"messages":[{"input":{"tools":%s}}]}'),
     ("named twice: the last wins", '{"tools":%s,"tools":[1]}'),
     ("named twice, the last the known ones", '{"tools":[1],"tools":%s}'),
@@ -1213,11 +1248,13 @@ def in_schema(value): return b'"tools":[{"name":"a","input_schema":' + value + b
 
 
 HOSTILE_JSON = [  # body, what the answer says
-    ("100,000 arrays", b"[" * 100000 + b"]" * 100000, BAD), ("100,000 objects", deep(100000, b"1"), BAD),
+    ("100,000 arrays", b"[" * 100000 + b"]" * 100000, BAD),
+    ("100,000 objects", deep(100000, b"1"), BAD),
     ("100,000 levels in a request", in_request(b'"metadata":' + deep(100000, b"1")), BAD),
     ("100,000 levels in a tool's input", in_request(in_schema(deep(100000, b"1"))), BAD),
     ("900 levels in a tool's schema", in_request(in_schema(deep(900, b"1"))), "200 or 400"),
-    ("NaN", in_request(b'"temperature":NaN'), BAD), ("Infinity", in_request(b'"temperature":Infinity'), BAD),
+    ("NaN", in_request(b'"temperature":NaN'), BAD),
+    ("Infinity", in_request(b'"temperature":Infinity'), BAD),
     ("-Infinity", in_request(b'"temperature":-Infinity'), BAD),
     ("1e999", in_request(b'"temperature":1e999'), BAD),
     ("-1e999", in_request(b'"metadata":{"a":-1e999}'), "200 or 400"),
@@ -1230,13 +1267,16 @@ HOSTILE_JSON = [  # body, what the answer says
     ("UTF-8 cut off", HI[:-2] + b"\xe2\x82", BAD),
     ("a BOM", b"\xef\xbb\xbf" + HI, "200"), ("two BOMs", b"\xef\xbb\xbf" * 2 + HI, BAD),
     ("a lone surrogate in a text", HI.replace(b'"Hi"', b'"Hi \\ud83d"'), "200"),
-    ("a lone surrogate in a name", HI.replace(b'claude-sonnet-5-5', b'claude-\\udc00'), "200 or 400"),
+    ("a lone surrogate in a name", HI.replace(b'claude-sonnet-5-5', b'claude-\\udc00'),
+     "200 or 400"),
     ("a lone surrogate as a key", in_request(b'"\\ud83d":1'), "200 or 400"),
     ("NUL in a text", HI.replace(b'"Hi"', b'"\\u0000"'), "200"),
     ("equal keys", HI[:-1] + b',"max_tokens":100}', "200"),
-    ("nothing", b"", BAD), ("blanks", b" \n ", BAD), ("an array", b"[]", BAD), ("a string", b'"a"', BAD),
+    ("nothing", b"", BAD), ("blanks", b" \n ", BAD), ("an array", b"[]", BAD),
+    ("a string", b'"a"', BAD),
     ("a number", b"1", BAD), ("null", b"null", BAD), ("half an object", HI[:20], BAD),
-    ("two objects", HI + HI, BAD), ("single quotes", b"{'a':1}", BAD), ("a comma too much", b'{"a":1,}', BAD),
+    ("two objects", HI + HI, BAD), ("single quotes", b"{'a':1}", BAD),
+    ("a comma too much", b'{"a":1,}', BAD),
     ("a comment", b"{/**/}", BAD), ("a raw line feed in a text", b'{"a":"\n"}', BAD),
 ]
 
@@ -1255,7 +1295,8 @@ def test_hostile_json(given, want, path):
     answer = run(scenario())
     assert checked(answer) in ({"200", BAD} if want == "200 or 400" else {want})
     if b"Infinity" in given or b"NaN" in given:
-        assert "line" in answer[2].decode() or "NaN" in answer[2].decode() or "Infinity" in answer[2].decode()
+        assert ("line" in answer[2].decode() or "NaN" in answer[2].decode()
+                or "Infinity" in answer[2].decode())
 
 
 # ============================================================================
@@ -1284,16 +1325,20 @@ EFFORTS = [  # model, request members, reasoning_effort
         ("gpt-5.6", "xhigh", "xhigh"), ("gpt-6", "max", "max"), ("gpt-5-pro", "low", "high"),
         ("gpt-5-codex", "max", "high"), ("gpt-5.10", "max", "max"), ("gpt-4o", "max", None),
         ("o1-mini", "high", None),
-        ("gpt-5-chat-latest", "high", None), ("gpt-5.1", "huge", None), ("grok-3-mini", "medium", "low"))],
+        ("gpt-5-chat-latest", "high", None), ("gpt-5.1", "huge", None),
+        ("grok-3-mini", "medium", "low"))],
     ("from gpt-5.4 on without tools", "gpt-5.4", effort("high"), "high"),
-    ("from gpt-5.4 on tools forbid effort", "gpt-5.4", {**effort("high"), "tools": [tool("f")]}, "none"),
+    ("from gpt-5.4 on tools forbid effort", "gpt-5.4",
+     {**effort("high"), "tools": [tool("f")]}, "none"),
     ("also where none was asked", "gpt-5.6", {"tools": [tool("f")]}, "none"),
     ("before gpt-5.4 they do not", "gpt-5.2", {**effort("high"), "tools": [tool("f")]}, "high"),
-    ("tools that are not sent forbid nothing", "gpt-5.4", {**effort("high"), "tools": [WEB_SEARCH]}, "high"),
+    ("tools that are not sent forbid nothing", "gpt-5.4",
+     {**effort("high"), "tools": [WEB_SEARCH]}, "high"),
     ("a later system message has the last word", "gpt-5.2", {**effort("low"), "messages": [
         usr("a"), sysm("b", **effort("high")), usr("c")]}, "high"),
     ("the newest of them", "gpt-5.2", {"messages": [
-        usr("a"), sysm("b", **effort("high")), usr("c"), sysm("", **effort("low")), sysm("d")]}, "low"),
+        usr("a"), sysm("b", **effort("high")), usr("c"), sysm("", **effort("low")), sysm("d")]},
+     "low"),
 ]
 
 
@@ -1306,7 +1351,8 @@ def test_effort(model, members, want):
 OTHER_EFFORTS = [
     ("OpenRouter has its own field", "openrouter", effort("high"),
      {"reasoning": {"effort": "high"}, "reasoning_effort": None}),
-    ("OpenRouter, disabled", "openrouter", {"thinking": DISABLED}, {"reasoning": {"enabled": False}}),
+    ("OpenRouter, disabled", "openrouter", {"thinking": DISABLED},
+     {"reasoning": {"enabled": False}}),
     ("OpenRouter, neither", "openrouter", {}, {"reasoning": None, "reasoning_effort": None}),
     ("DeepSeek thinks only when told", "deepseek", {},
      {"thinking": {"type": "disabled"}, "reasoning_effort": None}),
@@ -1314,13 +1360,15 @@ OTHER_EFFORTS = [
        {"thinking": {"type": "enabled"}, "reasoning_effort": want})
       for asked, want in (("low", "low"), ("medium", "high"), ("high", "high"), ("xhigh", "max"),
                           ("max", "max"))],
-    ("deepseek-reasoner has no switch", "deepseek", {"model": "deepseek-reasoner", "thinking": ADAPTIVE},
-     {"thinking": None}),
-    ("gpt-oss", "local", {"model": "claude-opus-5", **effort("xhigh")}, {"reasoning_effort": "high"}),
-    ("a model without a list", "local", effort("high"), {"reasoning_effort": None}),
-    ("gpt-5.4 with tools elsewhere", "local", {"model": "gpt-5.4", **effort("high"), "tools": [tool("f")]},
+    ("deepseek-reasoner has no switch", "deepseek",
+     {"model": "deepseek-reasoner", "thinking": ADAPTIVE}, {"thinking": None}),
+    ("gpt-oss", "local", {"model": "claude-opus-5", **effort("xhigh")},
      {"reasoning_effort": "high"}),
-    ("Gemini", "gemini", {"model": "gemini-2.5-pro", **effort("max")}, {"reasoning_effort": "high"}),
+    ("a model without a list", "local", effort("high"), {"reasoning_effort": None}),
+    ("gpt-5.4 with tools elsewhere", "local",
+     {"model": "gpt-5.4", **effort("high"), "tools": [tool("f")]}, {"reasoning_effort": "high"}),
+    ("Gemini", "gemini", {"model": "gemini-2.5-pro", **effort("max")},
+     {"reasoning_effort": "high"}),
     ("a Gemini name at OpenAI", "openai", {"model": "gemini-2.5-pro", **effort("max")},
      {"reasoning_effort": None}),
 ]
@@ -1363,19 +1411,25 @@ REJECTED = [
      "messages.0.role: Input should be 'user', 'assistant' or 'system'"),
     ("no content", req([{"role": "user"}]), "messages.0.content: Field required"),
     ("content null", req([usr(None)]), "messages.0.content: Field required"),
-    ("content that is a number", req([usr(5)]), "messages.0.content: Input should be a valid string or list"),
-    ("a block that is a string", req([usr(["x"])]), "messages.0.content.0: Input should be an object"),
-    ("a block without type", req([usr([txt("a"), {}])]), "messages.0.content.1.type: Field required"),
+    ("content that is a number", req([usr(5)]),
+     "messages.0.content: Input should be a valid string or list"),
+    ("a block that is a string", req([usr(["x"])]),
+     "messages.0.content.0: Input should be an object"),
+    ("a block without type", req([usr([txt("a"), {}])]),
+     "messages.0.content.1.type: Field required"),
     ("an empty user message", req([usr("")]), NO_CONTENT),
     ("a user message without blocks", req([usr([])]), NO_CONTENT),
     ("a user message of empty text", req([usr([txt("")])]), NO_CONTENT),
-    ("a text block without text", req([usr([{"type": "text"}])]), "messages.0.content.0.text: Field required"),
-    ("an image without source", req([usr([{"type": "image"}])]), "messages.0.content.0.source: Field required"),
+    ("a text block without text", req([usr([{"type": "text"}])]),
+     "messages.0.content.0.text: Field required"),
+    ("an image without source", req([usr([{"type": "image"}])]),
+     "messages.0.content.0.source: Field required"),
     ("an uploaded image", source("image", type="file", file_id="f"), NO_FILES),
     ("an uploaded document", source("document", type="file", file_id="f"), NO_FILES),
     ("a tool_use without id", req([usr("a"), asst([without(use("i"), "id")])]),
      "messages.1.content.0.id: Field required"),
-    ("a tool_use without name", req([usr("a"), asst([use("i", "")])]), "messages.1.content.0.name: Field required"),
+    ("a tool_use without name", req([usr("a"), asst([use("i", "")])]),
+     "messages.1.content.0.name: Field required"),
     ("a tool_result without id", req([usr([without(res("i", "x"), "tool_use_id")])]),
      "messages.0.content.0.tool_use_id: Field required"),
     ("no max_tokens", without(req(), "max_tokens"), "max_tokens: Field required"),
@@ -1383,8 +1437,10 @@ REJECTED = [
     ("max_tokens true", req(max_tokens=True), BAD_MAX_TOKENS),
     ("max_tokens with a fraction", req(max_tokens=1.5), BAD_MAX_TOKENS),
     ("max_tokens as a float", req(max_tokens=3.0), BAD_MAX_TOKENS),
-    ("max_tokens below 0", req(max_tokens=-1), "max_tokens: Input should be greater than or equal to 0"),
-    ("temperature as a word", req(temperature="hot"), "temperature: Input should be a valid number"),
+    ("max_tokens below 0", req(max_tokens=-1),
+     "max_tokens: Input should be greater than or equal to 0"),
+    ("temperature as a word", req(temperature="hot"),
+     "temperature: Input should be a valid number"),
     ("top_p true", req(top_p=True), "top_p: Input should be a valid number"),
     ("stop_sequences as a string", req(stop_sequences="x"), BAD_STOP),
     ("stop_sequences of numbers", req(stop_sequences=[1]), BAD_STOP),
@@ -1396,18 +1452,21 @@ REJECTED = [
     ("system with an image", req(system=[img]), BAD_SYSTEM),
     ("tools that are no list", req(tools={}), "tools: Input should be a valid list"),
     ("a tool that is a string", req(tools=[tool("f"), "g"]), "tools.1: Input should be an object"),
-    ("a tool without name", req(tools=[without(tool("f"), "name")]), "tools.0.name: Field required"),
+    ("a tool without name", req(tools=[without(tool("f"), "name")]),
+     "tools.0.name: Field required"),
     ("a tool without schema", req(tools=[{"name": "f"}]), "tools.0.input_schema: Field required"),
     ("a tool with a schema that is null", req(tools=[{"name": "f", "input_schema": None}]),
      "tools.0.input_schema: Field required"),
-    ("two tools of one name", req(tools=[tool("f"), tool("f")]), "tools: Tool names must be unique."),
+    ("two tools of one name", req(tools=[tool("f"), tool("f")]),
+     "tools: Tool names must be unique."),
     ("the choice of an unknown tool", req(tools=[tool("f")], **choice("tool", "g")),
      "tool_choice.name: Tool 'g' not found in provided tools"),
     ("a choice without tools", req(**choice("any")),
      "tool_choice: may only be specified while providing tools"),
     ("a choice of one without tools", req(**choice("tool", "f")),
      "tool_choice: may only be specified while providing tools"),
-    ("the choice of a server tool", req(tools=[WEB_SEARCH], **choice("tool", "web_search")), NO_SERVER_TOOL),
+    ("the choice of a server tool", req(tools=[WEB_SEARCH], **choice("tool", "web_search")),
+     NO_SERVER_TOOL),
     ("the choice of any server tool", req(tools=[WEB_SEARCH], **choice("any")), NO_SERVER_TOOL),
     ("an unknown choice", req(tools=[tool("f")], **choice("some")), BAD_CHOICE),
     ("a choice that is a word", req(tools=[tool("f")], tool_choice="auto"), BAD_CHOICE),
@@ -1425,22 +1484,25 @@ REJECTED = [
 def test_rejected(given, want):
     with pytest.raises(aiapiproxy.ProxyError) as caught:
         aiapiproxy.checked_translation(given, SETTINGS["openai"])
-    assert (caught.value.status, caught.value.kind, caught.value.message) == (400, "invalid_request_error",
-                                                                              want)
+    assert (caught.value.status, caught.value.kind,
+            caught.value.message) == (400, "invalid_request_error",
+                                      want)
 
 
 def test_a_rejected_thread_tells_the_client_how_to_go_on():
     with pytest.raises(aiapiproxy.ProxyError) as caught:
         aiapiproxy.checked_translation(req(thread={"type": "create"}), SETTINGS["openai"])
-    assert caught.value.details == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    assert caught.value.details == {"error_code": "thread_unsupported_request",
+                                    "unsupported": ["thread"]}
 
 
-WRONG_VALUES = [None, True, -1, 0, 1.5, 10 ** 30, "", "x", "\ud83d", [], {}, [None], [[]], [{}], {"type": 1},
-                {"type": "x"}, {"type": []}, [{"type": "text"}], [{"type": "text", "text": None}],
-                {"a": {"a": []}}]
+WRONG_VALUES = [None, True, -1, 0, 1.5, 10 ** 30, "", "x", "\ud83d", [], {}, [None], [[]], [{}],
+                {"type": 1}, {"type": "x"}, {"type": []}, [{"type": "text"}],
+                [{"type": "text", "text": None}], {"a": {"a": []}}]
 EVERY_BLOCK = {
     "text": {"type": "text", "text": "a", "citations": [], "cache_control": {"type": "ephemeral"}},
-    "image": img, "image by URL": {"type": "image", "source": {"type": "url", "url": "https://a/b.png"}},
+    "image": img,
+    "image by URL": {"type": "image", "source": {"type": "url", "url": "https://a/b.png"}},
     "image by file": {"type": "image", "source": {"type": "file", "file_id": "f"}},
     "document": {**doc(PDF), "title": "t", "context": "c", "citations": {"enabled": True}},
     "document of text": doc({"type": "text", "media_type": "text/plain", "data": "a"}),
@@ -1450,15 +1512,18 @@ EVERY_BLOCK = {
     "tool_result": {**res("call_1", [txt("a"), img]), "is_error": True},
     "thinking": think("a", "b"), "redacted_thinking": {"type": "redacted_thinking", "data": "a"},
     "search_result": {"type": "search_result", "source": "s", "title": "t", "content": [txt("a")]},
-    "server_tool_use": {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
+    "server_tool_use": {"type": "server_tool_use", "id": "s", "name": "web_search",
+                        "input": {"query": "q"}},
     "web_search_tool_result": {"type": "web_search_tool_result", "tool_use_id": "s", "content": [
-        {"type": "web_search_result", "url": "u", "title": "t", "encrypted_content": "e", "page_age": None}]},
+        {"type": "web_search_result", "url": "u", "title": "t", "encrypted_content": "e",
+         "page_age": None}]},
     "container_upload": {"type": "container_upload", "file_id": "f"},
 }
 EVERY_FIELD = {
     **req(), "system": [txt("s")], "stream": False, "temperature": 0.5, "top_p": 0.5, "top_k": 5,
     "stop_sequences": ["a"], "metadata": {"user_id": "u"}, "service_tier": "auto",
-    "tools": [{**tool("f"), "description": "d", "strict": True, "cache_control": {"type": "ephemeral"},
+    "tools": [{**tool("f"), "description": "d", "strict": True,
+               "cache_control": {"type": "ephemeral"},
                "input_examples": [{}], "type": "custom", "defer_loading": False}, WEB_SEARCH],
     "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
     "thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"},
@@ -1466,7 +1531,8 @@ EVERY_FIELD = {
     "output_format": {"type": "json_schema", "schema": STRICT}, "container": "c", "mcp_servers": [],
     "context_management": {"edits": []}, "betas": ["b"], "speed": "fast", "inference_geo": "us",
     "thread": None,
-    "cache_control": {"type": "ephemeral"}, "fallbacks": [], "diagnostics": {}, "user_profile_id": "u"}
+    "cache_control": {"type": "ephemeral"}, "fallbacks": [], "diagnostics": {},
+    "user_profile_id": "u"}
 
 
 def places(value):
@@ -1478,9 +1544,11 @@ def places(value):
 
 def with_block(block):
     kind = block["type"]
-    if kind in ("tool_use", "thinking", "redacted_thinking", "server_tool_use", "web_search_tool_result"):
+    if kind in ("tool_use", "thinking", "redacted_thinking", "server_tool_use",
+                "web_search_tool_result"):
         return req([usr("a"), asst([block]), usr("b")])
-    return req([usr("a"), asst([use("call_1")]), usr([block])] if kind == "tool_result" else [usr([block])])
+    return req([usr("a"), asst([use("call_1")]), usr([block])] if kind == "tool_result"
+               else [usr([block])])
 
 
 def check_is_served_or_refused(request):
@@ -1495,7 +1563,8 @@ def check_is_served_or_refused(request):
 
 @table([("a request", EVERY_FIELD), *((f"a block {name}", with_block(each)) for name,
                                       each in EVERY_BLOCK.items()),
-        ("a block's result in a tool's", with_block(res("call_1", list(EVERY_BLOCK.values()))))], "given")
+        ("a block's result in a tool's", with_block(res("call_1", list(EVERY_BLOCK.values()))))],
+       "given")
 def test_a_wrong_type_in_any_field(given):
     check_is_served_or_refused(given)
     for parent, key in list(places(given)):
@@ -1516,7 +1585,8 @@ def test_a_wrong_type_in_any_member_over_the_wire():
             for name in EVERY_FIELD:
                 for wrong in WRONG_VALUES:
                     body = json.dumps({**EVERY_FIELD, name: wrong}).encode()
-                    await wire.send(POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages"))
+                    await wire.send(POST(f"Content-Length: {len(body)}", body=body,
+                                         path="/v1/messages"))
                     status, _, body = await wire.answer()
                     assert status in (200, 400), (name, wrong, body)
 
@@ -1527,13 +1597,15 @@ def test_an_odd_request_is_translated_or_rejected():
     """Never anything between: no crash, no request that breaks the promises about neighbours."""
     dice, whole = random.Random(1), {**SESSION, "messages": TURNS + [asst([use("call_1")]), usr([
         res("call_1", [txt("a"), img, reference("f"), doc(PDF)]), SEARCH_RESULT, img, doc(PDF)])],
-        **output(STRICT), **choice("auto"), "stop_sequences": ["x"], "temperature": 0.5, "mcp_servers": []}
+        **output(STRICT), **choice("auto"), "stop_sequences": ["x"], "temperature": 0.5,
+        "mcp_servers": []}
     for _ in range(2000):
         asked = spoiled(whole, dice)
         try:
             sent(asked, dice.choice(list(HOSTS)))
         except aiapiproxy.ProxyError as error:
-            assert (error.status, error.kind) == (400, "invalid_request_error") and error.message, asked
+            assert ((error.status, error.kind) == (400, "invalid_request_error")
+                    and error.message), asked
 
 
 # ---- System and conversation
@@ -1563,18 +1635,21 @@ CONVERSATIONS = [  # request members, all messages sent
      [sysm("a\n\nb"), usr("Hi")]),
     ("empty system text is none", "openai", {"system": ""}, [usr("Hi")]),
     ("only empty blocks are none", "openai", {"system": [txt("")]}, [usr("Hi")]),
-    ("marks are dropped", "openai", {"system": [{**txt("a"), "cache_control": {"type": "ephemeral"}}]},
-     [sysm("a"), usr("Hi")]),
+    ("marks are dropped", "openai",
+     {"system": [{**txt("a"), "cache_control": {"type": "ephemeral"}}]}, [sysm("a"), usr("Hi")]),
     ("the client's attribution is no instruction", "openai",
      {"system": [billing("cc_version=2; cc_entrypoint=cli;"), txt("b")]}, [sysm("b"), usr("Hi")]),
     ("and alone is nothing", "openai", {"system": [billing("cc_version=2;")]}, [usr("Hi")]),
-    ("system messages in front join the system text", "openai", {"system": "a", "messages": [sysm("b"), usr("c")]},
-     [sysm("a\n\nb"), usr("c")]),
-    *[(f"a later system message is a reminder, {host}", host, {"messages": [usr("a"), sysm("b"), usr("c")]},
+    ("system messages in front join the system text", "openai",
+     {"system": "a", "messages": [sysm("b"), usr("c")]}, [sysm("a\n\nb"), usr("c")]),
+    *[(f"a later system message is a reminder, {host}", host,
+       {"messages": [usr("a"), sysm("b"), usr("c")]},
        [usr(f"a\n\n{reminder('b')}\n\nc")]) for host in HOSTS],
-    ("at the end too", "openai", {"messages": [usr("a"), sysm("b")]}, [usr("a\n\n" + reminder("b"))]),
+    ("at the end too", "openai", {"messages": [usr("a"), sysm("b")]},
+     [usr("a\n\n" + reminder("b"))]),
     ("after an assistant's message it goes to the user's next", "openai",
-     {"messages": [usr("a"), asst("x"), sysm("b"), usr("c")]}, [usr("a"), asst("x"), usr(f"{reminder('b')}\n\nc")]),
+     {"messages": [usr("a"), asst("x"), sysm("b"), usr("c")]},
+     [usr("a"), asst("x"), usr(f"{reminder('b')}\n\nc")]),
     ("between two assistant messages it is a user message", "openai",
      {"messages": [usr("a"), asst("x"), sysm("b"), asst("y"), usr("c")]},
      [usr("a"), asst("x"), usr(reminder("b")), asst("y"), usr("c")]),
@@ -1588,8 +1663,10 @@ CONVERSATIONS = [  # request members, all messages sent
      {"messages": ASKED + [sysm("b"), usr([res("call_1", "ok"), txt("t")])]},
      CALLED + [tmsg("call_1", "ok"), usr(f"{reminder('b')}\n\nt")]),
     ("one for a single turn is gone in the next", "openai",
-     {"messages": [usr("a"), sysm("b", clear_at="next_user_message"), asst("x"), usr("c")]}, [usr("a"), asst("x"), usr("c")]),
-    ("and there in its own", "openai", {"messages": [usr("a"), sysm("b", clear_at="next_user_message")]},
+     {"messages": [usr("a"), sysm("b", clear_at="next_user_message"), asst("x"), usr("c")]},
+     [usr("a"), asst("x"), usr("c")]),
+    ("and there in its own", "openai",
+     {"messages": [usr("a"), sysm("b", clear_at="next_user_message")]},
      [usr("a\n\n" + reminder("b"))]),
     ("one without content only sets the effort", "openai",
      {"messages": [usr("a"), {"role": "system", **effort("low")}, sysm(""), sysm([])]}, [usr("a")]),
@@ -1597,21 +1674,27 @@ CONVERSATIONS = [  # request members, all messages sent
      {"messages": [usr("a"), sysm([{"type": "new"}])]},
      [usr("a")]),
     ("two user messages are one", "openai", {"messages": [usr("a"), usr("b")]}, [usr("a\n\nb")]),
-    ("two assistant messages are one", "openai", {"messages": [usr("a"), asst("x"), asst("y"), usr("b")]},
-     [usr("a"), asst("xy"), usr("b")]),
-    ("also when what lay between them vanished", "openai", {"messages": [usr("a"), asst(""), usr("b")]},
-     [usr("a\n\nb")]),
+    ("two assistant messages are one", "openai",
+     {"messages": [usr("a"), asst("x"), asst("y"), usr("b")]}, [usr("a"), asst("xy"), usr("b")]),
+    ("also when what lay between them vanished", "openai",
+     {"messages": [usr("a"), asst(""), usr("b")]}, [usr("a\n\nb")]),
     ("an assistant message of redacted thinking alone is none", "openai",
-     {"messages": [usr("a"), asst([{"type": "redacted_thinking", "data": "d"}]), usr("b")]}, [usr("a\n\nb")]),
-    ("white space in text is kept", "openai", {"messages": [usr(" a\n"), asst(" x\n"), usr("\tb ")]},
+     {"messages": [usr("a"), asst([{"type": "redacted_thinking", "data": "d"}]), usr("b")]},
+     [usr("a\n\nb")]),
+    ("white space in text is kept", "openai",
+     {"messages": [usr(" a\n"), asst(" x\n"), usr("\tb ")]},
      [usr(" a\n"), asst(" x\n"), usr("\tb ")]),
-    ("half a surrogate pair is replaced", "openai", {"messages": [usr("a\ud83db")]}, [usr("a\ufffdb")]),
-    ("a whole one is a character", "openai", {"messages": [usr("\ud83d\ude00")]}, [usr("\U0001f600")]),
+    ("half a surrogate pair is replaced", "openai", {"messages": [usr("a\ud83db")]},
+     [usr("a\ufffdb")]),
+    ("a whole one is a character", "openai", {"messages": [usr("\ud83d\ude00")]},
+     [usr("\U0001f600")]),
     ("a call and its result", "openai",
-     {"messages": [usr("a"), asst([txt("x"), use("call_1", "f", {"a": 1})]), usr([res("call_1", "ok")])]},
+     {"messages": [usr("a"), asst([txt("x"), use("call_1", "f", {"a": 1})]),
+                   usr([res("call_1", "ok")])]},
      [usr("a"), msg("x", [call("call_1", "f", '{"a":1}')]), tmsg("call_1", "ok")]),
     ("arguments are ASCII", "openai",
-     {"messages": [usr("a"), asst([use("call_1", "f", {"a": "\u00e9"})]), usr([res("call_1", "ok")])]},
+     {"messages": [usr("a"), asst([use("call_1", "f", {"a": "\u00e9"})]),
+                   usr([res("call_1", "ok")])]},
      [usr("a"), msg(None, [call("call_1", "f", '{"a":"\\u00e9"}')]), tmsg("call_1", "ok")]),
     ("tool messages in the order of the results, then the user", "openai",
      {"messages": ASKED_TWO + [usr([res("call_2", "two"), res("call_1", "one"), txt("go on")])]},
@@ -1625,15 +1708,18 @@ CONVERSATIONS = [  # request members, all messages sent
      CALLED + [tmsg("call_1", "Tool call was not executed."), usr("never mind")]),
     ("a call stands last", "openai", {"messages": ASKED},
      CALLED + [tmsg("call_1", "Tool call was not executed.")]),
-    ("a result without its call is told", "openai", {"messages": [usr([txt("a"), res("zz", "ok"), txt("b")])]},
+    ("a result without its call is told", "openai",
+     {"messages": [usr([txt("a"), res("zz", "ok"), txt("b")])]},
      [usr("a\n\n[Result of tool call zz]\nok\n\nb")]),
     ("the first of two results counts", "openai",
-     {"messages": ASKED + [usr([res("call_1", "a"), res("call_1", "b")])]}, CALLED + [tmsg("call_1", "a")]),
+     {"messages": ASKED + [usr([res("call_1", "a"), res("call_1", "b")])]},
+     CALLED + [tmsg("call_1", "a")]),
     ("results spread over user messages", "openai",
      {"messages": ASKED_TWO + [usr([res("call_1", "1")]), usr([res("call_2", "2"), txt("x")])]},
      CALLED_TWO + [tmsg("call_1", "1"), tmsg("call_2", "2"), usr("x")]),
     ("one id in two turns", "openai",
-     {"messages": ASKED + [usr([res("call_1", "1")])] + [asst([use("call_1")]), usr([res("call_1", "2")])]},
+     {"messages": ASKED + [usr([res("call_1", "1")])]
+      + [asst([use("call_1")]), usr([res("call_1", "2")])]},
      CALLED + [tmsg("call_1", "1"), msg(None, [call("call_1")]), tmsg("call_1", "2")]),
     ("two calls of one id in one turn", "local",
      {"messages": [usr("a"), asst([use("c"), use("c")]), usr([res("c", "1"), res("c", "2")])]},
@@ -1651,15 +1737,18 @@ CONVERSATIONS = [  # request members, all messages sent
      {"messages": ASKED_TWO + [usr([res("call_1", [img]), res("call_2", [img])])]},
      CALLED_TWO + [tmsg("call_1", "[image 1: see the next user message]"),
                    tmsg("call_2", "[image 2: see the next user message]"),
-                   usr([part("Image 1 from tool result call_1:"), IMG, part("Image 2 from tool result call_2:"),
+                   usr([part("Image 1 from tool result call_1:"), IMG,
+                        part("Image 2 from tool result call_2:"),
                       IMG])]),
     ("a PDF in a result likewise, where files are known", "openai",
      {"messages": ASKED + [usr([res("call_1", [txt("see"), doc(PDF, title="r")])])]},
      CALLED + [tmsg("call_1", "see\n[document 1: see the next user message]"),
                usr([part("Document 1 from tool result call_1:"),
                   {"type": "file",
-                   "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}])]),
-    ("elsewhere in words", "local", {"messages": ASKED + [usr([res("call_1", [doc(PDF, title="r")])])]},
+                   "file": {"filename": "r.pdf",
+                            "file_data": "data:application/pdf;base64,AAAA"}}])]),
+    ("elsewhere in words", "local",
+     {"messages": ASKED + [usr([res("call_1", [doc(PDF, title="r")])])]},
      CALLED + [tmsg("call_1", "[PDF document: r; this endpoint cannot read it]")]),
     # Ids
     ids_kept("a Claude id is kept", "toolu_01A09q90qw90lq917835lq9"),
@@ -1668,9 +1757,11 @@ CONVERSATIONS = [  # request members, all messages sent
     ids_sent("and on Azure", "call:1", "call_0af6315558b41599b4a0fbfa5d31d443", "azure"),
     ids_kept("others take long ids", LONG_ID, "local"),
     ids_kept("others take any character", "call:1", "local"),
-    ids_sent("Mistral wants nine characters", "toolu_01A09q90qw90lq917835lq9", "L4lugQ9Qs", "mistral"),
+    ids_sent("Mistral wants nine characters", "toolu_01A09q90qw90lq917835lq9",
+             "L4lugQ9Qs", "mistral"),
     ids_kept("and keeps its own", "abcDEF123", "mistral"),
-    ids_sent("an encoded id is decoded", "toolu_rAbC123_ZnVuY3Rpb25zLmdldDow", "functions.get:0", "local"),
+    ids_sent("an encoded id is decoded", "toolu_rAbC123_ZnVuY3Rpb25zLmdldDow",
+             "functions.get:0", "local"),
     ids_kept("one that is none stays", "toolu_rAbC123_!", "local"),
     ids_kept("one that does not decode stays", "toolu_rAbC123__w", "local"),
     ids_kept("nor one with a thought signature", "toolu_xAbC123_AAAA", "local"),
@@ -1683,7 +1774,8 @@ CONVERSATIONS = [  # request members, all messages sent
      [usr("a"), asst("The answer is")]),
     ("Mistral marks it", "mistral", {"messages": [usr("a"), asst("The answer is ")]},
      [usr("a"), {**asst("The answer is"), "prefix": True}]),
-    ("a prefill of white space alone is none", "openai", {"messages": [usr("a"), asst(" \n")]}, [usr("a")]),
+    ("a prefill of white space alone is none", "openai", {"messages": [usr("a"), asst(" \n")]},
+     [usr("a")]),
 ]
 
 
@@ -1698,9 +1790,12 @@ def test_a_result_without_its_call_keeps_its_image():
     assert IMG in message["content"]
 
 
-TURNS = [usr("a"), sysm("be careful"), asst([think("t", "aap1.c."), txt("x"), use("call_1"), use("call:2", "my.tool")]),
-         usr([res("call:2", [txt("2"), img]), res("call_1", "1"), txt("go on")]), asst("y"), usr([txt("c"), img]),
-         asst([use("call_1")]), usr([res("call_1", "", is_error=True)]), sysm("still careful"), asst("z"), usr("d")]
+TURNS = [usr("a"), sysm("be careful"),
+         asst([think("t", "aap1.c."), txt("x"), use("call_1"), use("call:2", "my.tool")]),
+         usr([res("call:2", [txt("2"), img]), res("call_1", "1"), txt("go on")]), asst("y"),
+         usr([txt("c"), img]),
+         asst([use("call_1")]), usr([res("call_1", "", is_error=True)]), sysm("still careful"),
+         asst("z"), usr("d")]
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -1737,11 +1832,13 @@ DEFINED = {"type": "tool_definition", "definition": tool("h")}
 
 TOOLS = [
     ("a tool is a function", {"tools": [tool("f")]}, {**NO_TOOLS, "tools": [fn("f")]}),
-    ("with its description", {"tools": [tool("f", description="d")]}, {"tools": [fn("f", description="d")]}),
+    ("with its description", {"tools": [tool("f", description="d")]},
+     {"tools": [fn("f", description="d")]}),
     ("but not an empty one", {"tools": [tool("f", description="")]}, {"tools": [fn("f")]}),
     ("type custom", {"tools": [tool("f", type="custom")]}, {"tools": [fn("f")]}),
     ("no tools", {"tools": []}, NO_TOOLS),
-    ("no tools, no choice", {"tools": [], **choice("auto", disable_parallel_tool_use=True)}, NO_TOOLS),
+    ("no tools, no choice", {"tools": [], **choice("auto", disable_parallel_tool_use=True)},
+     NO_TOOLS),
     ("choice auto", {"tools": [tool("f")], **choice("auto")},
      {"tool_choice": "auto", "parallel_tool_calls": None}),
     ("choice any", {"tools": [tool("f")], **choice("any")}, {"tool_choice": "required"}),
@@ -1753,27 +1850,32 @@ TOOLS = [
     ("the o-series does not know that field", {"model": "o3", "tools": [tool("f")],
                                                **choice("any", disable_parallel_tool_use=True)},
      {"tool_choice": "required", "parallel_tool_calls": None}),
-    ("in parallel is nothing", {"tools": [tool("f")], **choice("auto", disable_parallel_tool_use=False)},
+    ("in parallel is nothing",
+     {"tools": [tool("f")], **choice("auto", disable_parallel_tool_use=False)},
      {"tool_choice": "auto", "parallel_tool_calls": None}),
     ("one name is legal everywhere", {"tools": [tool("my.tool")], **choice("tool", "my.tool"),
                                       "messages": [usr("a"), asst([use("call_1", "my.tool")]),
                                                    usr([res("call_1", "ok")])]},
      {"tools": [fn("my_tool_bca2c361")],
       "tool_choice": {"type": "function", "function": {"name": "my_tool_bca2c361"}},
-      "messages": [usr("a"), msg(None, [call("call_1", "my_tool_bca2c361")]), tmsg("call_1", "ok")]}),
+      "messages": [usr("a"), msg(None, [call("call_1", "my_tool_bca2c361")]),
+                   tmsg("call_1", "ok")]}),
     ("a server tool is not sent, and the model is told", {"tools": [WEB_SEARCH]},
      {**NO_TOOLS, "messages": [sysm(note("web_search")), usr("Hi")]}),
     ("the note is the last paragraph", {"system": "Be brief.", "tools": [
         tool("f"), WEB_SEARCH, {"type": "code_execution_20250825", "name": "code_execution"}]},
-     {"tools": [fn("f")], "messages": [sysm("Be brief.\n\n" + note("web_search, code_execution")), usr("Hi")]}),
+     {"tools": [fn("f")],
+      "messages": [sysm("Be brief.\n\n" + note("web_search, code_execution")), usr("Hi")]}),
     *[(f"{kind} is a server tool", {"tools": [{"type": kind, "name": "x"}]},
        {"tools": None, "messages": [sysm(note("x")), usr("Hi")]})
       for kind in ("web_fetch_20260318", "advisor_20260301", "future_tool_20270101")],
     ("an auto choice goes with its last tool", {"tools": [WEB_SEARCH], **choice("auto")}, NO_TOOLS),
     ("a tool search of the server is silent, and everything is loaded",
-     {"tools": [{"type": "tool_search_tool_bm25_20251119", "name": "tool_search_tool_bm25"}, deferred("f")]},
+     {"tools": [{"type": "tool_search_tool_bm25_20251119", "name": "tool_search_tool_bm25"},
+                deferred("f")]},
      {"tools": [fn("f")], "messages": [usr("Hi")]}),
-    ("a tool search of the client defers tools", {"tools": SEARCH}, {"tools": [fn("ToolSearch"), fn("g")]}),
+    ("a tool search of the client defers tools", {"tools": SEARCH},
+     {"tools": [fn("ToolSearch"), fn("g")]}),
     ("a tool found is sent last", {"tools": SEARCH, "messages": FOUND},
      {"tools": [fn("ToolSearch"), fn("g"), fn("f")]}),
     ("so is a tool called before",
@@ -1784,21 +1886,25 @@ TOOLS = [
     ("so is one added", {"tools": SEARCH, "messages": [
         usr("a"), sysm([addition({"type": "tool_reference", "name": "f"})])]},
      {"tools": [fn("ToolSearch"), fn("g"), fn("f")]}),
-    ("a removed tool is not sent", {"tools": [tool("f"), tool("g")], "messages": [usr("a"), sysm([removal("f")])]},
+    ("a removed tool is not sent",
+     {"tools": [tool("f"), tool("g")], "messages": [usr("a"), sysm([removal("f")])]},
      {"tools": [fn("g")], "messages": [usr("a")]}),
     ("unless it comes back", {"tools": [tool("f"), tool("g")], "messages": [
         usr("a"), sysm([removal("f"), addition({"type": "tool_reference", "name": "f"})])]},
         {"tools": [fn("f"), fn("g")]}),
-    ("a tool defined on the way", {"tools": [tool("f")], "messages": [usr("a"), sysm([addition(DEFINED)])]},
+    ("a tool defined on the way",
+     {"tools": [tool("f")], "messages": [usr("a"), sysm([addition(DEFINED)])]},
      {"tools": [fn("f"), fn("h")]}),
     ("an unknown type with a schema is a tool", {"tools": [tool("x", type="future_tool_20270101")]},
      {"tools": [fn("x")]}),
     ("what OpenAI does not know of a tool is dropped",
-     {"tools": [tool("f", cache_control={"type": "ephemeral"}, input_examples=[{}], eager_input_streaming=True,
+     {"tools": [tool("f", cache_control={"type": "ephemeral"}, input_examples=[{}],
+                     eager_input_streaming=True,
                   allowed_callers=["direct"], strict=None, citations={})]}, {"tools": [fn("f")]}),
     ("strict, where the schema qualifies", {"tools": [tool("f", STRICT, strict=True)]},
      {"tools": [fn("f", STRICT, strict=True)]}),
-    ("not strict, where it does not", {"tools": [tool("f", LOOSE, strict=True)]}, {"tools": [fn("f", LOOSE)]}),
+    ("not strict, where it does not", {"tools": [tool("f", LOOSE, strict=True)]},
+     {"tools": [fn("f", LOOSE)]}),
 ]
 
 
@@ -1818,10 +1924,12 @@ EDITOR = {"command": "string", "path": "string", "file_text": "string", "old_str
           "new_str": "string",
           "insert_line": "integer", "view_range": "array"}
 SCREEN = {"action": "string", "coordinate": "array", "start_coordinate": "array", "text": "string",
-          "scroll_direction": "string", "scroll_amount": "integer", "duration": "number", "region": "array"}
-OLD_ACTIONS = ["key", "type", "mouse_move", "left_click", "left_click_drag", "right_click", "middle_click",
-               "double_click", "screenshot", "cursor_position"]
-ACTIONS = OLD_ACTIONS + ["left_mouse_down", "left_mouse_up", "triple_click", "scroll", "hold_key", "wait"]
+          "scroll_direction": "string", "scroll_amount": "integer", "duration": "number",
+          "region": "array"}
+OLD_ACTIONS = ["key", "type", "mouse_move", "left_click", "left_click_drag", "right_click",
+               "middle_click", "double_click", "screenshot", "cursor_position"]
+ACTIONS = OLD_ACTIONS + ["left_mouse_down", "left_mouse_up", "triple_click", "scroll",
+                         "hold_key", "wait"]
 
 CLIENT_TOOLS = [  # type, properties, required, the values of command or action
     ("the shell", "bash_20250124", {"command": "string", "restart": "boolean"}, [], None),
@@ -1830,8 +1938,8 @@ CLIENT_TOOLS = [  # type, properties, required, the values of command or action
      None),
     ("the older editor", "text_editor_20250124", EDITOR, ["command", "path"],
      ["view", "create", "str_replace", "insert", "undo_edit"]),
-    ("the newer editor", "text_editor_20250728", {**EDITOR, "insert_text": "string"}, ["command", "path"],
-     ["view", "create", "str_replace", "insert"]),
+    ("the newer editor", "text_editor_20250728", {**EDITOR, "insert_text": "string"},
+     ["command", "path"], ["view", "create", "str_replace", "insert"]),
     ("the memory", "memory_20250818",
      {**EDITOR, "insert_text": "string", "old_path": "string", "new_path": "string"}, ["command"],
      ["view", "create", "str_replace", "insert", "delete", "rename"]),
@@ -1853,7 +1961,8 @@ def test_client_tool(kind, properties, required, values):
         assert sorted(parameters["properties"][member]["enum"]) == sorted(values)
     if kind.startswith("computer"):
         assert "1024" in function["description"] and "768" in function["description"]
-        assert sorted(parameters["properties"]["scroll_direction"]["enum"]) == ["down", "left", "right", "up"]
+        assert (sorted(parameters["properties"]["scroll_direction"]["enum"])
+                == ["down", "left", "right", "up"])
 
 
 def test_an_editor_tells_its_limit():
@@ -1863,14 +1972,16 @@ def test_an_editor_tells_its_limit():
 
 
 def test_zoom_is_an_action_only_where_it_is_enabled():
-    tool = {"type": "computer_20251124", "name": "computer", "display_width_px": 9, "display_height_px": 9}
+    tool = {"type": "computer_20251124", "name": "computer", "display_width_px": 9,
+            "display_height_px": 9}
     (zooming,) = sent(req(tools=[{**tool, "enable_zoom": True}]))["tools"]
     assert zooming["function"]["parameters"]["properties"]["action"]["enum"][-1] == "zoom"
 
 
 @table([
     ("dots become underscores, with a hash", "my.tool", "my_tool_bca2c361"),
-    ("a long MCP name", "mcp__claude_ai_Google_Calendar_and_Contacts__list_calendar_events_for_user",
+    ("a long MCP name",
+     "mcp__claude_ai_Google_Calendar_and_Contacts__list_calendar_events_for_user",
      "mcp__claude_ai_Google_Calendar_and_Contacts__list_calen_52cbfaf7"),
     ("64 characters are allowed", "a" * 64, "a" * 64),
     ("65 are not", "a" * 65, "a" * 55 + "_635361c4"),
@@ -1890,8 +2001,8 @@ def test_a_made_name_is_never_that_of_another_tool(names):
 
 
 @pytest.mark.parametrize("name",
-                         ["f", "my.tool", "my_tool", "a" * 64, "a" * 65, "a" * 128, "mcp__x__" + "y" * 70,
-                          "\u00e9", "a b"])
+                         ["f", "my.tool", "my_tool", "a" * 64, "a" * 65, "a" * 128,
+                          "mcp__x__" + "y" * 70, "\u00e9", "a b"])
 def test_a_name_comes_back_to_the_client_as_it_was(name):
     asked = req(tools=[tool(name), tool("other.tool")])
     (function, _) = [tool["function"]["name"] for tool in sent(asked)["tools"]]
@@ -1905,10 +2016,13 @@ OPEN_BRANCHES = {"anyOf": [{"type": "object", "properties": {"a": {}}, "required
 
 SCHEMAS = [
     ("type and properties are added", {}, {"type": "object", "properties": {}}),
-    ("a type that is not object alone", {"type": ["object", "null"]}, {"type": "object", "properties": {}}),
-    ("properties null", {"type": "object", "properties": None}, {"type": "object", "properties": {}}),
+    ("a type that is not object alone", {"type": ["object", "null"]},
+     {"type": "object", "properties": {}}),
+    ("properties null", {"type": "object", "properties": None},
+     {"type": "object", "properties": {}}),
     ("an array without items is kept", inside({"type": "array"}), inside({"type": "array"})),
-    ("branches at the root are kept", OPEN_BRANCHES, {**OPEN_BRANCHES, "type": "object", "properties": {}}),
+    ("branches at the root are kept", OPEN_BRANCHES,
+     {**OPEN_BRANCHES, "type": "object", "properties": {}}),
     ("$schema goes", {"$schema": "s", **inside({})}, inside({})),
     ("the rest stays",
      inside({"additionalProperties": False, "pattern": "p", "format": "f", "propertyNames": {},
@@ -1919,10 +2033,12 @@ SCHEMAS = [
      inside({"type": "object", "properties": {}})),
     ("also deep inside", inside({"type": "array", "items": {"anyOf": [{"type": "object"}]}}),
      inside({"type": "array", "items": {"anyOf": [{"type": "object", "properties": {}}]}})),
-    ("but not where additionalProperties say it", inside({"type": "object", "additionalProperties": {}}),
+    ("but not where additionalProperties say it",
+     inside({"type": "object", "additionalProperties": {}}),
      inside({"type": "object", "additionalProperties": {}})),
     ("values are no schemas", inside({"default": {"type": "object"}, "enum": [{"type": "object"}],
-                                      "const": {"type": "object"}, "examples": [{"type": "object"}]}),
+                                      "const": {"type": "object"},
+                                      "examples": [{"type": "object"}]}),
      inside({"default": {"type": "object"}, "enum": [{"type": "object"}],
              "const": {"type": "object"}, "examples": [{"type": "object"}]})),
     ("required null is kept until it is refused", {**inside({}), "required": None},
@@ -1944,18 +2060,21 @@ USER_BLOCKS = [  # blocks of one user message, its content
     ("empty ones vanish", "openai", [txt("a"), txt("")], "a"),
     ("with an image it is a list of parts", "openai", [txt("a"), img, txt("b"), txt("c")],
      [part("a"), IMG, part("b"), part("c")]),
-    ("marks are dropped", "openai", [{**txt("a"), "cache_control": {"type": "ephemeral"}, "citations": []}],
-     "a"),
+    ("marks are dropped", "openai",
+     [{**txt("a"), "cache_control": {"type": "ephemeral"}, "citations": []}], "a"),
     ("an image by address is not fetched", "openai",
      [{"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}],
      [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]),
     ("image/jpg is image/jpeg, and base64 has no white space", "openai",
-     [{"type": "image", "source": {"type": "base64", "media_type": "image/jpg", "data": "AA\nAA "}}],
+     [{"type": "image",
+       "source": {"type": "base64", "media_type": "image/jpg", "data": "AA\nAA "}}],
      [{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,AAAA"}}]),
     ("a PDF is a file", "openai", [doc(PDF, title="r")],
-     [{"type": "file", "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
+     [{"type": "file",
+       "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
     ("its name ends in .pdf once", "azure", [doc(PDF, title="r.pdf")],
-     [{"type": "file", "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
+     [{"type": "file",
+       "file": {"filename": "r.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
     ("without a title", "openai", [doc(PDF)],
      [{"type": "file",
        "file": {"filename": "document.pdf", "file_data": "data:application/pdf;base64,AAAA"}}]),
@@ -1970,14 +2089,16 @@ USER_BLOCKS = [  # blocks of one user message, its content
     ("without title and context", "openai",
      [doc({"type": "text", "media_type": "text/plain", "data": "body"})],
      "[Document]\nbody"),
-    ("as base64", "openai", [doc({"type": "base64", "media_type": "text/markdown", "data": "w6k="})],
+    ("as base64", "openai",
+     [doc({"type": "base64", "media_type": "text/markdown", "data": "w6k="})],
      "[Document]\n\u00e9"),
     ("of blocks", "openai", [doc({"type": "content", "content": [txt("a"), img]}, title="T")],
      [part("[Document: T]\na"), IMG]),
     ("of a string", "openai", [doc({"type": "content", "content": "a"})], "[Document]\na"),
     ("by address", "openai", [doc({"type": "url", "url": "https://x/a.pdf"})],
      "[Document at https://x/a.pdf; this endpoint cannot fetch it]"),
-    ("by address, with a title", "openai", [doc({"type": "url", "url": "https://x/a.pdf"}, title="T")],
+    ("by address, with a title", "openai",
+     [doc({"type": "url", "url": "https://x/a.pdf"}, title="T")],
      "[Document at https://x/a.pdf: T; this endpoint cannot fetch it]"),
     ("a search result", "openai", [SEARCH_RESULT], "[Search result: T]\nSource: S\na\nb"),
     ("an upload", "openai", [{"type": "container_upload", "file_id": "f"}],
@@ -2002,14 +2123,16 @@ def found_by(kind, name, content): return {"type": kind, "tool_use_id": "s", "co
 
 SEARCHED = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}}
 HIT = {"type": "web_search_result", "title": "T", "url": "u", "encrypted_content": "e"}
-FETCHED = {"type": "web_fetch_result", "url": "u", "content": doc({"type": "text", "media_type": "text/plain",
-                                                                  "data": "body"})}
+FETCHED = {"type": "web_fetch_result", "url": "u",
+           "content": doc({"type": "text", "media_type": "text/plain",
+                          "data": "body"})}
 RAN = {"type": "bash_code_execution_result", "stdout": "out", "stderr": "err", "return_code": 2}
 
 ASSISTANT_BLOCKS = [  # blocks of one assistant message, its content
     ("text blocks are joined directly", [txt("x"), txt("y")], "xy"),
     ("foreign thinking is dropped", [think("t", "EqQB"), txt("x")], "x"),
-    ("text around a dropped block is two paragraphs", [txt("x"), think("t", "EqQB"), txt("y")], "x\n\ny"),
+    ("text around a dropped block is two paragraphs",
+     [txt("x"), think("t", "EqQB"), txt("y")], "x\n\ny"),
     ("a search of the server is told",
      [SEARCHED, found_by("web_search_tool_result", "web_search", [HIT]), txt("x")],
      '[Called web_search with {"query":"q"}]\n\n[Result of web_search]\n- T: u\n\nx'),
@@ -2022,7 +2145,8 @@ ASSISTANT_BLOCKS = [  # blocks of one assistant message, its content
      "[Result of bash_code_execution]\nout\nerr\nexit code 2"),
     ("a tool of an MCP server",
      [{"type": "mcp_tool_use", "id": "m", "name": "look", "server_name": "n", "input": {}},
-      {"type": "mcp_tool_result", "tool_use_id": "m", "is_error": False, "content": [txt("a"), txt("b")]}],
+      {"type": "mcp_tool_result", "tool_use_id": "m", "is_error": False,
+       "content": [txt("a"), txt("b")]}],
      "[Called look with {}]\n\n[Result of mcp_tool]\na\nb"),
     ("what says nothing is dropped",
      [txt("x"), {"type": "fallback"}, {"type": "mcp_tool_listing"},
@@ -2037,11 +2161,13 @@ ASSISTANT_BLOCKS = [  # blocks of one assistant message, its content
 
 @table(ASSISTANT_BLOCKS, "blocks, want")
 def test_assistant_blocks(blocks, want):
-    assert sent(req([usr("a"), asst(blocks), usr("b")]))["messages"] == [usr("a"), asst(want), usr("b")]
+    assert (sent(req([usr("a"), asst(blocks), usr("b")]))["messages"]
+            == [usr("a"), asst(want), usr("b")])
 
 
 def test_text_around_a_call_is_two_paragraphs():
-    messages = sent(req([usr("a"), asst([txt("x"), use("call_1"), txt("y")]), usr([res("call_1", "ok")])]))["messages"]
+    messages = sent(req([usr("a"), asst([txt("x"), use("call_1"), txt("y")]),
+                         usr([res("call_1", "ok")])]))["messages"]
     assert messages == [usr("a"), msg("x\n\ny", [call("call_1")]), tmsg("call_1", "ok")]
 
 
@@ -2059,7 +2185,8 @@ def test_input_of_a_call_in_the_history(given, want):
 
 
 def test_a_call_without_input_has_none():
-    messages = sent(req([usr("a"), asst([without(use("call_1"), "input")]), usr([res("call_1", "ok")])]))["messages"]
+    messages = sent(req([usr("a"), asst([without(use("call_1"), "input")]),
+                         usr([res("call_1", "ok")])]))["messages"]
     assert messages[1] == msg(None, [call("call_1", "f", "{}")])
 
 
@@ -2096,16 +2223,19 @@ def test_result(given, want):
 
 
 @pytest.mark.parametrize("id",
-                         ["call_1", "functions.get:0", "x" * 65, "toolu_r123456_abc", "toolu_xyz", "\u00e9",
+                         ["call_1", "functions.get:0", "x" * 65, "toolu_r123456_abc",
+                          "toolu_xyz", "\u00e9",
                           "a b", "chatcmpl-tool-" + "0" * 32, "toolu_01A09q90qw90lq917835lq9"])
 def test_an_id_comes_back_to_the_upstream_as_it_was(id):
     translation = aiapiproxy.checked_translation(req(), SETTINGS["local"])
-    answer = completion({"content": None, "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
+    answer = completion({"content": None,
+                         "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
     blocks = aiapiproxy.anthropic_message(answer, translation, new_ids())["content"]
     assert all(re.fullmatch(r"[a-zA-Z0-9_-]+", block["id"]) for block in blocks)
     history = [usr("Hi"), asst(blocks), usr([res(block["id"], "ok") for block in blocks])]
     assert sent(req(history), "local")["messages"][1:] == [
-        msg(None, [call(id), call("other", extra_content=EXTRA)]), tmsg(id, "ok"), tmsg("other", "ok")]
+        msg(None, [call(id), call("other", extra_content=EXTRA)]), tmsg(id, "ok"),
+        tmsg("other", "ok")]
 
 
 # ---- Reasoning on its way back
@@ -2120,10 +2250,12 @@ REASONING = [  # blocks before the call, members of the assistant message
      {"reasoning_details": DETAILS}),
     ("OpenAI does not want it", "openai", [think("t", "aap1.c.")], {}),
     ("nor does Mistral", "mistral", [think("t", "aap1.c.")], {}),
-    ("what was not shown", "local", [think("", carrier("c", "secret"))], {"reasoning_content": "secret"}),
+    ("what was not shown", "local", [think("", carrier("c", "secret"))],
+     {"reasoning_content": "secret"}),
     ("damaged", "local", [think("", "aap1.c.!"), think("", "aap1.c.AAAA")], {}),
     ("nothing to give back", "local", [think("t", "aap1.n.")], {}),
-    ("two blocks", "local", [think("a", "aap1.c."), think("b", "aap1.c.")], {"reasoning_content": "ab"}),
+    ("two blocks", "local", [think("a", "aap1.c."), think("b", "aap1.c.")],
+     {"reasoning_content": "ab"}),
     ("the first decides the kind", "local", [think("a", "aap1.r."), think("b", "aap1.c.")],
      {"reasoning": "a"}),
     ("DeepSeek without thinking", "deepseek", [], {}),
@@ -2132,13 +2264,15 @@ REASONING = [  # blocks before the call, members of the assistant message
 
 @table(REASONING, "host, blocks, want")
 def test_reasoning_goes_back_with_a_call(host, blocks, want):
-    messages = sent(req([usr("a"), asst(blocks + [use("call_1")]), usr([res("call_1", "ok")])], max_tokens=50),
+    messages = sent(req([usr("a"), asst(blocks + [use("call_1")]), usr([res("call_1", "ok")])],
+                        max_tokens=50),
                     host)["messages"]
     assert without(messages[1], "role", "content", "tool_calls") == want
 
 
 def test_reasoning_does_not_go_back_without_a_call():
-    assert sent(req([usr("a"), asst([think("t", "aap1.c."), txt("x")]), usr("b")]), "local")["messages"][1] == asst("x")
+    assert sent(req([usr("a"), asst([think("t", "aap1.c."), txt("x")]), usr("b")]),
+                "local")["messages"][1] == asst("x")
 
 
 def test_deepseek_wants_reasoning_with_every_call_while_it_thinks():
@@ -2148,13 +2282,15 @@ def test_deepseek_wants_reasoning_with_every_call_while_it_thinks():
 
 def test_a_carrier_that_unpacks_to_gigabytes_is_dropped():
     bomb = "aap1.c." + encoded(zlib.compress(b"x" * (16 << 20) + b"x"))
-    messages = sent(req([usr("a"), asst([think("", bomb), use("call_1")]), usr([res("call_1", "ok")])]),
+    messages = sent(req([usr("a"), asst([think("", bomb), use("call_1")]),
+                         usr([res("call_1", "ok")])]),
                     "local")["messages"]
     assert messages[1] == msg(None, [call("call_1")])
 
 
 @pytest.mark.parametrize("display", ["summarized", "omitted"])
-@pytest.mark.parametrize("reasoning", [{"reasoning_content": "think \u00e9"}, {"reasoning": "think \u00e9"}],
+@pytest.mark.parametrize("reasoning",
+                         [{"reasoning_content": "think \u00e9"}, {"reasoning": "think \u00e9"}],
                          ids=["reasoning_content", "reasoning"])
 def test_reasoning_comes_back_to_the_upstream_as_it_was(reasoning, display):
     asked = req(thinking={"type": "adaptive", "display": display})
@@ -2180,13 +2316,17 @@ FIELDS = [
     ("a stream asks for its usage", "openai", req(stream=True), Exactly(STREAMED)),
     ("Mistral does not know stream_options", "mistral", req(stream=True),
      {"stream": True, "stream_options": None}),
-    *[(f"{host} knows stream_options", host, req(stream=True), {"stream_options": {"include_usage": True}})
+    *[(f"{host} knows stream_options", host, req(stream=True),
+       {"stream_options": {"include_usage": True}})
       for host in ("azure", "openrouter", "deepseek", "gemini", "local")],
     ("stream false is not sent", "openai", req(stream=False), Exactly(PLAIN)),
-    ("a null field is absent", "openai", req(stream=None, system=None, tools=None, thinking=None, metadata=None,
-                                           stop_sequences=None, tool_choice=None, output_config=None,
+    ("a null field is absent", "openai",
+     req(stream=None, system=None, tools=None, thinking=None, metadata=None,
+                                           stop_sequences=None, tool_choice=None,
+                                           output_config=None,
                                            compaction=None, mcp_servers=None), Exactly(PLAIN)),
-    ("an answer of up to 8192 tokens is not streamed", "openai", req(max_tokens=8192), {"stream": None}),
+    ("an answer of up to 8192 tokens is not streamed", "openai", req(max_tokens=8192),
+     {"stream": None}),
     ("a longer one is, to see that it lives", "openai", req(max_tokens=8193), {"stream": True}),
     ("what counts there is the limit sent", "openai", req(model="gpt-4-turbo", max_tokens=16000),
      {"stream": None}),
@@ -2194,21 +2334,27 @@ FIELDS = [
      {"max_completion_tokens": 100, "max_tokens": None}),
     *[(f"{name} takes max_completion_tokens", host, req(model=name),
        {"model": name, "max_completion_tokens": 100, "max_tokens": None})
-      for host, name in (("openai", "gpt-5"), ("openai", "gpt-5-chat-latest"), ("local", "openai/gpt-5-mini"),
+      for host, name in (("openai", "gpt-5"), ("openai", "gpt-5-chat-latest"),
+                         ("local", "openai/gpt-5-mini"),
                          ("openai", "codex-mini-latest"), ("openai", "gpt-5.1:floor"),
                          ("openai", "ft:o4-mini:me"))],
     *[(f"{name} takes max_tokens", "openai", req(model=name),
        {"max_tokens": 100, "max_completion_tokens": None})
       for name in ("gpt-4.1", "gpt-4o-mini", "olmo-2", "my-gpt-5")],
-    ("a Claude name is mapped by its family", "local", req(), {"model": "qwen3:8b", "max_tokens": 100}),
+    ("a Claude name is mapped by its family", "local", req(),
+     {"model": "qwen3:8b", "max_tokens": 100}),
     ("opus", "openai", req(model="claude-opus-5-5"), {"model": "gpt-5.1"}),
     ("haiku, in any case", "openai", req(model="Claude-HAIKU-4-5"), {"model": "gpt-4o-mini"}),
     ("another Claude name is sonnet", "openai", req(model="claude-new"), {"model": "gpt-4o"}),
     ("[1m] is cut off", "openai", req(model="claude-sonnet-5-5[1m]"), {"model": "gpt-4o"}),
-    ("max_tokens is capped at what the model can", "openai", req(max_tokens=32000), {"max_tokens": 16384}),
-    *[(f"the cap of {name} is {cap}", "openai", req(model=name, max_tokens=200000), {"max_tokens": cap})
-      for name, cap in (("gpt-4o-2024-05-13", 4096), ("chatgpt-4o-latest", 16384), ("gpt-4.1", 32768),
-                        ("gpt-4-turbo", 4096), ("gpt-3.5-turbo", 4096), ("gpt-4", 4096), ("gpt-4-0613", 4096),
+    ("max_tokens is capped at what the model can", "openai", req(max_tokens=32000),
+     {"max_tokens": 16384}),
+    *[(f"the cap of {name} is {cap}", "openai", req(model=name, max_tokens=200000),
+       {"max_tokens": cap})
+      for name, cap in (("gpt-4o-2024-05-13", 4096), ("chatgpt-4o-latest", 16384),
+                        ("gpt-4.1", 32768),
+                        ("gpt-4-turbo", 4096), ("gpt-3.5-turbo", 4096), ("gpt-4", 4096),
+                        ("gpt-4-0613", 4096),
                         ("gpt-4-32k", 8192), ("openai/gpt-4o", 16384), ("llama", 200000))],
     *[(f"the cap of {name} is {cap}", "openai", req(model=name, max_tokens=200000),
        {"max_completion_tokens": cap})
@@ -2236,10 +2382,13 @@ FIELDS = [
     ("standard_only is OpenAI's default tier", "openai", req(service_tier="standard_only"),
      {"service_tier": "default"}),
     ("service tier auto is nothing", "openai", req(service_tier="auto"), {"service_tier": None}),
-    ("service tiers are OpenAI's alone", "local", req(service_tier="standard_only"), {"service_tier": None}),
+    ("service tiers are OpenAI's alone", "local", req(service_tier="standard_only"),
+     {"service_tier": None}),
     ("what the upstream cannot know is dropped", "openai",
-     req(cache_control={"type": "ephemeral"}, container="c1", inference_geo="us", diagnostics={}, speed="fast",
-       context_management={"edits": [{"type": "clear_thinking_20251015"}]}, safeguards=[{}], betas=["x"],
+     req(cache_control={"type": "ephemeral"}, container="c1", inference_geo="us", diagnostics={},
+         speed="fast",
+       context_management={"edits": [{"type": "clear_thinking_20251015"}]}, safeguards=[{}],
+       betas=["x"],
        anthropic_version="y", foo=1, fallbacks=[], user_profile_id="u", workspace_id="w", top_k=1,
        output_config={"task_budget": {"tokens": 1}}), Exactly(PLAIN)),
     ("an OpenAI field of the client is not passed", "openai",
@@ -2273,7 +2422,8 @@ FORMATS = [
     ("one that does not is sent all the same", "openai", output(LOOSE),
      {"response_format": response_format(LOOSE, False)}),
     ("cleaned up", "openai", output({"$schema": "s", "title": "t"}),
-     {"response_format": response_format({"title": "t", "type": "object", "properties": {}}, False)}),
+     {"response_format": response_format({"title": "t", "type": "object", "properties": {}},
+                                         False)}),
     ("the older name", "openai", {"output_format": output(STRICT)["output_config"]["format"]},
      {"response_format": response_format(STRICT, True), "output_format": None}),
     ("the newer name wins", "openai", {**output(STRICT), "output_format": {"type": "text"}},
@@ -2281,7 +2431,8 @@ FORMATS = [
     ("DeepSeek is told in words", "deepseek", output(STRICT),
      {"response_format": {"type": "json_object"},
       "messages": [sysm(ONE_JSON_VALUE + compact(STRICT)), usr("Hi")]}),
-    ("and after everything else", "deepseek", {**output(STRICT), "system": "s", "tools": [WEB_SEARCH]},
+    ("and after everything else", "deepseek",
+     {**output(STRICT), "system": "s", "tools": [WEB_SEARCH]},
      {"messages": [sysm("s\n\nNot available in this session: web_search. Do not claim to have used them.\n\n"
                      + ONE_JSON_VALUE + compact(STRICT)), usr("Hi")]}),
 ]
@@ -2294,17 +2445,20 @@ def test_structured_output(host, members, want):
 
 # ---- Requests as Claude Code sends them
 
-FIRST = usr("<system-reminder>\nContext.\n</system-reminder>\n\nRead it.\n\n" + reminder("Be careful."))
+FIRST = usr("<system-reminder>\nContext.\n</system-reminder>\n\nRead it.\n\n"
+            + reminder("Be careful."))
 SYSTEM = sysm("You are the client.\n\nWork well.")
-SEARCHING = SESSION["messages"] + [asst([think("t", "EqQB"), use("toolu_01", "ToolSearch", {"query": "q"})]),
-                                   usr([res("toolu_01", [reference("TaskCreate"), reference("WebFetch")]),
+SEARCHING = SESSION["messages"] + [asst([think("t", "EqQB"),
+                                         use("toolu_01", "ToolSearch", {"query": "q"})]),
+                                   usr([res("toolu_01",
+                                            [reference("TaskCreate"), reference("WebFetch")]),
                                       txt("Tool loaded.")])]
 
 
 def test_the_first_request_of_a_session():
     assert sent(SESSION, "local") == {
-        "model": "openai/gpt-oss-20b", "messages": [SYSTEM, FIRST], "max_tokens": 128000, "stream": True,
-        "stream_options": {"include_usage": True}, "reasoning_effort": "medium",
+        "model": "openai/gpt-oss-20b", "messages": [SYSTEM, FIRST], "max_tokens": 128000,
+        "stream": True, "stream_options": {"include_usage": True}, "reasoning_effort": "medium",
         "tools": [fn("Read", STRICT), fn("ToolSearch"), fn("Bash")]}
 
 
@@ -2312,14 +2466,18 @@ def test_the_turn_after_a_tool_search():
     body = sent({**SESSION, "messages": SEARCHING}, "local")
     assert body["messages"][2:] == [
         msg(None, [call("toolu_01", "ToolSearch", '{"query":"q"}')]),
-        tmsg("toolu_01", "Tool available: TaskCreate\nTool available: WebFetch"), usr("Tool loaded.")]
-    assert [tool["function"]["name"] for tool in body["tools"]] == ["Read", "ToolSearch", "Bash", "WebFetch",
+        tmsg("toolu_01", "Tool available: TaskCreate\nTool available: WebFetch"),
+        usr("Tool loaded.")]
+    assert [tool["function"]["name"] for tool in body["tools"]] == ["Read", "ToolSearch",
+                                                                    "Bash", "WebFetch",
                                                                     "TaskCreate"]
 
 
 def test_the_inner_request_of_a_web_search():
-    body = sent(req(tools=[WEB_SEARCH], system=[billing("x"), txt("You search.")], **choice("auto")), "local")
-    assert body["messages"][0] == sysm("You search.\n\n" + note("web_search")) and "tools" not in body
+    body = sent(req(tools=[WEB_SEARCH], system=[billing("x"), txt("You search.")],
+                    **choice("auto")), "local")
+    assert (body["messages"][0] == sysm("You search.\n\n" + note("web_search"))
+            and "tools" not in body)
     assert "tool_choice" not in body
 
 
@@ -2344,7 +2502,8 @@ TEXTS = [
     ("an answer without content", [ROLE, cend("stop"), cuse(5, 0), DONE], "MS MD(end_turn) ME"),
     ("the role on each chunk", [chunk({"role": "assistant", "content": "Hel"}),
                                 chunk({"role": "assistant", "content": "lo"})] + STOP, HELLO),
-    ("the last text with the finish reason", [ctext("Hel"), chunk({"content": "lo"}, "stop"), DONE], HELLO),
+    ("the last text with the finish reason",
+     [ctext("Hel"), chunk({"content": "lo"}, "stop"), DONE], HELLO),
     ("text after the finish reason", [chunk({"content": "Hel"}, "stop"), ctext("lo"), DONE], HELLO),
     ("what says nothing",
      [{"choices": [], "prompt_filter_results": []}, {"choices": None}, {"id": "x"}, chunk(None),
@@ -2358,19 +2517,25 @@ TEXTS = [
                                                        "finish_reason": "stop"}]}, DONE], ONE_X),
     ("only the first choice", [{"choices": [{"index": 0, "delta": {"content": "x"}},
                                             {"index": 1, "delta": {"content": "y"}}]},
-                               {"choices": [{"index": 1, "delta": {"content": "z"}}]}] + STOP, ONE_X),
-    ("white space in front of text", [ctext("\n"), ctext("hi")] + STOP, 'MS 0+text 0t"\\nhi" ' + CLOSED),
+                               {"choices": [{"index": 1, "delta": {"content": "z"}}]}]
+     + STOP, ONE_X),
+    ("white space in front of text", [ctext("\n"), ctext("hi")] + STOP,
+     'MS 0+text 0t"\\nhi" ' + CLOSED),
     ("only white space", [ctext("\n\n")] + STOP, "MS MD(end_turn) ME"),
     ("a refusal", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP,
      'MS 0+text 0t"I can" 0t"not." 0- MD(refusal) ME'),
     ("the filter", [ctext("x"), cend("content_filter"), DONE], 'MS 0+text 0t"x" 0- MD(refusal) ME'),
-    ("the length limit", [ctext("x"), cend("length"), DONE], 'MS 0+text 0t"x" 0- MD(max_tokens) ME'),
-    ("the last finish reason counts", [ctext("x"), cend("length"), cend("stop"), cend(""), DONE], ONE_X),
+    ("the length limit", [ctext("x"), cend("length"), DONE],
+     'MS 0+text 0t"x" 0- MD(max_tokens) ME'),
+    ("the last finish reason counts",
+     [ctext("x"), cend("length"), cend("stop"), cend(""), DONE], ONE_X),
     ("an unknown finish reason", [ctext("x"), cend("weird"), DONE], ONE_X),
     ("tool_calls without a call", [ctext("x"), cend("tool_calls"), DONE], ONE_X),
-    ("an emoji in halves", [ctext("a\ud83d"), ctext("\ude00b")] + STOP, 'MS 0+text 0t"a" 0t"\U0001f600b" ' + CLOSED),
+    ("an emoji in halves", [ctext("a\ud83d"), ctext("\ude00b")] + STOP,
+     'MS 0+text 0t"a" 0t"\U0001f600b" ' + CLOSED),
     ("half an emoji", [ctext("a\ud83d")] + STOP, 'MS 0+text 0t"a" 0t"\ufffd" ' + CLOSED),
-    ("half an emoji, then text", [ctext("a\ud83d"), ctext("b")] + STOP, 'MS 0+text 0t"a" 0t"\ufffdb" ' + CLOSED),
+    ("half an emoji, then text", [ctext("a\ud83d"), ctext("b")] + STOP,
+     'MS 0+text 0t"a" 0t"\ufffdb" ' + CLOSED),
     ("the other half", [ctext("\ude00b")] + STOP, 'MS 0+text 0t"\ufffdb" ' + CLOSED),
 ]
 
@@ -2379,17 +2544,21 @@ THOUGHTS = [
      'MS 0+thinking 0h"a" 0h"b" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
     ("the other field", [chunk({"reasoning": "a"}), ctext("x")] + STOP,
      'MS 0+thinking 0h"a" 0s"aap1.r." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("the same text in both fields", [chunk({"reasoning_content": "a", "reasoning": "a"}), ctext("x")] + STOP,
+    ("the same text in both fields",
+     [chunk({"reasoning_content": "a", "reasoning": "a"}), ctext("x")] + STOP,
      'MS 0+thinking 0h"a" 0s"aap1.c." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
     ("all in one chunk", [chunk({"reasoning_content": "r", "content": "x",
-                                 "tool_calls": [entry(0, "call_1", "f", '{"a":1}')]}, "tool_calls"), DONE],
-     'MS 0+thinking 0h"r" 0s"aap1.c." 0- 1+text 1t"x" 1- 2+tool(call_1,f) 2j`{"a":1}` 2- MD(tool_use) ME'),
+                                 "tool_calls": [entry(0, "call_1", "f", '{"a":1}')]}, "tool_calls"),
+                          DONE],
+     'MS 0+thinking 0h"r" 0s"aap1.c." 0- 1+text 1t"x" 1- 2+tool(call_1,f) 2j`{"a":1}` 2- '
+     'MD(tool_use) ME'),
     ("in turns", [creason("a"), ctext("x"), creason("b"), ctext("y")] + STOP,
-     'MS 0+thinking 0h"a" 0s"aap1.c." 0- 1+text 1t"x" 1- 2+thinking 2h"b" 2s"aap1.c." 2- 3+text 3t"y" 3- '
-     'MD(end_turn) ME'),
+     'MS 0+thinking 0h"a" 0s"aap1.c." 0- 1+text 1t"x" 1- 2+thinking 2h"b" 2s"aap1.c." 2- 3+text '
+     '3t"y" 3- MD(end_turn) ME'),
     ("after a call", [WHOLE, creason("a")] + ARGS_DONE,
      TOOL + ' 0j`{"a":1}` 0- 1+thinking 1h"a" 1s"aap1.c." 1- MD(tool_use) ME'),
-    ("a thinking part", [chunk({"content": [{"type": "thinking", "thinking": [txt("a")]}, txt("x")]})] + STOP,
+    ("a thinking part",
+     [chunk({"content": [{"type": "thinking", "thinking": [txt("a")]}, txt("x")]})] + STOP,
      'MS 0+thinking 0h"a" 0s"aap1.n." 0- 1+text 1t"x" 1- MD(end_turn) ME'),
     ("empty reasoning", [creason(""), chunk({"reasoning": None}), ctext("x")] + STOP, ONE_X),
     ("only reasoning", [creason("a")] + STOP, 'MS 0+thinking 0h"a" 0s"aap1.c." 0- MD(end_turn) ME'),
@@ -2399,8 +2568,8 @@ THOUGHTS = [
 
 CALLS = [
     ("arguments in fragments, cut in an escape",
-     [frag(0, "call_1", "f", ""), frag(0, None, None, '{"c": "Par'), frag(0, None, None, 'is \\u00'),
-      frag(0, None, None, 'e9"}')]
+     [frag(0, "call_1", "f", ""), frag(0, None, None, '{"c": "Par'),
+      frag(0, None, None, 'is \\u00'), frag(0, None, None, 'e9"}')]
      + ARGS_DONE, TOOL + ' 0j`{"c": "Par` 0j`is \\u00` 0j`e9"}` 0- MD(tool_use) ME'),
     ("a name in fragments",
      [frag(0, "call_1", "get_", None), frag(0, None, "weather", None), frag(0, None, None, "{}")]
@@ -2409,10 +2578,12 @@ CALLS = [
      f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
     ("an empty name after the name", [BEGIN, frag(0, "", "", ":1}")] + ARGS_DONE,
      f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("one after another", [WHOLE, frag(1, "call_2", "g", '{"b"'), frag(1, None, None, ":2}")] + ARGS_DONE,
+    ("one after another", [WHOLE, frag(1, "call_2", "g", '{"b"'), frag(1, None, None, ":2}")]
+     + ARGS_DONE,
      TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,g) 1j`{"b"` 1j`:2}` 1- MD(tool_use) ME'),
     ("two in turns: the second waits",
-     [frags((0, "call_1", "f", ""), (1, "call_2", "g", "")), frag(0, None, None, '{"a"'), frag(1, None, None, '{"b"'),
+     [frags((0, "call_1", "f", ""), (1, "call_2", "g", "")), frag(0, None, None, '{"a"'),
+      frag(1, None, None, '{"b"'),
       frag(0, None, None, ":1}"), frag(1, None, None, ":2}")] + ARGS_DONE,
      f'{TOOL} {PARTS} 0- 1+tool(call_2,g) 1j`{{"b"` 1j`:2}}` 1- MD(tool_use) ME'),
     ("what has waited is one delta",
@@ -2421,15 +2592,19 @@ CALLS = [
      + ARGS_DONE, f'{TOOL} {PARTS} 0- 1+tool(call_2,g) 1j`{{"b":2}}` 1- MD(tool_use) ME'),
     ("two at one index with two ids", [WHOLE, frag(0, "call_2", "f", '{"a":2}')] + STOP,
      TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
-    ("two without index", [frags((None, "call_1", "f", '{"a":1}'), (None, "call_2", "g", "{}"))] + ARGS_DONE,
+    ("two without index", [frags((None, "call_1", "f", '{"a":1}'), (None, "call_2", "g", "{}"))]
+     + ARGS_DONE,
      TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,g) 1j`{}` 1- MD(tool_use) ME'),
-    ("fragments without index", [frag(None, "call_1", "f", '{"a"'), frag(None, None, None, ":1}")] + ARGS_DONE,
+    ("fragments without index", [frag(None, "call_1", "f", '{"a"'), frag(None, None, None, ":1}")]
+     + ARGS_DONE,
      f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
     ("two without ids", [frag(0, None, "f", '{"a":1}'), frag(0, None, "f", '{"a":2}')] + STOP,
      'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- 1+tool(toolu_new,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
-    ("neither index nor id", [frag(None, None, "f", '{"a":1}'), frag(None, None, "f", '{"a":2}')] + STOP,
+    ("neither index nor id",
+     [frag(None, None, "f", '{"a":1}'), frag(None, None, "f", '{"a":2}')] + STOP,
      'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- 1+tool(toolu_new,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
-    ("neither index nor id, one call", [frag(None, None, "f", '{"a"'), frag(None, None, "f", ":1}")] + STOP,
+    ("neither index nor id, one call",
+     [frag(None, None, "f", '{"a"'), frag(None, None, "f", ":1}")] + STOP,
      f"MS 0+tool(toolu_new,f) {PARTS} 0- MD(tool_use) ME"),
     ("an id made up for each fragment", [BEGIN, frag(0, "id2", None, ":1}")] + ARGS_DONE,
      f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
@@ -2446,30 +2621,37 @@ CALLS = [
     ("arguments null as text", [frag(0, "call_1", "f", "null")] + ARGS_DONE, EMPTY_TOOL),
     ("white space in front", [frag(0, "call_1", "f", '\n {"a":1}')] + ARGS_DONE, ONE_TOOL),
     ("arguments that are no string", [chunk({"tool_calls": [
-        {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": {"a": 1}}}]})] + ARGS_DONE,
+        {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": {"a": 1}}}]})]
+     + ARGS_DONE,
         ONE_TOOL),
     ("one brace too many", [frag(0, "call_1", "f", '{"a":1}}')] + ARGS_DONE, ONE_TOOL),
     ("said twice", [WHOLE, frag(0, None, None, '{"a":1}')] + ARGS_DONE, ONE_TOOL),
-    ("braces in strings", [frag(0, "call_1", "f", '{"a":"}\\"}"'), frag(0, None, None, "}")] + ARGS_DONE,
+    ("braces in strings", [frag(0, "call_1", "f", '{"a":"}\\"}"'), frag(0, None, None, "}")]
+     + ARGS_DONE,
      TOOL + ' 0j`{"a":"}\\"}"` 0j`}` 0- MD(tool_use) ME'),
-    ("an empty object in front of the real one", [frag(0, "call_1", "f", "{}"), frag(0, None, None, '{"a"'), REST]
+    ("an empty object in front of the real one",
+     [frag(0, "call_1", "f", "{}"), frag(0, None, None, '{"a"'), REST]
      + ARGS_DONE, f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
-    ("raw control characters in a string", [frag(0, "call_1", "f", '{"a":"x\n\t\x01y"}')] + ARGS_DONE,
+    ("raw control characters in a string",
+     [frag(0, "call_1", "f", '{"a":"x\n\t\x01y"}')] + ARGS_DONE,
      TOOL + ' 0j`{"a":"x\\n\\t\\u0001y"}` 0- MD(tool_use) ME'),
-    ("encoded twice", [frag(0, "call_1", "f", '"{\\"a\\":'), frag(0, None, None, '1}"')] + ARGS_DONE, ONE_TOOL),
+    ("encoded twice", [frag(0, "call_1", "f", '"{\\"a\\":'), frag(0, None, None, '1}"')]
+     + ARGS_DONE, ONE_TOOL),
     ("an array", [frag(0, "call_1", "f", "[1]")] + ARGS_DONE,
      TOOL + ' 0j`{"INVALID_JSON":"[1]"}` 0- MD(tool_use) ME'),
     ("malformed inside the braces is the client's", [frag(0, "call_1", "f", "{'a':1}")] + ARGS_DONE,
      TOOL + " 0j`{'a':1}` 0- MD(tool_use) ME"),
-    ("an emoji in halves, as arguments", [frag(0, "call_1", "f", '{"a":"\ud83d'), frag(0, None, None, '\ude00"}')]
+    ("an emoji in halves, as arguments",
+     [frag(0, "call_1", "f", '{"a":"\ud83d'), frag(0, None, None, '\ude00"}')]
      + ARGS_DONE, TOOL + ' 0j`{"a":"` 0j`\U0001f600"}` 0- MD(tool_use) ME'),
     ("cut off at the length limit", [frag(0, "call_1", "f", '{"a": "ab'), cend("length"), DONE],
      TOOL + ' 0j`{"a": "ab` 0- MD(max_tokens) ME'),
     ("cut off by the filter", [frag(0, "call_1", "f", '{"a": "ab'), cend("content_filter"), DONE],
      TOOL + ' 0j`{"a": "ab` 0- MD(refusal) ME'),
-    ("cut off without a reason is never finished", [frag(0, "call_1", "f", '{"a": "ab')] + ARGS_DONE,
-     TOOL + ' 0j`{"a": "ab` ERR(api_error)'),
-    ("complete at the length limit", [WHOLE, cend("length"), DONE], TOOL + ' 0j`{"a":1}` 0- MD(max_tokens) ME'),
+    ("cut off without a reason is never finished",
+     [frag(0, "call_1", "f", '{"a": "ab')] + ARGS_DONE, TOOL + ' 0j`{"a": "ab` ERR(api_error)'),
+    ("complete at the length limit", [WHOLE, cend("length"), DONE],
+     TOOL + ' 0j`{"a":1}` 0- MD(max_tokens) ME'),
     ("text, call, text", [ctext("A"), frag(0, "call_1", "f", "{}"), ctext("B")] + ARGS_DONE,
      'MS 0+text 0t"A" 0- 1+tool(call_1,f) 1j`{}` 1- 2+text 2t"B" 2- MD(tool_use) ME'),
     ("text inside a call waits for its end", [BEGIN, ctext("B"), REST] + ARGS_DONE,
@@ -2477,7 +2659,8 @@ CALLS = [
     ("white space in front of a call", [ctext("\n\n"), WHOLE] + ARGS_DONE, ONE_TOOL),
     ("stop after a call", [WHOLE] + STOP, ONE_TOOL),
     ("the old function_call", [chunk({"function_call": {"name": "f", "arguments": ""}}),
-                               chunk({"function_call": {"arguments": '{"a":1}'}}), cend("function_call"), DONE],
+                               chunk({"function_call": {"arguments": '{"a":1}'}}),
+                               cend("function_call"), DONE],
      'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- MD(tool_use) ME'),
     ("an id with other characters", [frag(0, "functions.get:0", "get", "{}")] + ARGS_DONE,
      "MS 0+tool(toolu_r(functions.get:0),get) 0j`{}` 0- MD(tool_use) ME"),
@@ -2504,7 +2687,8 @@ ENDS = [
     ("an error", [ctext("x"), BAD_502], BROKEN),
     ("an error with a useful code", [ctext("x"), {"error": {"message": "m", "code": 529}}],
      'MS 0+text 0t"x" ERR(overloaded_error)'),
-    ("an error with a useful type", [ctext("x"), {"error": {"message": "m", "type": "rate_limit_error"}}],
+    ("an error with a useful type",
+     [ctext("x"), {"error": {"message": "m", "type": "rate_limit_error"}}],
      'MS 0+text 0t"x" ERR(rate_limit_error)'),
     ("an error that is a string", [ctext("x"), {"error": "m"}], BROKEN),
     ("an error by its object", [ctext("x"), {"object": "error", "message": "m", "code": 503}],
@@ -2520,13 +2704,15 @@ ENDS = [
     ("an error after the finish reason", [ctext("x"), cend("stop"), BAD_502], BROKEN),
     ("an error first is a status", [{"error": {"message": "slow", "code": 429}}],
      "HTTP 429 rate_limit_error"),
-    ("an overflow first is a status", [{"error": {"message": "m", "code": "context_length_exceeded"}}],
+    ("an overflow first is a status",
+     [{"error": {"message": "m", "code": "context_length_exceeded"}}],
      "HTTP 400 invalid_request_error"),
     ("no JSON", [ctext("x"), "{oops"], BROKEN),
     ("no object", [ctext("x"), "5"], BROKEN),
     ("no JSON first", ["oops"], "HTTP 502 api_error"),
     ("finish reason error", [ctext("x"), cend("error"), DONE], BROKEN),
-    ("finish reason of a server out of resources", [ctext("x"), cend("insufficient_system_resource"), DONE],
+    ("finish reason of a server out of resources",
+     [ctext("x"), cend("insufficient_system_resource"), DONE],
      'MS 0+text 0t"x" ERR(overloaded_error)'),
 ]
 
@@ -2539,16 +2725,21 @@ def test_stream(chunks, want):
 
 
 AT_ONCE = [  # each chunk, and what it gives before the next one comes
-    ("text", [(ROLE, "MS"), (ctext("Hel"), '0+text 0t"Hel"'), (ctext("lo"), '0t"lo"'), (cend("stop"), ""),
+    ("text", [(ROLE, "MS"), (ctext("Hel"), '0+text 0t"Hel"'), (ctext("lo"), '0t"lo"'),
+              (cend("stop"), ""),
               (DONE, "0- MD(end_turn) ME")]),
     ("thinking",
-     [(creason("a"), 'MS 0+thinking 0h"a"'), (creason("b"), '0h"b"'), (ctext("x"), '0s"aap1.c." 0- 1+text 1t"x"')]),
-    ("arguments", [(frag(0, "call_1", "f", ""), "MS"), (frag(0, None, None, '{"a"'), '0+tool(call_1,f) 0j`{"a"`'),
+     [(creason("a"), 'MS 0+thinking 0h"a"'), (creason("b"), '0h"b"'),
+      (ctext("x"), '0s"aap1.c." 0- 1+text 1t"x"')]),
+    ("arguments", [(frag(0, "call_1", "f", ""), "MS"),
+                   (frag(0, None, None, '{"a"'), '0+tool(call_1,f) 0j`{"a"`'),
                    (frag(0, None, None, ":1"), "0j`:1`"), (frag(0, None, None, "}"), "0j`}`"),
                    (frag(1, "call_2", "g", '{"b"'), '0- 1+tool(call_2,g) 1j`{"b"`')]),
     ("Azure's first chunk", [({"choices": [], "prompt_filter_results": []}, "MS")]),
-    ("what might begin a stop sequence", [(ctext("abcSTO"), 'MS 0+text 0t"abc"'), (ctext("x"), '0t"STOx"')]),
-    ("a call that waits", [(BEGIN, 'MS 0+tool(call_1,f) 0j`{"a"`'), (frag(1, "call_2", "g", '{"b"'), ""),
+    ("what might begin a stop sequence",
+     [(ctext("abcSTO"), 'MS 0+text 0t"abc"'), (ctext("x"), '0t"STOx"')]),
+    ("a call that waits", [(BEGIN, 'MS 0+tool(call_1,f) 0j`{"a"`'),
+                           (frag(1, "call_2", "g", '{"b"'), ""),
                            (REST, '0j`:1}` 0- 1+tool(call_2,g) 1j`{"b"`')]),
 ]
 
@@ -2563,20 +2754,23 @@ def test_what_comes_goes_at_once(steps):
         assert " ".join(each for each in found if each != "PING") == want
 
 
-CHUNKS = [ROLE, ctext("x"), ctext("\n"), ctext("END"), ctext("\ud83d"), creason("r"), WHOLE, BEGIN, REST,
-          frag(1, "call_2", "g", '{"b":'),
-          frag(1, None, None, "2}"), frag(None, None, "h", "{}"), frag(None, None, None, " "), frag(0, None, "f", None),
-          frags((2, "call_3", "f", "{"), (3, "call_4", "f", "[1]")), chunk({"refusal": "No."}), cuse(5, 3),
-          cend("stop"),
+CHUNKS = [ROLE, ctext("x"), ctext("\n"), ctext("END"), ctext("\ud83d"), creason("r"), WHOLE,
+          BEGIN, REST, frag(1, "call_2", "g", '{"b":'),
+          frag(1, None, None, "2}"), frag(None, None, "h", "{}"), frag(None, None, None, " "),
+          frag(0, None, "f", None),
+          frags((2, "call_3", "f", "{"), (3, "call_4", "f", "[1]")),
+          chunk({"refusal": "No."}), cuse(5, 3), cend("stop"),
           cend("length"), cend("tool_calls"), chunk({"reasoning_details": DETAILS}),
           chunk({"function_call": {"name": "f"}}),
-          {"error": {"message": "m", "code": 529}}, DONE, chunk({"content": "<think>a</think>"}), ctext(" x")]
+          {"error": {"message": "m", "code": 529}}, DONE, chunk({"content": "<think>a</think>"}),
+          ctext(" x")]
 
 
 def test_an_odd_stream_keeps_to_the_order_of_events():
     """Chunks in any order, some of them spoiled: printed() checks what every stream must keep to."""
     dice = random.Random(1)
-    exchanges = [aiapiproxy.checked_translation(req(**members), SETTINGS[host]) for host, members in (
+    exchanges = [aiapiproxy.checked_translation(req(**members), SETTINGS[host])
+                 for host, members in (
         ("openai", {"thinking": ADAPTIVE}), ("local", {"thinking": OMITTED}), ("local", ENDING),
         ("openai", ONE_CALL_AT_MOST))]
     for _ in range(3000):
@@ -2595,13 +2789,16 @@ def test_an_odd_stream_keeps_to_the_order_of_events():
     ([ctext("x" * 600)] * 2, req(max_tokens=16000)),
     ([frag(0, "call_1", "f", '{"a":"' + "x" * 600), frag(1, "call_2", "g", '{"b":"' + "x" * 1200)],
      req(stream=True)),
-    ([creason("x" * 600)] * 2, req(stream=True, thinking={"type": "adaptive", "display": "omitted"})),
+    ([creason("x" * 600)] * 2,
+     req(stream=True, thinking={"type": "adaptive", "display": "omitted"})),
     ([frag(0, "call_1", "f", "[" + "1," * 600)], req(stream=True)),
-], ids=["a collected answer", "a call behind another", "hidden reasoning", "arguments to be repaired"])
+], ids=["a collected answer", "a call behind another", "hidden reasoning",
+        "arguments to be repaired"])
 def test_what_is_kept_of_an_answer_has_a_bound(chunks, asked, monkeypatch):
     monkeypatch.setattr(aiapiproxy, "MAX_BUFFERED_ANSWER", 1000)
     answer, _ = run(asked_once(stream(*chunks, cend("stop"), DONE), asked))
-    assert "ERR(api_error)" in said(answer) if asked.get("stream") else said(answer).startswith("502 api_error: ")
+    assert ("ERR(api_error)" in said(answer) if asked.get("stream")
+            else said(answer).startswith("502 api_error: "))
 
 
 # ---- Complete arguments
@@ -2626,7 +2823,8 @@ ARGUMENTS = [
 
 @table(ARGUMENTS)
 def test_arguments(given, want):
-    assert answered(completion(calling(call("call_1", "f", given)), "tool_calls"), req())["content"] == [
+    assert answered(completion(calling(call("call_1", "f", given)), "tool_calls"),
+                    req())["content"] == [
         {**use("call_1"), "input": want}]
 
 
@@ -2637,7 +2835,8 @@ def test_a_call_without_arguments_has_empty_input():
 
 @table([(sentence, text) for sentence, text in INVALID], "text")
 def test_half_a_call_is_dropped_at_the_length_limit(text):
-    message = answered(completion(calling(call("call_1"), call("call_2", "f", text)), "length"), req())
+    message = answered(completion(calling(call("call_1"), call("call_2", "f", text)), "length"),
+                       req())
     assert (message["content"], message["stop_reason"]) == ([use("call_1")], "max_tokens")
 
 
@@ -2663,15 +2862,18 @@ STOPS = [  # message, finish_reason, stop_reason
     ("stop", TEXT, "stop", "end_turn"), ("tool calls", CALL, "tool_calls", "tool_use"),
     ("stop with a call", CALL, "stop", "tool_use"),
     ("tool_calls without a call", TEXT, "tool_calls", "end_turn"),
-    ("nothing with a call", CALL, None, "tool_use"), ("function_call", CALL, "function_call", "tool_use"),
+    ("nothing with a call", CALL, None, "tool_use"),
+    ("function_call", CALL, "function_call", "tool_use"),
     ("nothing", TEXT, None, "end_turn"), ("eos", TEXT, "eos", "end_turn"),
     ("an unknown reason", TEXT, "weird", "end_turn"),
     ("an empty reason", TEXT, "", "end_turn"),
-    ("length", TEXT, "length", "max_tokens"), ("length after a whole call", CALL, "length", "max_tokens"),
+    ("length", TEXT, "length", "max_tokens"),
+    ("length after a whole call", CALL, "length", "max_tokens"),
     ("Gemini's length", TEXT, "MAX_TOKENS", "max_tokens"),
     ("Mistral's length", TEXT, "model_length", "max_tokens"),
     *[(f"the filter, as {each}", TEXT, each, "refusal") for each in
-      ("content_filter", "SAFETY", "recitation", "blocklist", "prohibited_content", "spii", "sensitive")],
+      ("content_filter", "SAFETY", "recitation", "blocklist", "prohibited_content", "spii",
+       "sensitive")],
     ("the filter with a call", CALL, "content_filter", "refusal"),
     ("a refusal", {"refusal": "No."}, "stop", "refusal"),
     ("a refusal with a call", {**CALL, "refusal": "No."}, "tool_calls", "tool_use"),
@@ -2681,17 +2883,21 @@ STOPS = [  # message, finish_reason, stop_reason
 @table(STOPS, "message, finish, want")
 def test_stop_reason(message, finish, want):
     got = answered(completion(message, finish), req())
-    details = {"type": "refusal", "category": None, "explanation": message.get("refusal") or FILTERED}
+    details = {"type": "refusal", "category": None,
+               "explanation": message.get("refusal") or FILTERED}
     assert (got["stop_reason"], got["stop_sequence"]) == (want, None)
     assert got["stop_details"] == (details if want == "refusal" else None)
 
 
-@table([("its own words", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP, "I cannot."),
+@table([("its own words", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP,
+         "I cannot."),
         ("the filter's", [ctext("x"), cend("content_filter"), DONE], FILTERED)])
 def test_explanation_of_a_refusal(given, want):
-    found = events(streamed([sse(given)], aiapiproxy.checked_translation(req(), SETTINGS["openai"])))
+    found = events(streamed([sse(given)],
+                            aiapiproxy.checked_translation(req(), SETTINGS["openai"])))
     assert found[-2]["delta"] == {"stop_reason": "refusal", "stop_sequence": None,
-                                  "stop_details": {"type": "refusal", "category": None, "explanation": want}}
+                                  "stop_details": {"type": "refusal", "category": None,
+                                                   "explanation": want}}
 
 
 # ---- Usage
@@ -2708,21 +2914,24 @@ USAGES = [
      usage(9, 2, **thought(0))),
     ("the cache written", used(100, 1, **cached(60, cache_write_tokens=30)), usage(10, 1, 60, 30)),
     ("DeepSeek's cache", used(100, 1, prompt_cache_hit_tokens=64), usage(36, 1, 64)),
-    ("cached twice counts once", used(100, 1, prompt_cache_hit_tokens=64, **cached(64)), usage(36, 1, 64)),
+    ("cached twice counts once", used(100, 1, prompt_cache_hit_tokens=64, **cached(64)),
+     usage(36, 1, 64)),
     ("more cached than there was", used(5, 1, cache_read_input_tokens=50), usage(0, 1, 50)),
     ("xAI leaves reasoning out",
      used(10, 5, total_tokens=35, completion_tokens_details={"reasoning_tokens": 20}),
      usage(10, 25, **thought(20))),
-    ("others do not", used(10, 25, total_tokens=35, completion_tokens_details={"reasoning_tokens": 20}),
+    ("others do not",
+     used(10, 25, total_tokens=35, completion_tokens_details={"reasoning_tokens": 20}),
      usage(10, 25, **thought(20))),
     ("floats", used(10.0, 2.0), usage(10, 2)),
     ("the prompt from the total", {"completion_tokens": 2, "total_tokens": 12}, usage(10, 2)),
-    ("the prompt from the total, some of it cached", {"completion_tokens": 2, "total_tokens": 12, **cached(4)},
-     usage(6, 2, 4)),
+    ("the prompt from the total, some of it cached",
+     {"completion_tokens": 2, "total_tokens": 12, **cached(4)}, usage(6, 2, 4)),
     ("the answer from the total", {"prompt_tokens": 10, "total_tokens": 12}, usage(10, 2)),
-    ("details null", used(10, 2, prompt_tokens_details=None, completion_tokens_details=None), usage(10, 2)),
-    ("numbers that are none", used(10, 2, prompt_tokens_details={"cached_tokens": -1}, cached_tokens="4"),
+    ("details null", used(10, 2, prompt_tokens_details=None, completion_tokens_details=None),
      usage(10, 2)),
+    ("numbers that are none",
+     used(10, 2, prompt_tokens_details={"cached_tokens": -1}, cached_tokens="4"), usage(10, 2)),
     ("none: both are estimated", None, usage(8, 2)),
 ]
 
@@ -2732,7 +2941,8 @@ def test_usage(given, want):
     assert answered(completion({"content": "Hello"}, usage=given), req())["usage"] == want
 
 
-@table([("priority", "priority", "priority"), ("fast", "fast", "priority"), ("flex", "flex", "standard"),
+@table([("priority", "priority", "priority"), ("fast", "fast", "priority"),
+        ("flex", "flex", "standard"),
         ("default", "default", "standard"), ("unknown", "gold", None), ("null", None, None)])
 def test_service_tier(given, want):
     answer = {**completion(TEXT, usage=used(1, 1)), "service_tier": given}
@@ -2752,10 +2962,13 @@ STREAM_USAGES = [
     ("on each chunk the total so far",
      [usage_on(ctext("x"), 5, 1), usage_on(ctext("y"), 5, 2), usage_on(cend("stop"), 5, 3), DONE],
      stream_usage(5, 3)),
-    ("null on the others", [usage_on(ctext("x"), 5, 3), {**cend("stop"), "usage": None}, DONE], stream_usage(5, 3)),
+    ("null on the others", [usage_on(ctext("x"), 5, 3), {**cend("stop"), "usage": None}, DONE],
+     stream_usage(5, 3)),
     ("before the text", [cuse(5, 3), ctext("x")] + STOP, stream_usage(5, 3)),
-    ("Groq's place", [ctext("x"), {**cend("stop"), "x_groq": {"usage": used(5, 3)}}, DONE], stream_usage(5, 3)),
-    ("with cache and reasoning", [ctext("x"), cend("stop"), cuse(100, 20, **cached(60), completion_tokens_details={
+    ("Groq's place", [ctext("x"), {**cend("stop"), "x_groq": {"usage": used(5, 3)}}, DONE],
+     stream_usage(5, 3)),
+    ("with cache and reasoning",
+     [ctext("x"), cend("stop"), cuse(100, 20, **cached(60), completion_tokens_details={
         "reasoning_tokens": 8}), DONE], stream_usage(40, 20, 60, **thought(8))),
     ("none: both are estimated", [ctext("Hello")] + STOP, stream_usage(8, 2)),
 ]
@@ -2763,7 +2976,8 @@ STREAM_USAGES = [
 
 @table(STREAM_USAGES, "chunks, want")
 def test_usage_of_a_stream(chunks, want):
-    found = events(streamed([sse(chunks)], aiapiproxy.checked_translation(req(), SETTINGS["openai"])))
+    found = events(streamed([sse(chunks)],
+                            aiapiproxy.checked_translation(req(), SETTINGS["openai"])))
     assert found[0]["message"]["usage"]["input_tokens"] == 8
     assert found[-2]["usage"] == want
 
@@ -2773,8 +2987,10 @@ def test_usage_of_a_stream(chunks, want):
 # ============================================================================
 
 THOUGHT_ALOUD = [  # host, request members, text, content blocks
-    ("thinking in the text", "local", THINKING, "<think>r</think>\n\nx", [think("r", "aap1.n."), only_x]),
-    ("after white space", "local", THINKING, "\n <think>r</think>x", [think("r", "aap1.n."), only_x]),
+    ("thinking in the text", "local", THINKING, "<think>r</think>\n\nx",
+     [think("r", "aap1.n."), only_x]),
+    ("after white space", "local", THINKING, "\n <think>r</think>x",
+     [think("r", "aap1.n."), only_x]),
     ("not asked for", "local", {}, "<think>r</think>\n\nx", [only_x]),
     ("without an end", "local", THINKING, "<think>r", [think("r", "aap1.n.")]),
     ("not in front", "local", THINKING, "a <think>r</think>", [txt("a <think>r</think>")]),
@@ -2795,17 +3011,19 @@ def test_thinking_in_the_text_however_it_is_cut(asked, want):
     text = "<think>r</think>\n\nx"
     translation = aiapiproxy.checked_translation(asked, SETTINGS["local"])
     for at in range(len(text) + 1):
-        blocks = blocks_of(streamed([sse([ctext(text[:at]), ctext(text[at:])] + STOP)], translation))
-        assert [(name, value) for block in blocks for name, value in block.items() if name != "type"] == want
+        blocks = blocks_of(streamed([sse([ctext(text[:at]), ctext(text[at:])] + STOP)],
+                                    translation))
+        assert [(name, value) for block in blocks for name, value in block.items()
+                if name != "type"] == want
 
 
 def test_a_tag_inside_the_text_is_text():
-    check_stream(sse([ctext("a <think>")] + STOP), f'MS 0+text 0t"a <think>" {CLOSED}', req(thinking=ADAPTIVE),
-                 "local")
-    check_stream(sse([ctext("<th"), ctext("x")] + STOP), f'MS 0+text 0t"<thx" {CLOSED}', req(thinking=ADAPTIVE),
-                 "local")
-    check_stream(sse([ctext("<think>x")] + STOP), f'MS 0+text 0t"<think>x" {CLOSED}', req(thinking=ADAPTIVE),
-                 "openai")
+    check_stream(sse([ctext("a <think>")] + STOP), f'MS 0+text 0t"a <think>" {CLOSED}',
+                 req(thinking=ADAPTIVE), "local")
+    check_stream(sse([ctext("<th"), ctext("x")] + STOP), f'MS 0+text 0t"<thx" {CLOSED}',
+                 req(thinking=ADAPTIVE), "local")
+    check_stream(sse([ctext("<think>x")] + STOP), f'MS 0+text 0t"<think>x" {CLOSED}',
+                 req(thinking=ADAPTIVE), "openai")
 
 
 STOP_SEQUENCES = [  # members of the choice, stop_reason, stop_sequence
@@ -2815,9 +3033,10 @@ STOP_SEQUENCES = [  # members of the choice, stop_reason, stop_sequence
     ("one that was not asked for", {"stop_reason": "OTHER"}, "end_turn", None),
     ("nobody names it", {}, "end_turn", None),
     ("it stands in the text", {"message": {"content": "aENDb"}}, "stop_sequence", "END"),
-    ("a call ends at it", {"message": calling(call("call_1"), content="aENDb")}, "stop_sequence", "END"),
-    ("it is not searched in arguments", {"message": calling(call("call_1", "f", '{"a":"END"}'))}, "tool_use",
-     None),
+    ("a call ends at it", {"message": calling(call("call_1"), content="aENDb")},
+     "stop_sequence", "END"),
+    ("it is not searched in arguments",
+     {"message": calling(call("call_1", "f", '{"a":"END"}'))}, "tool_use", None),
 ]
 
 
@@ -2836,13 +3055,16 @@ OTHER_STREAMS = [  # request members
     ("thinking disabled", {"thinking": DISABLED}, THOUGHT_X, ONE_X),
     ("thinking omitted: it travels in the signature", {"thinking": OMITTED}, THOUGHT_X,
      'MS 0+thinking 0s"aap1.c.(ab)" 0- 1+text 1t"x" 1- MD(end_turn) ME'),
-    ("thinking omitted, and there is none", {"thinking": OMITTED}, [creason(""), ctext("x")] + STOP, ONE_X),
-    ("hidden reasoning does not part text", {}, [ctext("Hel"), creason("a"), ctext("lo")] + STOP, HELLO),
+    ("thinking omitted, and there is none", {"thinking": OMITTED},
+     [creason(""), ctext("x")] + STOP, ONE_X),
+    ("hidden reasoning does not part text", {},
+     [ctext("Hel"), creason("a"), ctext("lo")] + STOP, HELLO),
     ("only the first call when more are forbidden", ONE_CALL_AT_MOST,
      [WHOLE, frag(1, "call_2", "f", '{"b":2}')] + ARGS_DONE, ONE_TOOL),
     ("also side by side", ONE_CALL_AT_MOST,
      [frags((0, "call_1", "f", '{"a":1}'), (1, "call_2", "f", "{}"))] + ARGS_DONE, ONE_TOOL),
-    ("a mapped name", {"tools": [tool("my.tool")]}, [frag(0, "call_1", "my_tool_bca2c361", "{}")] + ARGS_DONE,
+    ("a mapped name", {"tools": [tool("my.tool")]},
+     [frag(0, "call_1", "my_tool_bca2c361", "{}")] + ARGS_DONE,
      "MS 0+tool(call_1,my.tool) 0j`{}` 0- MD(tool_use) ME"),
     ("a prefix in front of a known name", {"tools": [tool("f")]},
      [frag(0, "call_1", "functions.f", '{"a":1}')] + ARGS_DONE,
@@ -2892,7 +3114,8 @@ WIRES = [  # the bytes of an answer that says Hello
     ("CR", SIMPLE.replace(b"\n", b"\r")),
     ("no space after data:", SIMPLE.replace(b"data: ", b"data:")),
     ("a byte order mark", BOM + SIMPLE),
-    ("comments", b": OPENROUTER PROCESSING\n\n" + SIMPLE.replace(b"\n\n", b"\n: still here\n\n:\n\n")),
+    ("comments", b": OPENROUTER PROCESSING\n\n"
+     + SIMPLE.replace(b"\n\n", b"\n: still here\n\n:\n\n")),
     ("other fields", SIMPLE.replace(b"data: ", b"event: message\nid: 1\nretry: 5\nfoo\ndata: ")),
     ("blank lines", b"\n\n\n" + SIMPLE.replace(b"\n\n", b"\n\n\n")),
     ("empty data", b"data:\n\ndata: \n\n" + SIMPLE),
@@ -2935,7 +3158,8 @@ def test_an_error_tells_what_the_upstream_said():
 
 def test_a_line_without_end_is_an_error():
     translation = aiapiproxy.checked_translation(req(), SETTINGS["openai"])
-    assert printed(streamed([sse([ctext("x")]), b"data: " + b" " * (16 << 20) + b"  "], translation)) == BROKEN
+    assert printed(streamed([sse([ctext("x")]), b"data: " + b" " * (16 << 20) + b"  "],
+                            translation)) == BROKEN
 
 
 def test_a_line_of_5_MB_is_carried():
@@ -2954,17 +3178,19 @@ def test_arguments_in_one_line_of_5_MB_are_carried():
 
 
 def test_a_CRLF_that_chunks_and_reads_part_is_one_end_of_line():
-    head = raw_answer(b"", "Transfer-Encoding: chunked", "Content-Type: text/event-stream", length=False)
+    head = raw_answer(b"", "Transfer-Encoding: chunked", "Content-Type: text/event-stream",
+                      length=False)
     first, second = sse([ctext("x")]).replace(b"\n", b"\r\n"), sse([ctext("y"), cend("stop"), DONE]).replace(b"\n", b"\r\n")
     second = second.replace(b'data: {', b'data: {\r\ndata: ', 1)
     place = second.index(b"\n")
-    pieces = [framed(first), framed(second[:place]), b"%x\r\n" % len(second[place:]), second[place:] + b"\r\n",
-              b"0\r\n\r\n"]
+    pieces = [framed(first), framed(second[:place]), b"%x\r\n" % len(second[place:]),
+              second[place:] + b"\r\n", b"0\r\n\r\n"]
 
     async def scenario():
         gates = [asyncio.Event() for _ in pieces]
         script = [head, *itertools.chain(*zip(gates, pieces))]
-        async with facing([script]) as (upstream, server), Asking(server.port, "POST", "/v1/messages",
+        async with facing([script]) as (upstream, server), Asking(server.port, "POST",
+                                                                  "/v1/messages",
                                                                   req(stream=True)) as client:
             for gate in gates:
                 gate.set()
@@ -2979,7 +3205,8 @@ def test_a_CRLF_that_chunks_and_reads_part_is_one_end_of_line():
 # ============================================================================
 
 def test_the_plain_answer_is_a_whole_message():
-    message = answered(completion({"content": "Hello"}, usage=used(10, 2)), req(model="claude-sonnet-5-5[1m]"))
+    message = answered(completion({"content": "Hello"}, usage=used(10, 2)),
+                       req(model="claude-sonnet-5-5[1m]"))
     assert re.fullmatch(r"msg_[A-Za-z0-9]{24}", message.pop("id"))
     assert message == {"type": "message", "role": "assistant", "model": "claude-sonnet-5-5[1m]",
                        "content": [txt("Hello")], "stop_reason": "end_turn", "stop_sequence": None,
@@ -2990,21 +3217,26 @@ CONTENTS = [  # request members, upstream message, content blocks
     ("text", {}, {"content": "Hello"}, [txt("Hello")]),
     ("a call", {}, calling(call("call_1", "f", '{"a":1}')), [use("call_1", "f", {"a": 1})]),
     ("text and a call", {}, calling(call("call_1"), content="x"), [only_x, use("call_1")]),
-    ("calls in order", {}, calling(call("call_2", "g"), call("call_1")), [use("call_2", "g"), use("call_1")]),
-    ("reasoning", THINKING, {"content": "x", "reasoning_content": "r"}, [think("r", "aap1.c."), only_x]),
-    ("the other field for it", THINKING, {"content": "x", "reasoning": "r"}, [think("r", "aap1.r."), only_x]),
-    ("both fields are one block", THINKING, {"content": "x", "reasoning": "r", "reasoning_content": "r"},
+    ("calls in order", {}, calling(call("call_2", "g"), call("call_1")),
+     [use("call_2", "g"), use("call_1")]),
+    ("reasoning", THINKING, {"content": "x", "reasoning_content": "r"},
      [think("r", "aap1.c."), only_x]),
+    ("the other field for it", THINKING, {"content": "x", "reasoning": "r"},
+     [think("r", "aap1.r."), only_x]),
+    ("both fields are one block", THINKING,
+     {"content": "x", "reasoning": "r", "reasoning_content": "r"}, [think("r", "aap1.c."), only_x]),
     ("reasoning that nobody asked for", {}, {"content": "x", "reasoning_content": "r"}, [only_x]),
-    ("thinking disabled", {"thinking": DISABLED}, {"content": "x", "reasoning_content": "r"}, [only_x]),
+    ("thinking disabled", {"thinking": DISABLED},
+     {"content": "x", "reasoning_content": "r"}, [only_x]),
     ("thinking enabled", {"thinking": enabled(50)}, {"content": "x", "reasoning_content": "r"},
      [think("r", "aap1.c."), only_x]),
     ("reasoning that is not to be shown", HIDDEN, {"content": "x", "reasoning_content": "r"},
      [think("", "aap1.c.(r)"), only_x]),
     ("no reasoning to hide", HIDDEN, {"content": "x", "reasoning_content": ""}, [only_x]),
-    ("a list of parts", {}, {"content": [txt("a"), {"type": "output_text", "text": "b"}, {"type": "new"}]},
-     [txt("ab")]),
-    ("a thinking part", THINKING, {"content": [{"type": "thinking", "thinking": [txt("r")]}, only_x]},
+    ("a list of parts", {},
+     {"content": [txt("a"), {"type": "output_text", "text": "b"}, {"type": "new"}]}, [txt("ab")]),
+    ("a thinking part", THINKING,
+     {"content": [{"type": "thinking", "thinking": [txt("r")]}, only_x]},
      [think("r", "aap1.n."), only_x]),
     ("white space beside a call", {}, calling(call("call_1"), content="\n\n"), [use("call_1")]),
     ("nothing beside a call", {}, calling(call("call_1"), content=""), [use("call_1")]),
@@ -3012,11 +3244,15 @@ CONTENTS = [  # request members, upstream message, content blocks
     ("no content", {}, {}, []),
     ("a refusal", {}, {"content": None, "refusal": "No."}, [txt("No.")]),
     ("a refusal after text", {}, {"content": "x", "refusal": "No."}, [txt("xNo.")]),
-    ("null and empty fields", {}, {"content": "x", "refusal": None, "tool_calls": [], "function_call": None,
-                                   "reasoning_content": None, "annotations": [{}], "audio": None}, [only_x]),
-    ("the old function_call", {}, {"content": None, "function_call": {"name": "f", "arguments": '{"a":1}'}},
+    ("null and empty fields", {}, {"content": "x", "refusal": None, "tool_calls": [],
+                                   "function_call": None,
+                                   "reasoning_content": None, "annotations": [{}], "audio": None},
+     [only_x]),
+    ("the old function_call", {},
+     {"content": None, "function_call": {"name": "f", "arguments": '{"a":1}'}},
      [use("toolu_new", "f", {"a": 1})]),
-    ("a custom call", {}, calling({"id": "call_1", "type": "custom", "custom": {"name": "f", "input": "t"}}),
+    ("a custom call", {},
+     calling({"id": "call_1", "type": "custom", "custom": {"name": "f", "input": "t"}}),
      [use("call_1", "f", {"input": "t"})]),
     ("a call of another type", {}, calling({"id": "call_1", "type": "new", "new": {}}), []),
     ("one call when more are forbidden",
@@ -3027,30 +3263,36 @@ CONTENTS = [  # request members, upstream message, content blocks
     ("an empty id", {}, calling(call("")), [use("toolu_new")]),
     ("an id of 64 characters", {}, calling(call("x" * 64)), [use("x" * 64)]),
     ("an id of 65 characters", {}, calling(call("x" * 65)), [use(f"toolu_r({'x' * 65})")]),
-    ("an id with other characters", {}, calling(call("functions.get:0")), [use("toolu_r(functions.get:0)")]),
-    ("an id that looks like one of ours", {}, calling(call("toolu_rabc")), [use("toolu_r(toolu_rabc)")]),
+    ("an id with other characters", {}, calling(call("functions.get:0")),
+     [use("toolu_r(functions.get:0)")]),
+    ("an id that looks like one of ours", {}, calling(call("toolu_rabc")),
+     [use("toolu_r(toolu_rabc)")]),
     ("an id used before", {"messages": conversation_with("call_1")[0]}, calling(call("call_1")),
      [use("toolu_r(call_1)")]),
     ("also under its encoded name", {"messages": conversation_with("toolu_rAbC123_Y2FsbF8x")[0]},
      calling(call("call_1")), [use("toolu_r(call_1)")]),
-    ("an id used twice", {}, calling(call("call_1"), call("call_1")), [use("call_1"), use("toolu_r(call_1)")]),
+    ("an id used twice", {}, calling(call("call_1"), call("call_1")),
+     [use("call_1"), use("toolu_r(call_1)")]),
     ("a thought signature travels in the id", {}, calling(call("c1", extra_content={"a": 1})),
      [use('toolu_x(["c1",{"a":1}])')]),
     ("a mapped name", {"tools": [tool("my.tool")]}, calling(call("call_1", "my_tool_bca2c361")),
      [use("call_1", "my.tool")]),
-    ("a prefix in front of a known name", {"tools": [tool("f")]}, calling(call("call_1", "functions.f")),
-     [use("call_1", "f")]),
-    ("an unknown name", {"tools": [tool("f")]}, calling(call("call_1", "other")), [use("call_1", "other")]),
+    ("a prefix in front of a known name", {"tools": [tool("f")]},
+     calling(call("call_1", "functions.f")), [use("call_1", "f")]),
+    ("an unknown name", {"tools": [tool("f")]}, calling(call("call_1", "other")),
+     [use("call_1", "other")]),
     # Stop sequences
     ("text up to a stop sequence", {"stop_sequences": ["END"]},
      calling(call("call_1"), content="abENDcd"), [txt("ab")]),
-    ("the longest at one place", {"stop_sequences": ["E", "END"]}, {"content": "abENDcd"}, [txt("ab")]),
+    ("the longest at one place", {"stop_sequences": ["E", "END"]}, {"content": "abENDcd"},
+     [txt("ab")]),
     # Prefill
-    ("a repeated prefill is cut", {"messages": [usr("a"), asst("{")]}, {"content": '{"t":1}'}, [txt('"t":1}')]),
+    ("a repeated prefill is cut", {"messages": [usr("a"), asst("{")]}, {"content": '{"t":1}'},
+     [txt('"t":1}')]),
     ("one that is not repeated is not", {"messages": [usr("a"), asst("{")]}, {"content": '"t":1}'},
      [txt('"t":1}')]),
-    ("as it was sent", {"messages": [usr("a"), asst("The answer is ")]}, {"content": "The answer is 4"},
-     [txt(" 4")]),
+    ("as it was sent", {"messages": [usr("a"), asst("The answer is ")]},
+     {"content": "The answer is 4"}, [txt(" 4")]),
 ]
 
 
@@ -3070,23 +3312,28 @@ def test_details_of_reasoning_are_joined_in_the_signature():
     pieces = [{"type": "reasoning.text", "index": 0, "text": "a"},
               {"type": "reasoning.text", "index": 0, "text": "b",
                "signature": "s"}]
-    raw = streamed([sse([chunk({"reasoning_details": [each]}) for each in pieces] + [WHOLE] + ARGS_DONE)],
+    raw = streamed([sse([chunk({"reasoning_details": [each]}) for each in pieces] + [WHOLE]
+                        + ARGS_DONE)],
                    aiapiproxy.checked_translation(req(thinking=ADAPTIVE), SETTINGS["openrouter"]))
     (block, _) = blocks_of(raw)
     kind, details = re.fullmatch(r"aap1\.(.)\.\((.*)\)", readable(block["signature"])).groups()
     assert (block["thinking"], kind) == ("ab", "d")
-    assert json.loads(details) == [{"type": "reasoning.text", "index": 0, "text": "ab", "signature": "s"}]
+    assert json.loads(details) == [{"type": "reasoning.text", "index": 0, "text": "ab",
+                                    "signature": "s"}]
 
 
 def several(*choices): return {"choices": list(choices)}
 
 
 SHAPES = [
-    ("the lowest index counts", several({"index": 1, "message": {"content": "b"}, "finish_reason": "length"},
-                                        {"index": 0, "message": {"content": "x"}, "finish_reason": "stop"})),
+    ("the lowest index counts",
+     several({"index": 1, "message": {"content": "b"}, "finish_reason": "length"},
+             {"index": 0, "message": {"content": "x"},
+              "finish_reason": "stop"})),
     ("no index is the position", several({"message": {"content": "x"}, "finish_reason": "stop"},
                                          {"message": {"content": "b"}})),
-    ("a delta in place of the message", several({"delta": {"content": "x"}, "finish_reason": "stop"})),
+    ("a delta in place of the message",
+     several({"delta": {"content": "x"}, "finish_reason": "stop"})),
     ("an old completion", several({"text": "x", "finish_reason": "stop"})),
     ("an error that is null", {**completion(TEXT), "error": None}),
 ]
@@ -3135,15 +3382,18 @@ def test_an_odd_answer_is_a_message_or_an_error():
         except aiapiproxy.ProxyError as error:
             assert error.status in (429, 500, 502, 529) and error.message
             continue
-        assert got["stop_reason"] in ("end_turn", "tool_use", "max_tokens", "stop_sequence", "refusal")
+        assert got["stop_reason"] in ("end_turn", "tool_use", "max_tokens",
+                                      "stop_sequence", "refusal")
         assert got["usage"]["input_tokens"] >= 0 and got["usage"]["output_tokens"] >= 0
         for block in got["content"]:
-            assert block["type"] != "tool_use" or (isinstance(block["input"], dict) and block["name"])
+            assert (block["type"] != "tool_use"
+                    or (isinstance(block["input"], dict) and block["name"]))
             assert block["type"] != "text" or block["text"].strip()
 
 
 def test_a_stream_names_the_asked_model():
-    translation = aiapiproxy.checked_translation(req(model="claude-sonnet-5-5[1m]"), SETTINGS["openai"])
+    translation = aiapiproxy.checked_translation(req(model="claude-sonnet-5-5[1m]"),
+                                                 SETTINGS["openai"])
     assert events(streamed([SIMPLE], translation))[0]["message"]["model"] == "claude-sonnet-5-5[1m]"
 
 
@@ -3163,14 +3413,18 @@ def failed(status, body, headers=None, asked=None, settings=SETTINGS["openai"]):
 
 
 STATUSES = [  # upstream status, client status, error type
-    (400, 400, "invalid_request_error"), (401, 401, "authentication_error"), (402, 402, "billing_error"),
-    (403, 403, "permission_error"), (404, 404, "not_found_error"), (405, 400, "invalid_request_error"),
+    (400, 400, "invalid_request_error"), (401, 401, "authentication_error"),
+    (402, 402, "billing_error"),
+    (403, 403, "permission_error"), (404, 404, "not_found_error"),
+    (405, 400, "invalid_request_error"),
     (406, 400, "invalid_request_error"), (408, 504, "timeout_error"), (409, 409, "conflict_error"),
-    (410, 400, "invalid_request_error"), (413, 413, "request_too_large"), (415, 400, "invalid_request_error"),
+    (410, 400, "invalid_request_error"), (413, 413, "request_too_large"),
+    (415, 400, "invalid_request_error"),
     (418, 400, "invalid_request_error"), (422, 400, "invalid_request_error"),
     (424, 400, "invalid_request_error"),
     (425, 500, "api_error"), (429, 429, "rate_limit_error"), (451, 400, "invalid_request_error"),
-    (499, 500, "api_error"), (500, 500, "api_error"), (501, 500, "api_error"), (502, 502, "api_error"),
+    (499, 500, "api_error"), (500, 500, "api_error"), (501, 500, "api_error"),
+    (502, 502, "api_error"),
     (503, 529, "overloaded_error"), (504, 504, "timeout_error"), (507, 500, "api_error"),
     (520, 502, "api_error"),
     (521, 502, "api_error"), (524, 504, "timeout_error"), (529, 529, "overloaded_error"),
@@ -3188,7 +3442,8 @@ def test_status_of_an_error(upstream, status, kind):
 
 MESSAGES = [  # status, body, message
     ("OpenAI's own", 400, JSON_ERROR, "bad"),
-    ("Google's list", 400, [{"error": {"code": 400, "message": "m", "status": "INVALID_ARGUMENT"}}], "m"),
+    ("Google's list", 400, [{"error": {"code": 400, "message": "m", "status": "INVALID_ARGUMENT"}}],
+     "m"),
     ("a string", 400, {"error": "m"}, "m"),
     ("a detail", 400, {"detail": "m"}, "m"),
     ("a message", 400, {"message": "m"}, "m"),
@@ -3199,7 +3454,8 @@ MESSAGES = [  # status, body, message
      "Provider returned error: why"),
     ("Azure's filter, unchanged", 400, error_like("content_filter", "The response was filtered."),
      "The response was filtered."),
-    ("the key is shortened", 400, error_like(None, f"Incorrect key {KEY}."), "Incorrect key sk-\u20261234."),
+    ("the key is shortened", 400, error_like(None, f"Incorrect key {KEY}."),
+     "Incorrect key sk-\u20261234."),
     ("control characters", 400, error_like(None, "a\nb\x00c"), "a b c"),
     ("a long one", 400, error_like(None, "x" * 5000), "x" * 4096),
     ("a page", 502, "<html><title>Bad Gateway</title><body>...",
@@ -3232,52 +3488,67 @@ LIMITS = [  # status, body, headers, (type, status), headers to the client
     ("quota is no rate limit", 429, error_like("insufficient_quota"), {"retry-after": "7"},
      ("billing_error", 402),
      NO_RETRY),
-    ("nor is a billing limit", 429, error_like("billing_hard_limit_reached"), {}, ("billing_error", 402),
-     NO_RETRY),
-    ("nor an empty account", 403, error_like("insufficient_credits"), {}, ("billing_error", 402), NO_RETRY),
-    ("nor OpenAI's words for it", 429, error_like(None, "You exceeded your current quota, please check"), {},
+    ("nor is a billing limit", 429, error_like("billing_hard_limit_reached"), {},
+     ("billing_error", 402), NO_RETRY),
+    ("nor an empty account", 403, error_like("insufficient_credits"), {},
+     ("billing_error", 402), NO_RETRY),
+    ("nor OpenAI's words for it", 429,
+     error_like(None, "You exceeded your current quota, please check"), {},
      ("billing_error", 402), NO_RETRY),
     ("retry-after is passed", 429, error_like("rate_limit_exceeded"), {"retry-after": "7"}, RATE,
      {"retry-after": "7"}),
     ("rounded up", 429, error_like(None), {"retry-after": "0.2"}, RATE, {"retry-after": "1"}),
-    ("a date is counted from now", 429, error_like(None), {"retry-after": DATE}, RATE, {"retry-after": "30"}),
+    ("a date is counted from now", 429, error_like(None), {"retry-after": DATE}, RATE,
+     {"retry-after": "30"}),
     ("seconds in the message", 429, error_like(None, "Limit. Please try again in 1.5s."), {}, RATE,
      {"retry-after": "2"}),
-    ("minutes", 429, error_like(None, "Please try again in 6m0s."), {}, RATE, {"retry-after": "360"}),
-    ("milliseconds", 429, error_like(None, "Please try again in 20ms."), {}, RATE, {"retry-after": "1"}),
-    ("hours", 429, error_like(None, "Please try again in 1h2m."), {}, RATE, {"retry-after": "3720"}),
-    ("Google's delay", 429, {"error": {"message": "m", "details": [{"retryDelay": "34s"}]}}, {}, RATE,
-     {"retry-after": "34"}),
+    ("minutes", 429, error_like(None, "Please try again in 6m0s."), {}, RATE,
+     {"retry-after": "360"}),
+    ("milliseconds", 429, error_like(None, "Please try again in 20ms."), {}, RATE,
+     {"retry-after": "1"}),
+    ("hours", 429, error_like(None, "Please try again in 1h2m."), {}, RATE,
+     {"retry-after": "3720"}),
+    ("Google's delay", 429, {"error": {"message": "m", "details": [{"retryDelay": "34s"}]}}, {},
+     RATE, {"retry-after": "34"}),
     ("the reset of a limit that is used up", 429, error_like(None), {
         "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1.57s",
         "x-ratelimit-remaining-requests": "9", "x-ratelimit-reset-requests": "6m0s"}, RATE,
      {"retry-after": "2", "anthropic-ratelimit-tokens-remaining": "0",
-      "anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:02Z", "anthropic-ratelimit-requests-remaining": "9",
+      "anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:02Z",
+      "anthropic-ratelimit-requests-remaining": "9",
       "anthropic-ratelimit-requests-reset": "2026-11-23T12:06:00Z"}),
     ("milliseconds of the upstream", 429, error_like(None), {"retry-after-ms": "1500"}, RATE,
      {"retry-after-ms": "1500"}),
     ("what will never fit", 429, error_like("rate_limit_exceeded", TOO_FAST), {}, RATE, NO_RETRY),
-    ("what will fit later", 429, error_like(None, TOO_FAST.replace("33684", "20000")), {}, RATE, {}),
+    ("what will fit later", 429, error_like(None, TOO_FAST.replace("33684", "20000")),
+     {}, RATE, {}),
     ("the upstream knows whether to retry", 500, error_like(None), {"x-should-retry": "false"},
      ("api_error", 500),
      NO_RETRY),
-    ("in no other words", 500, error_like(None), {"x-should-retry": "maybe"}, ("api_error", 500), {}),
-    ("retry-after of an overload", 503, error_like(None), {"retry-after": "3"}, ("overloaded_error", 529),
-     {"retry-after": "3"}),
-    ("not of a bad request", 400, error_like(None), {"retry-after": "3"}, ("invalid_request_error", 400), {}),
-    ("nothing else", 500, error_like(None), {"set-cookie": "c", "server": "s", "openai-organization": "o",
-                                             "x-request-id": "i"}, ("api_error", 500), {}),
+    ("in no other words", 500, error_like(None), {"x-should-retry": "maybe"},
+     ("api_error", 500), {}),
+    ("retry-after of an overload", 503, error_like(None), {"retry-after": "3"},
+     ("overloaded_error", 529), {"retry-after": "3"}),
+    ("not of a bad request", 400, error_like(None), {"retry-after": "3"},
+     ("invalid_request_error", 400), {}),
+    ("nothing else", 500, error_like(None),
+     {"set-cookie": "c", "server": "s", "openai-organization": "o",
+      "x-request-id": "i"}, ("api_error", 500), {}),
     ("the limits of requests", 429, error_like(None), {
         "x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "499",
         "x-ratelimit-reset-requests": "6m0s"}, RATE, {
-        "anthropic-ratelimit-requests-limit": "500", "anthropic-ratelimit-requests-remaining": "499",
+        "anthropic-ratelimit-requests-limit": "500",
+        "anthropic-ratelimit-requests-remaining": "499",
         "anthropic-ratelimit-requests-reset": "2026-11-23T12:06:00Z"}),
     ("the limits of tokens", 429, error_like(None), {
         "x-ratelimit-limit-tokens": "9", "x-ratelimit-reset-tokens": "1.5s"}, RATE, {
-        "anthropic-ratelimit-tokens-limit": "9", "anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:02Z"}),
-    ("a limit's end as a number", 429, error_like(None), {"x-ratelimit-reset-tokens": "1795435206000"}, RATE,
+        "anthropic-ratelimit-tokens-limit": "9",
+        "anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:02Z"}),
+    ("a limit's end as a number", 429, error_like(None),
+     {"x-ratelimit-reset-tokens": "1795435206000"}, RATE,
      {"anthropic-ratelimit-tokens-reset": "2026-11-23T12:00:06Z"}),
-    ("a limit's end in words", 429, error_like(None), {"x-ratelimit-reset-tokens": "soon"}, RATE, {}),
+    ("a limit's end in words", 429, error_like(None),
+     {"x-ratelimit-reset-tokens": "soon"}, RATE, {}),
 ]
 
 
@@ -3287,48 +3558,58 @@ def test_limits(status, body, headers, kind, want):
     assert ((error.kind, error.status), error.headers) == (kind, want)
 
 
-LLAMA = {"code": 400, "type": "exceed_context_size_error", "message": "no room", "n_prompt_tokens": 9000,
-         "n_ctx": 8192}
+LLAMA = {"code": 400, "type": "exceed_context_size_error", "message": "no room",
+         "n_prompt_tokens": 9000, "n_ctx": 8192}
 
 OVERFLOWS = [  # upstream's message or error, its numbers for the client
     (f"{MAXIMUM} 128000 tokens. However, your messages resulted in 131072 tokens.", 131072, 128000),
-    (f"{MAXIMUM} 128,000 tokens. However, your messages resulted in 131_072 tokens.", 131072, 128000),
+    (f"{MAXIMUM} 128,000 tokens. However, your messages resulted in 131_072 tokens.",
+     131072, 128000),
     (f"{MAXIMUM} 8192 tokens. However, you requested 9000 tokens (8500 in the messages, 500 in the "
      "completion).",
      8500, 8192),
     (f"{MAXIMUM} 8192 tokens. However, you requested 9500 tokens (8000 in the messages, 500 in the "
      "functions, 1000 in the completion).", 8500, 8192),
-    (f"{MAXIMUM} 8192 tokens. However, you requested 9500 tokens (7500 in the messages, 2000 in the "
+    (f"{MAXIMUM} 8192 tokens. However, you requested 9500 tokens (7500 in the messages, 2000 in "
+     f"the "
      "completion).",
      9500, 8192),
     (f"{MAXIMUM} 4097 tokens, however you requested 5000 tokens.", 5000, 4097),
-    (f"{MAXIMUM} 4096 tokens. However, you requested 512 output tokens and your prompt contains at least "
+    (f"{MAXIMUM} 4096 tokens. However, you requested 512 output tokens and your prompt contains at "
+     f"least "
      "5000 input tokens.", 5000, 4096),
-    (f"'max_tokens' or 'max_completion_tokens' is too large: 4000. {MAXIMUM} 4096 tokens and your request "
+    (f"'max_tokens' or 'max_completion_tokens' is too large: 4000. {MAXIMUM} 4096 tokens and your "
+     f"request "
      "has 4090 input tokens (4000 > 4096 - 4090).", 8090, 4096),
-    ("You passed 4000 input tokens and requested 200 output tokens. However, the model's context length "
-     "is only 4096 tokens", 4200, 4096),
-    ("Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 300000 tokens.",
+    ("You passed 4000 input tokens and requested 200 output tokens. However, the model's context "
+     "length is only 4096 tokens", 4200, 4096),
+    ("Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 300000 "
+     "tokens.",
      300000, 272000),
     (LLAMA, 9000, 8192),
-    ("request (9000 tokens) exceeds the available context size (8192 tokens), try increasing it", 9000, 8192),
+    ("request (9000 tokens) exceeds the available context size (8192 tokens), try increasing it",
+     9000, 8192),
     ("input (9000 tokens) is larger than the max context size (8192 tokens). skipping", 9000, 8192),
-    ("Trying to keep the first 9000 tokens when context overflows. However, the model is loaded with context "
-     "length of only 4096 tokens", 9000, 4096),
-    ("The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).", 1200000,
-     1048576),
-    ("This model's maximum prompt length is 131072 but the request contains 150000 tokens.", 150000, 131072),
-    ("Prompt contains 40000 tokens, too large for model with 32768 maximum context length", 40000, 32768),
-    ("inputs tokens + max_new_tokens must be <= 4096. Given: 5000 `inputs` tokens and 20 `max_new_tokens`",
+    ("Trying to keep the first 9000 tokens when context overflows. However, the model is loaded "
+     "with context length of only 4096 tokens", 9000, 4096),
+    ("The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+     1200000, 1048576),
+    ("This model's maximum prompt length is 131072 but the request contains 150000 tokens.",
+     150000, 131072),
+    ("Prompt contains 40000 tokens, too large for model with 32768 maximum context length",
+     40000, 32768),
+    ("inputs tokens + max_new_tokens must be <= 4096. Given: 5000 `inputs` tokens and 20 "
+     "`max_new_tokens`",
      5000, 4096),
     ("prompt is too long: 210000 tokens > 200000 maximum", 210000, 200000),
-    ("input length and `max_tokens` exceed context limit: 199500 + 2000 > 200000, decrease it", 201500,
-     200000),
+    ("input length and `max_tokens` exceed context limit: 199500 + 2000 > 200000, decrease it",
+     201500, 200000),
     ("prompt token count of 70000 exceeds the limit of 64000", 70000, 64000),
     (f"{MAXIMUM} 8192 tokens. Please reduce the length of the messages.", 8193, 8192),
     *[(words, 8, 6) for words in (
         "Your input exceeds the context window of this model.", "This exceeds the context length.",
-        "It exceeds the model's context.", "Input is too long for requested model.", "Prompt is too long",
+        "It exceeds the model's context.", "Input is too long for requested model.",
+        "Prompt is too long",
         "Please reduce the length of the messages.", "Too many tokens in the prompt",
         "Context size has been exceeded.", "model_max_prompt_tokens_exceeded", "n_keep >= n_ctx",
         "the number of tokens to keep from the initial prompt is greater than the context length",
@@ -3338,7 +3619,8 @@ OVERFLOWS = [  # upstream's message or error, its numbers for the client
 ]
 
 
-@pytest.mark.parametrize("upstream, needed, maximum", OVERFLOWS, ids=[str(row[0]) for row in OVERFLOWS])
+@pytest.mark.parametrize("upstream, needed, maximum", OVERFLOWS,
+                         ids=[str(row[0]) for row in OVERFLOWS])
 def test_a_prompt_that_does_not_fit(upstream, needed, maximum):
     body = {"error": {"message": upstream} if isinstance(upstream, str) else upstream}
     for status in (400, 413, 500):
@@ -3352,7 +3634,8 @@ def test_tokens_per_minute_are_no_prompt_that_does_not_fit():
 
 
 CODES = [  # an error without a useful status: its code, type or status; what it is
-    ("context_length_exceeded", "400 invalid_request_error"), ("insufficient_quota", "402 billing_error"),
+    ("context_length_exceeded", "400 invalid_request_error"),
+    ("insufficient_quota", "402 billing_error"),
     ("rate_limit_exceeded", "429 rate_limit_error"), ("RESOURCE_EXHAUSTED", "429 rate_limit_error"),
     ("UNAVAILABLE", "529 overloaded_error"), ("DEADLINE_EXCEEDED", "504 timeout_error"),
     ("invalid_api_key", "401 authentication_error"), ("PERMISSION_DENIED", "403 permission_error"),
@@ -3372,15 +3655,19 @@ def test_an_error_with_status_200(code, want):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
 def test_a_prompt_that_does_not_fit_is_told_in_one_way(streaming):
-    error = error_like(None, f"{MAXIMUM} 128000 tokens. However, your messages resulted in 131072 tokens.")
+    error = error_like(None,
+                       f"{MAXIMUM} 128000 tokens. However, your messages resulted in 131072 "
+                       f"tokens.")
     for script in (reply(400, error), reply(200, error), stream(error)):
         answer, _ = run(asked_once(script, req(stream=streaming)))
-        assert said(answer) == "400 invalid_request_error: prompt is too long: 131072 tokens > 128000 maximum"
+        assert (said(answer)
+                == "400 invalid_request_error: prompt is too long: 131072 tokens > 128000 maximum")
 
 
 def test_a_wrong_address_is_told():
     answer, _ = run(asked_once(reply(404, "<html>", "text/html"), req()))
-    assert said(answer) == (NOT_FOUND + "127.0.0.1 has no /v1/chat/completions: check OPENAI_BASE_URL")
+    assert said(answer) == (NOT_FOUND
+                            + "127.0.0.1 has no /v1/chat/completions: check OPENAI_BASE_URL")
 
 
 def test_a_redirect_names_its_host():
@@ -3391,14 +3678,18 @@ def test_a_redirect_names_its_host():
 def test_rate_limits_are_told_on_a_success_too():
     for script in (reply(200, completion(TEXT), x_ratelimit_limit_requests=500,
                          x_ratelimit_remaining_requests=499,
-                         x_ratelimit_reset_requests="6m0s", x_request_id="upstreams", set_cookie="c=1"),
+                         x_ratelimit_reset_requests="6m0s", x_request_id="upstreams",
+                         set_cookie="c=1"),
                    stream(*X_ONLY,
-                          **{"x-ratelimit-limit-requests": 500, "x-ratelimit-remaining-requests": 499,
+                          **{"x-ratelimit-limit-requests": 500,
+                             "x-ratelimit-remaining-requests": 499,
                              "x-ratelimit-reset-requests": "6m0s", "set-cookie": "c=1"})):
         (_, headers, _), _ = run(asked_once(script, req(stream=script.chunked)))
-        assert headers["anthropic-ratelimit-requests-limit"] == "500" and "set-cookie" not in headers
+        assert (headers["anthropic-ratelimit-requests-limit"] == "500"
+                and "set-cookie" not in headers)
         assert headers["anthropic-ratelimit-requests-remaining"] == "499"
-        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", headers["anthropic-ratelimit-requests-reset"])
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ",
+                            headers["anthropic-ratelimit-requests-reset"])
 
 
 @pytest.mark.parametrize("asked", [req(), req(stream=True)], ids=["plain", "stream"])
@@ -3413,13 +3704,15 @@ def test_an_error_of_strange_numbers_is_an_error(asked):
 
 LOCAL_MODELS = {"CLAUDE_SONNET_MODEL": "qwen3:8b"}
 NEEDS_OTHER_NAME = refusal("Unsupported parameter: 'max_tokens' is not supported with this model. "
-                           "Use 'max_completion_tokens' instead.", "max_tokens", "unsupported_parameter")
+                           "Use 'max_completion_tokens' instead.", "max_tokens",
+                           "unsupported_parameter")
 BAD_SCHEMA = refusal("Invalid schema for function 'f': wrong.", "tools[0].function.parameters",
                      "invalid_function_parameters")
 HISTORY = ASKED + [usr([res("call_1", "ok"), txt("b")])]
 
 
-def unsupported(name): return refusal(f"Unsupported parameter: '{name}' is not supported with this model.",
+def unsupported(name): return refusal(f"Unsupported parameter: '{name}' is not supported with this "
+                                      f"model.",
                                       name,
                                       "unsupported_parameter")
 
@@ -3431,23 +3724,26 @@ LEARNED = [  # refusal, request, members of the request sent then and from then 
      {"max_tokens": 100, "max_completion_tokens": None}),
     ("a cap",
      refusal("max_tokens is too large: 32000. This model supports at most 16384 completion tokens, "
-             "whereas you provided 32000.", "max_tokens"), req(max_tokens=32000), {"max_tokens": 16384}),
-    ("a cap in other words", refusal("max_tokens must be less than or equal to 50", "max_tokens"), req(),
-     {"max_tokens": 50}),
+             "whereas you provided 32000.", "max_tokens"), req(max_tokens=32000),
+     {"max_tokens": 16384}),
+    ("a cap in other words", refusal("max_tokens must be less than or equal to 50", "max_tokens"),
+     req(), {"max_tokens": 50}),
     ("a minimum",
-     refusal("Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16, but got 1 "
-             "instead.", "max_tokens"), req(max_tokens=1), {"max_tokens": 16}),
+     refusal("Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16, "
+             "but got 1 instead.", "max_tokens"), req(max_tokens=1), {"max_tokens": 16}),
     ("no temperature",
-     refusal("Unsupported value: 'temperature' does not support 0.1 with this model. Only the default "
-             "(1) value is supported.", "temperature", "unsupported_value"),
+     refusal("Unsupported value: 'temperature' does not support 0.1 with this model. Only the "
+             "default (1) value is supported.", "temperature", "unsupported_value"),
      req(temperature=0.1), {"temperature": None}),
     ("no top_p", unsupported("top_p"), req(top_p=0.1), {"top_p": None}),
     ("no stop", unsupported("stop"), req(stop_sequences=["x"]), {"stop": None}),
     ("no stream_options, in FastAPI's words",
-     reply(422, {"detail": [{"loc": ["body", "stream_options"], "msg": "Extra inputs are not permitted: "
-                             "stream_options", "type": "extra_forbidden"}]}),
+     reply(422,
+           {"detail": [{"loc": ["body", "stream_options"], "msg": "Extra inputs are not permitted: "
+                        "stream_options", "type": "extra_forbidden"}]}),
      req(stream=True), {"stream": True, "stream_options": None}),
-    ("no parallel_tool_calls", refusal("Unrecognized request argument supplied: parallel_tool_calls"),
+    ("no parallel_tool_calls",
+     refusal("Unrecognized request argument supplied: parallel_tool_calls"),
      req(tools=[tool("f")], **choice("auto", disable_parallel_tool_use=True)),
      {"tool_choice": "auto", "parallel_tool_calls": None}),
     ("no effort with tools",
@@ -3461,16 +3757,20 @@ LEARNED = [  # refusal, request, members of the request sent then and from then 
      req(model="gpt-5.2", **effort("xhigh")), {"reasoning_effort": "high"}),
     ("no effort at all", unsupported("reasoning_effort"), req(model="gpt-5.2", **effort("high")),
      {"reasoning_effort": None}),
-    ("no streams", unsupported("stream"), req(stream=True), {"stream": None, "stream_options": None}),
+    ("no streams", unsupported("stream"), req(stream=True),
+     {"stream": None, "stream_options": None}),
     ("no other choice", unsupported("tool_choice"), req(tools=[tool("f")], **choice("any")),
      {"tool_choice": "auto", "tools": [fn("f")]}),
-    ("no null content", refusal("messages.1.content: expected string, got null", "messages.[1].content"),
-     req(HISTORY), {"messages": [usr("a"), msg("", [call("call_1")]), tmsg("call_1", "ok"), usr("b")]}),
+    ("no null content",
+     refusal("messages.1.content: expected string, got null", "messages.[1].content"),
+     req(HISTORY),
+     {"messages": [usr("a"), msg("", [call("call_1")]), tmsg("call_1", "ok"), usr("b")]}),
     ("no user after a tool", refusal("Unexpected role 'user' after role 'tool'", code="3230"),
-     req(HISTORY), {"messages": CALLED + [tmsg("call_1", "ok"), asst("(tool results received)"), usr("b")]}),
+     req(HISTORY),
+     {"messages": CALLED + [tmsg("call_1", "ok"), asst("(tool results received)"), usr("b")]}),
     ("Mistral's ids",
-     refusal("Tool call id was toolu_01A09q90qw90lq917835lq9 but must be a-z, A-Z, 0-9, with a length "
-             "of 9. The tool call id must have 9 characters"),
+     refusal("Tool call id was toolu_01A09q90qw90lq917835lq9 but must be a-z, A-Z, 0-9, with a "
+             "length of 9. The tool call id must have 9 characters"),
      req(conversation_with("toolu_01A09q90qw90lq917835lq9")[0]),
      {"messages": conversation_with("L4lugQ9Qs")[1]}),
     ("no schema for the answer", unsupported("response_format"), req(**output(STRICT)),
@@ -3491,14 +3791,16 @@ LEARNED = [  # refusal, request, members of the request sent then and from then 
     ("branches at the root", BAD_SCHEMA, req(tools=[tool("f", OPEN_BRANCHES)]),
      {"tools": [fn("f", {"type": "object", "properties": {"a": {}, "b": {}}})]}),
     ("branches that have all of the root's", BAD_SCHEMA,
-     req(tools=[tool("f", {"allOf": [{"properties": {"a": {}}, "required": ["a"]}], "properties": {"b": {}},
+     req(tools=[tool("f", {"allOf": [{"properties": {"a": {}}, "required": ["a"]}],
+                           "properties": {"b": {}},
                       "not": {}, "enum": [], "$id": "i"})]),
      {"tools": [fn("f", {"type": "object", "properties": {"b": {}, "a": {}}, "required": ["a"]})]}),
     ("a reference at the root", BAD_SCHEMA,
      req(tools=[tool("f", {"$ref": "#/$defs/X", "$defs": {"X": inside({})}})]),
      {"tools": [fn("f", {**inside({}), "$defs": {"X": inside({})}})]}),
     ("schemas that are true or false", BAD_SCHEMA,
-     req(tools=[tool("f", {"type": "object", "properties": {"a": True, "b": False}, "required": None})]),
+     req(tools=[tool("f",
+                     {"type": "object", "properties": {"a": True, "b": False}, "required": None})]),
      {"tools": [fn("f", {"type": "object", "properties": {"a": {}, "b": {"not": {}}}})]}),
     ("a tuple's items", BAD_SCHEMA,
      req(tools=[tool("f", inside({"type": "array", "items": [{"type": "null"}]}))]),
@@ -3507,34 +3809,47 @@ LEARNED = [  # refusal, request, members of the request sent then and from then 
 
 
 OTHER_WORDS = [  # refusals in the words of other servers: status, body, what was sent, what is sent then
-    ("Groq's limit", 400, {"error": {"message": "`max_tokens` must be less than or equal to `8192`, the maximum value "
-                           "for `max_tokens` is less than the `context_window` for this model"}},
+    ("Groq's limit", 400,
+     {"error": {"message": "`max_tokens` must be less than or equal to `8192`, the maximum value "
+      "for `max_tokens` is less than the `context_window` for this model"}},
      req(max_tokens=9000), {"max_tokens": 8192}),
-    ("DeepSeek's limit", 400, {"error": {"message": "Invalid max_tokens value, the valid range of max_tokens is [1, "
-                               "8192]"}}, req(max_tokens=9000), {"max_tokens": 8192}),
-    ("Bedrock's limit", 400, {"message": "The maximum tokens you requested exceeds the model limit of 4096. Try again "
-                              "with a maximum tokens value that is lower than 4096."}, req(max_tokens=9000),
-     {"max_tokens": 4096}),
-    ("Anthropic's limit", 400, {"error": {"message": "max_tokens: 9000 > 8192, which is the maximum allowed number of "
-                                "output tokens for m"}}, req(max_tokens=9000), {"max_tokens": 8192}),
+    ("DeepSeek's limit", 400,
+     {"error": {"message": "Invalid max_tokens value, the valid range of max_tokens is [1, "
+      "8192]"}}, req(max_tokens=9000), {"max_tokens": 8192}),
+    ("Bedrock's limit", 400,
+     {"message": "The maximum tokens you requested exceeds the model limit of 4096. Try again "
+      "with a maximum tokens value that is lower than 4096."},
+     req(max_tokens=9000), {"max_tokens": 4096}),
+    ("Anthropic's limit", 400,
+     {"error": {"message": "max_tokens: 9000 > 8192, which is the maximum allowed number of "
+      "output tokens for m"}}, req(max_tokens=9000),
+     {"max_tokens": 8192}),
     ("Mistral's validation inside a message", 422, {"object": "error", "message": {"detail": [
-        {"type": "extra_forbidden", "loc": ["body", "top_p"], "msg": "Extra inputs are not permitted"}]}},
+        {"type": "extra_forbidden", "loc": ["body", "top_p"],
+         "msg": "Extra inputs are not permitted"}]}},
      req(top_p=0.5), {"top_p": None}),
-    ("xAI's camel case", 400, {"error": "Model m does not support parameter topP."}, req(top_p=0.5), {"top_p": None}),
-    ("vLLM's validation as text", 400, {"object": "error", "type": "BadRequestError", "message": "[{'type': "
+    ("xAI's camel case", 400, {"error": "Model m does not support parameter topP."}, req(top_p=0.5),
+     {"top_p": None}),
+    ("vLLM's validation as text", 400,
+     {"object": "error", "type": "BadRequestError", "message": "[{'type': "
      "'extra_forbidden', 'loc': ('body', 'top_p'), 'msg': 'Extra inputs are not permitted'}]"},
      req(top_p=0.5), {"top_p": None}),
-    ("Kimi's tool_choice", 400, {"error": {"message": "tool_choice 'required' is incompatible with thinking enabled"}},
+    ("Kimi's tool_choice", 400,
+     {"error": {"message": "tool_choice 'required' is incompatible with thinking enabled"}},
      req(tools=[tool("f")], tool_choice={"type": "any"}), {"tool_choice": "auto"}),
-    ("Gemini's keyword", 400, [{"error": {"message": "Invalid JSON payload received. Unknown name \"const\" at "
-                                "'tools[0].function_declarations[0].parameters.properties[0].value': Cannot find "
-                                "field."}}],
-     req(tools=[tool("f", {"type": "object", "properties": {"a": {"type": "string", "const": "x"}}})]),
+    ("Gemini's keyword", 400,
+     [{"error": {"message": "Invalid JSON payload received. Unknown name \"const\" at "
+       "'tools[0].function_declarations[0].parameters.properties[0].value': Cannot find "
+       "field."}}],
+     req(tools=[tool("f",
+                     {"type": "object", "properties": {"a": {"type": "string", "const": "x"}}})]),
      {"tools": [fn("f", {"type": "object", "properties": {"a": {"type": "string"}}})]}),
-    ("SGLang's window", 400, {"message": "Requested token count exceeds the model's maximum context length of 32768 "
-                              "tokens. You requested a total of 40000 tokens: 8000 tokens from the input messages and "
-                              "32000 tokens for the completion."}, req(max_tokens=32000, stream=True),
-     {"max_tokens": 24760}),
+    ("SGLang's window", 400,
+     {"message": "Requested token count exceeds the model's maximum context length of 32768 "
+      "tokens. You requested a total of 40000 tokens: 8000 tokens from the "
+      "input messages and "
+      "32000 tokens for the completion."},
+     req(max_tokens=32000, stream=True), {"max_tokens": 24760}),
 ]
 
 
@@ -3550,8 +3865,8 @@ def test_other_servers_words_teach_the_same(status, words, asked, want):
 
 
 WINDOWS = [  # a prompt that does not fit, in other servers' words; its tokens, the window
-    ("The number of tokens to keep from the initial prompt is greater than the context length (n_keep: 5000>= n_ctx: "
-     "4096)", 5000, 4096),
+    ("The number of tokens to keep from the initial prompt is greater than the context length "
+     "(n_keep: 5000>= n_ctx: 4096)", 5000, 4096),
     ("The prompt is too long: 140000, model maximum context length: 131071", 140000, 131071),
     ("too many tokens: total number of tokens in the prompt cannot exceed 4081", 4082, 4081),
     ("Invalid request: Your request exceeded model token limit: 131072", 131073, 131072),
@@ -3563,7 +3878,8 @@ WINDOWS = [  # a prompt that does not fit, in other servers' words; its tokens, 
 @pytest.mark.parametrize("words, tokens, window", WINDOWS)
 def test_other_servers_words_for_a_window_that_is_too_small(words, tokens, window):
     answer, _ = run(asked_once(reply(400, {"error": {"message": words}}), req()))
-    assert said(answer) == f"400 invalid_request_error: prompt is too long: {tokens} tokens > {window} maximum"
+    assert (said(answer)
+            == f"400 invalid_request_error: prompt is too long: {tokens} tokens > {window} maximum")
 
 
 @table(LEARNED, "refused, asked, want")
@@ -3581,11 +3897,13 @@ def test_a_refusal_is_learned(refused, asked, want):
 
 
 def test_a_schema_is_simplified_step_by_step():
-    patterns = inside({"type": "string", "pattern": "p", "format": "f", "minLength": 1, "default": "d"})
+    patterns = inside({"type": "string", "pattern": "p", "format": "f", "minLength": 1,
+                       "default": "d"})
 
     async def scenario():
-        async with proxied(refusal("failed to parse grammar", status=400), OK, **LOCAL_MODELS) as (upstream,
-                                                                                                   server):
+        async with proxied(refusal("failed to parse grammar", status=400), OK,
+                           **LOCAL_MODELS) as (upstream,
+                                               server):
             status, _, _ = await ask(server.port, body=req(tools=[tool("f", patterns)]))
             return status, upstream.requests[-1].body["tools"], len(upstream.requests)
 
@@ -3595,8 +3913,9 @@ def test_a_schema_is_simplified_step_by_step():
 
 def test_two_refusals_are_learned_one_by_one():
     async def scenario():
-        async with proxied(NEEDS_OTHER_NAME, unsupported("temperature"), OK, **LOCAL_MODELS) as (upstream,
-                                                                                                 server):
+        async with proxied(NEEDS_OTHER_NAME, unsupported("temperature"), OK,
+                           **LOCAL_MODELS) as (upstream,
+                                               server):
             status, _, _ = await ask(server.port, body=req(temperature=0.1))
             return status, [without(heard.body, "model", "messages") for heard in upstream.requests]
 
@@ -3605,10 +3924,12 @@ def test_two_refusals_are_learned_one_by_one():
                                      {"max_completion_tokens": 100}])
 
 
-@pytest.mark.parametrize("status, want", [(404, "404 not_found_error"), (429, "429 rate_limit_error"),
-                                          (500, "500 api_error")])
+@pytest.mark.parametrize("status, want",
+                         [(404, "404 not_found_error"), (429, "429 rate_limit_error"),
+                          (500, "500 api_error")])
 def test_only_a_400_or_422_teaches(status, want):
-    refused = refusal("Unsupported parameter: 'temperature'", "temperature", "unsupported_parameter", status)
+    refused = refusal("Unsupported parameter: 'temperature'", "temperature",
+                      "unsupported_parameter", status)
     answer, requests = run(asked_once(refused, req(temperature=0.1)))
     assert said(answer).startswith(want + ": ") and len(requests) == 1
 
@@ -3616,7 +3937,8 @@ def test_only_a_400_or_422_teaches(status, want):
 def test_the_same_refusal_again_is_passed_on():
     answer, requests = run(asked_once(unsupported("temperature"), req(temperature=0.1)))
     assert said(answer) == ("400 invalid_request_error: "
-                            "Unsupported parameter: 'temperature' is not supported with this model.")
+                            "Unsupported parameter: 'temperature' is not supported with this "
+                            "model.")
     assert len(requests) == 2
 
 
@@ -3624,12 +3946,14 @@ def test_at_most_four_changes_are_tried():
     async def scenario():
         names = ["temperature", "top_p", "stop", "tool_choice", "response_format"]
         async with proxied(*[unsupported(name) for name in names], OK) as (upstream, server):
-            asked = req(temperature=0.1, top_p=0.1, stop_sequences=["x"], tools=[tool("f")], **choice("any"),
+            asked = req(temperature=0.1, top_p=0.1, stop_sequences=["x"], tools=[tool("f")],
+                        **choice("any"),
                       **output(STRICT))
             return said(await ask(server.port, body=asked)), len(upstream.requests)
 
     answer, count = run(scenario())
-    assert answer.startswith("400 invalid_request_error: ") and "response_format" in answer and count == 5
+    assert (answer.startswith("400 invalid_request_error: ") and "response_format" in answer
+            and count == 5)
 
 
 def test_what_is_learned_of_one_model_is_not_held_against_another():
@@ -3652,7 +3976,8 @@ def test_a_streamed_request_to_an_upstream_that_cannot_stream():
 
 def too_long(prompt, answer, maximum):
     return refusal(f"{MAXIMUM} {maximum} tokens. However, you requested {prompt + answer} tokens "
-                   f"({prompt} in the messages, {answer} in the completion).", code="context_length_exceeded")
+                   f"({prompt} in the messages, {answer} in the completion).",
+                   code="context_length_exceeded")
 
 
 def test_an_answer_that_does_not_fit_is_asked_shorter():
@@ -3667,20 +3992,25 @@ def test_an_answer_that_does_not_fit_is_asked_shorter():
 
 
 def test_an_answer_that_does_not_fit_twice_is_told():
-    answer, requests = run(asked_once(too_long(10000, 32000, 32768), req(max_tokens=32000), **LOCAL_MODELS))
-    assert said(answer) == "400 invalid_request_error: prompt is too long: 42000 tokens > 32768 maximum"
+    answer, requests = run(asked_once(too_long(10000, 32000, 32768), req(max_tokens=32000),
+                                      **LOCAL_MODELS))
+    assert (said(answer)
+            == "400 invalid_request_error: prompt is too long: 42000 tokens > 32768 maximum")
     assert [heard.body["max_tokens"] for heard in requests] == [32000, 22760]
 
 
 def test_an_answer_without_room_is_told_at_once():
-    answer, requests = run(asked_once(too_long(7500, 2000, 8192), req(max_tokens=2000), **LOCAL_MODELS))
-    assert said(answer) == "400 invalid_request_error: prompt is too long: 9500 tokens > 8192 maximum"
+    answer, requests = run(asked_once(too_long(7500, 2000, 8192), req(max_tokens=2000),
+                                      **LOCAL_MODELS))
+    assert (said(answer)
+            == "400 invalid_request_error: prompt is too long: 9500 tokens > 8192 maximum")
     assert len(requests) == 1
 
 
 def test_what_one_model_was_taught_about_tools_does_not_reach_another():
     asked = compact(req(tools=[tool("f", {**STRICT, "description": "long " * 300}, strict=True)]))
-    exchanges = [aiapiproxy.checked_translation(aiapiproxy.request_value(asked), SETTINGS["openai"]) for _ in range(3)]
+    exchanges = [aiapiproxy.checked_translation(aiapiproxy.request_value(asked), SETTINGS["openai"])
+                 for _ in range(3)]
     before = aiapiproxy.json_bytes(exchanges[0].body)
     refusal = b'{"error":{"message":"Unknown parameter: tools[0].function.strict","param":"tools[0].function.strict"}}'
     assert aiapiproxy.adjustment_for(400, refusal, exchanges[1])[0].name == "strict_dropped"
@@ -3693,21 +4023,24 @@ def test_what_one_model_was_taught_about_tools_does_not_reach_another():
 
 
 def test_too_many_tools_are_the_upstreams_to_refuse():
-    words = ("Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array "
-             "with length 129 instead.")
+    words = ("Invalid 'tools': array too long. Expected an array with maximum length 128, but got "
+             "an array with length 129 instead.")
     answer, (heard,) = run(asked_once(reply(400, error_like("array_above_max_length", words)),
                                       req(tools=[tool(f"f{number}") for number in range(129)])))
-    assert said(answer).startswith(f"400 invalid_request_error: {words}") and len(heard.body["tools"]) == 129
+    assert (said(answer).startswith(f"400 invalid_request_error: {words}")
+            and len(heard.body["tools"]) == 129)
 
 
 def test_a_lesson_about_a_large_request_counts_for_both_ends_of_its_stream(monkeypatch):
     monkeypatch.setattr(aiapiproxy, "WRITE_PIECE", 100)
     told = {"error": {"message": "string too long. Expected a string with maximum length 1024",
                       "param": "tools[0].function.description"}}
-    asked = req(stream=True, tools=[{"name": "T", "description": "word " * 2000, "input_schema": {"type": "object"}}])
+    asked = req(stream=True, tools=[{"name": "T", "description": "word " * 2000,
+                                     "input_schema": {"type": "object"}}])
 
     async def serve(reader, writer):
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError,
+                                 asyncio.CancelledError):
             head = await reader.readuntil(b"\r\n\r\n")
             heads.append(head)
             if len(heads) == 1:
@@ -3715,7 +4048,8 @@ def test_a_lesson_about_a_large_request_counts_for_both_ends_of_its_stream(monke
                 writer.write(raw_answer(json.dumps(told).encode(), status=400))
             else:                                                  # before it has read the body
                 answer = sse([ctext("x"), cend("stop"), DONE])
-                writer.write(raw_answer(answer, "Content-Type: text/event-stream", "Connection: close"))
+                writer.write(raw_answer(answer, "Content-Type: text/event-stream",
+                                        "Connection: close"))
                 await reader.read(-1)
         writer.close()
 
@@ -3746,7 +4080,8 @@ def test_estimate_of_a_request():
 
     tokens = aiapiproxy.estimated_tokens
     assert estimate(usr("Hi")) == 8
-    assert estimate(usr("Hi"), asst("Hello there"), usr("Hi")) == 8 + 4 + tokens("Hello there") + 4 + tokens("Hi")
+    assert estimate(usr("Hi"), asst("Hello there"),
+                    usr("Hi")) == 8 + 4 + tokens("Hello there") + 4 + tokens("Hi")
     assert estimate(usr([txt("Hi"), img])) == 8 + 1600
     assert estimate(usr([txt("Hi"), doc(PDF)])) == 8 + 2000
     assert estimate(usr("Hi"), tools=[tool("f")]) == 8 + 8 + tokens("f") + tokens(SCHEMA)
@@ -3782,7 +4117,8 @@ def test_parse_request_head(given, want):
 
 @table([
     ("kept by default", "HTTP/1.1", None, True), ("closed when asked", "HTTP/1.1", "close", False),
-    ("closed in a list", "HTTP/1.1", "x, Close", False), ("HTTP/1.0 closes", "HTTP/1.0", None, False),
+    ("closed in a list", "HTTP/1.1", "x, Close", False),
+    ("HTTP/1.0 closes", "HTTP/1.0", None, False),
     ("HTTP/1.0 is kept when asked", "HTTP/1.0", "Keep-Alive", True),
     ("HTTP/1.0 closes when in doubt", "HTTP/1.0", "x", False),
 ], "version, connection, want")
@@ -3846,7 +4182,8 @@ BAD_HEADS = [  # each is answered once, and closed
     ("a port that is none", GET(host="Host: a:b"), BAD),
     ("an open bracket in Host", GET(host="Host: [::1"), BAD),
     ("a Host outside ASCII", GET(host=b"Host: \xe4"), BAD),
-    ("Content-Length twice, equal", POST("Content-Length: 2", "Content-Length: 2", body=b"{}"), BAD),
+    ("Content-Length twice, equal", POST("Content-Length: 2", "Content-Length: 2", body=b"{}"),
+     BAD),
     ("Content-Length twice", POST("Content-Length: 2", "Content-Length: 0", body=b"{}"), BAD),
     ("Content-Length as a list", POST("Content-Length: 2, 2", body=b"{}"), BAD),
     ("Content-Length with a plus", POST("Content-Length: +2", body=b"{}"), BAD),
@@ -3859,8 +4196,10 @@ BAD_HEADS = [  # each is answered once, and closed
     ("Content-Length in words", POST("Content-Length: two", body=b"{}"), BAD),
     ("Content-Length empty", POST("Content-Length:", body=b"{}"), BAD),
     ("Content-Length of 19 digits", POST("Content-Length: 0000000000000000002", body=b"{}"), BAD),
-    ("both lengths", POST("Content-Length: 2", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"), BAD),
-    ("both, the other way", POST("Transfer-Encoding: chunked", "Content-Length: 5", body=b"0\r\n\r\n"), BAD),
+    ("both lengths", POST("Content-Length: 2", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"),
+     BAD),
+    ("both, the other way",
+     POST("Transfer-Encoding: chunked", "Content-Length: 5", body=b"0\r\n\r\n"), BAD),
     ("gzip, chunked", POST("Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n"), BAD),
     ("chunked twice", POST("Transfer-Encoding: chunked, chunked", body=b"0\r\n\r\n"), BAD),
     ("two lines of chunked", POST(*["Transfer-Encoding: chunked"] * 2, body=b"0\r\n\r\n"), BAD),
@@ -3868,7 +4207,8 @@ BAD_HEADS = [  # each is answered once, and closed
     ("xchunked", POST("Transfer-Encoding: xchunked", body=b"0\r\n\r\n"), BAD),
     ("chunked with a parameter", POST("Transfer-Encoding: chunked;q=1", body=b"0\r\n\r\n"), BAD),
     ("chunked in quotes", POST('Transfer-Encoding: "chunked"', body=b"0\r\n\r\n"), BAD),
-    ("chunked behind a vertical tab", POST("Transfer-Encoding: \x0bchunked", body=b"0\r\n\r\n"), BAD),
+    ("chunked behind a vertical tab",
+     POST("Transfer-Encoding: \x0bchunked", body=b"0\r\n\r\n"), BAD),
     ("chunked and a comma", POST("Transfer-Encoding: chunked,", body=b"0\r\n\r\n"), BAD),
     ("an empty coding", POST("Transfer-Encoding:", body=b"0\r\n\r\n"), BAD),
     ("chunked in HTTP/1.0", HTTP("POST /v1/messages HTTP/1.0", "Transfer-Encoding: chunked"), BAD),
@@ -3877,26 +4217,32 @@ BAD_HEADS = [  # each is answered once, and closed
     ("many long headers", GET("/health", *["X: " + "a" * 1000] * 70), "431 invalid_request_error"),
     ("129 headers", GET("/health", *["X: a"] * 128), "431 invalid_request_error"),
     ("a declared body too large", POST("Content-Length: 33554433"), "413 request_too_large"),
-    ("a declared body of 18 digits", POST("Content-Length: 999999999999999999"), "413 request_too_large"),
+    ("a declared body of 18 digits", POST("Content-Length: 999999999999999999"),
+     "413 request_too_large"),
 ]
 
 BAD_CHUNKS = [
     ("a size that is no number", chunks(b"g\r\n")), ("an empty size", chunks(b"\r\n")),
     ("a size with a minus", chunks(b"-1\r\n")), ("a size with a plus", chunks(b"+2\r\n{}\r\n")),
-    ("a size with 0x", chunks(b"0x2\r\n{}\r\n")), ("a size behind a blank", chunks(b" 2\r\n{}\r\n")),
-    ("two sizes", chunks(b"2 2\r\n{}\r\n")), ("a size of 17 digits", chunks(b"00000000000000002\r\n{}\r\n")),
+    ("a size with 0x", chunks(b"0x2\r\n{}\r\n")),
+    ("a size behind a blank", chunks(b" 2\r\n{}\r\n")),
+    ("two sizes", chunks(b"2 2\r\n{}\r\n")),
+    ("a size of 17 digits", chunks(b"00000000000000002\r\n{}\r\n")),
     ("a size with an underscore", chunks(b"0_2\r\n{}\r\n")),
     ("a bare LF behind the size", chunks(b"2\n{}\r\n")),
     ("a bare CR behind the size", chunks(b"2\r{}\r\n")),
     ("a bare LF in an extension", chunks(b"2;a\n\r\n{}\r\n")),
     ("a NUL in an extension", chunks(b"2;\0\r\n{}\r\n")),
-    ("data longer than said", chunks(b"1\r\n{}\r\n")), ("data shorter than said", chunks(b"3\r\n{}\r\n")),
-    ("nothing behind the data", chunks(b"2\r\n{}")), ("a bare LF behind the data", chunks(b"2\r\n{}\n")),
+    ("data longer than said", chunks(b"1\r\n{}\r\n")),
+    ("data shorter than said", chunks(b"3\r\n{}\r\n")),
+    ("nothing behind the data", chunks(b"2\r\n{}")),
+    ("a bare LF behind the data", chunks(b"2\r\n{}\n")),
     ("a trailer without a colon", chunks(CHUNKED_HI, end=b"0\r\nX\r\n\r\n")),
     ("a folded trailer", chunks(CHUNKED_HI, end=b"0\r\nX: a\r\n b\r\n\r\n")),
     ("an extension over 64 KiB", chunks(b"2;" + b"a" * 65537 + b"\r\n{}\r\n")),
     ("extensions over 64 KiB in all", chunks(b"1;aaaa\r\n \r\n" * 20000)),
-    ("trailers over 64 KiB", chunks(CHUNKED_HI, end=b"0\r\n" + b"X: aaaaaaaa\r\n" * 7000 + b"\r\n")),
+    ("trailers over 64 KiB",
+     chunks(CHUNKED_HI, end=b"0\r\n" + b"X: aaaaaaaa\r\n" * 7000 + b"\r\n")),
 ]
 
 
@@ -3943,7 +4289,8 @@ def test_nothing_that_is_refused_is_logged_with_a_traceback(capfd, caplog):
 
     within(20, scenario())
     assert capfd.readouterr().err == ""
-    assert not [record for record in caplog.records if record.levelname == "ERROR" or record.exc_info]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"
+                or record.exc_info]
 
 
 GOOD = [  # each leaves the connection in order: the next request is answered
@@ -3962,25 +4309,30 @@ GOOD = [  # each leaves the connection in order: the next request is answered
     ("an IPv6 Host", GET(host="Host: [::1]:8082"), "200"),
     ("OPTIONS *", HTTP("OPTIONS * HTTP/1.1"), "204"),
     ("a body with GET", GET("/health", "Content-Length: 5") + b"hello", "200"),
-    ("a body with a wrong path", POST("Content-Length: 5", body=b"hello", path="/x"), "404 not_found_error"),
-    ("a body with a wrong method", HTTP("PUT /v1/messages HTTP/1.1", "Content-Length: 5") + b"hello",
-     "405 invalid_request_error"),
-    ("a body of 60 KB with a wrong path", POST("Content-Length: 60000", body=b"a" * 60000, path="/x"),
+    ("a body with a wrong path", POST("Content-Length: 5", body=b"hello", path="/x"),
      "404 not_found_error"),
+    ("a body with a wrong method",
+     HTTP("PUT /v1/messages HTTP/1.1", "Content-Length: 5") + b"hello",
+     "405 invalid_request_error"),
+    ("a body of 60 KB with a wrong path",
+     POST("Content-Length: 60000", body=b"a" * 60000, path="/x"), "404 not_found_error"),
     ("no length", POST(), "411 invalid_request_error"),
     ("a coded body", POST("Content-Encoding: gzip", "Content-Length: 5", body=b"hello"),
      "415 invalid_request_error"),
-    ("Content-Encoding: identity", POST("Content-Encoding: identity", f"Content-Length: {len(HI)}", body=HI),
+    ("Content-Encoding: identity",
+     POST("Content-Encoding: identity", f"Content-Length: {len(HI)}", body=HI), "200"),
+    ("another expectation", POST("Expect: 200-ok", "Content-Length: 0"),
+     "417 invalid_request_error"),
+    ("any Content-Type", POST("Content-Type: text/plain", f"Content-Length: {len(HI)}", body=HI),
      "200"),
-    ("another expectation", POST("Expect: 200-ok", "Content-Length: 0"), "417 invalid_request_error"),
-    ("any Content-Type", POST("Content-Type: text/plain", f"Content-Length: {len(HI)}", body=HI), "200"),
     ("a length with zeros in front", POST(f"Content-Length: 000{len(HI)}", body=HI), "200"),
     ("no body", POST("Content-Length: 0"), BAD),
     ("a chunked body", chunks(CHUNKED_HI), "200"),
     ("a chunk for each byte", chunks(*[b"1\r\n%c\r\n" % byte for byte in HI]), "200"),
-    ("sizes with zeros and big letters", chunks(b"000%X\r\n%b\r\n" % (len(HI), HI), end=b"000\r\n\r\n"),
+    ("sizes with zeros and big letters",
+     chunks(b"000%X\r\n%b\r\n" % (len(HI), HI), end=b"000\r\n\r\n"), "200"),
+    ("extensions of chunks", chunks(b'%x ;a="b";c\r\n%b\r\n' % (len(HI), HI), end=b"0;d\r\n\r\n"),
      "200"),
-    ("extensions of chunks", chunks(b'%x ;a="b";c\r\n%b\r\n' % (len(HI), HI), end=b"0;d\r\n\r\n"), "200"),
     ("trailers", chunks(CHUNKED_HI, end=b"0\r\nX: a\r\nContent-Length: 7\r\n\r\n"), "200"),
     ("a chunked body that is no JSON", chunks(b"2\r\n{a\r\n"), BAD),
 ]
@@ -3991,7 +4343,8 @@ GOOD = [  # each leaves the connection in order: the next request is answered
 def test_a_request_that_is_served(given, want, piece):
     async def scenario():
         async with bare() as server, Wire(server.port) as wire:
-            await wire.send(given + GET("/v1/models?limit=1"), piece if len(given) < 2000 else piece * 3000)
+            await wire.send(given + GET("/v1/models?limit=1"),
+                            piece if len(given) < 2000 else piece * 3000)
             answer = await wire.answer()
             status, _, body = await wire.answer()
             assert status == 200 and json.loads(body)["data"] and wire.data == b""
@@ -4018,7 +4371,8 @@ FED = [  # the bytes of a chunked body, its data, what follows
     ("none", b"0\r\n\r\n", b"", b""),
     ("several", b"1\r\na\r\n0a\r\n0123456789\r\nF;x\r\n0123456789\r\n\0\xff,\r\n0\r\n\r\n0\r\n\r\n",
      b"a01234567890123456789\r\n\0\xff,", b"0\r\n\r\n"),
-    ("extensions and trailers", b'2 \t;a="\xe4"\r\n\r\n\r\n0;b\r\nX: y\r\nZ:\r\n\r\n', b"\r\n", b""),
+    ("extensions and trailers", b'2 \t;a="\xe4"\r\n\r\n\r\n0;b\r\nX: y\r\nZ:\r\n\r\n',
+     b"\r\n", b""),
     ("a large one", b"401\r\n" + b"a" * 1025 + b"\r\n0\r\n\r\nGET", b"a" * 1025, b"GET"),
 ]
 
@@ -4106,7 +4460,9 @@ def noted_stream():
     reader = asyncio.StreamReader(aiapiproxy.READ_SIZE, loop)
     protocol = aiapiproxy.ConnectionProtocol(reader, loop=loop)
     transport = NotedTransport(protocol)
-    return aiapiproxy.ByteStream(reader, asyncio.StreamWriter(transport, protocol, reader, loop)), protocol, transport
+    return aiapiproxy.ByteStream(reader,
+                                 asyncio.StreamWriter(transport, protocol, reader,
+                                                      loop)), protocol, transport
 
 
 @table([
@@ -4188,7 +4544,8 @@ def test_what_comes_for_a_read_that_was_given_up_is_the_next_ones(is_late):
 
 @table([
     ("alone", False, "ReadTimeout"),
-    ("and a cancellation in the same turn", True, "CancelledError" if sys.version_info >= (3, 11) else "ReadTimeout"),
+    ("and a cancellation in the same turn", True,
+     "CancelledError" if sys.version_info >= (3, 11) else "ReadTimeout"),
 ], "is_cancelled, want")
 def test_a_time_limit_that_ends(is_cancelled, want):
     async def scenario():
@@ -4215,7 +4572,8 @@ def deflated(data, wbits):
 LOST = "The upstream closed the connection before the end of the answer"
 
 RAW_ANSWERS = [  # the upstream's bytes, what the client gets: the text x, or an error
-    ("nothing", b"", "502: Cannot connect to 127.0.0.1: the connection was closed before an answer"),
+    ("nothing", b"",
+     "502: Cannot connect to 127.0.0.1: the connection was closed before an answer"),
     ("a reset before an answer", [[RESET]],
      "502: Cannot connect to 127.0.0.1: the connection was closed before an answer"),
     ("half a status line", b"HTTP/1.1 20", f"502: {LOST}"),
@@ -4230,7 +4588,8 @@ RAW_ANSWERS = [  # the upstream's bytes, what the client gets: the text x, or an
      "502: The upstream closed the connection before the end of the answer"),
     ("a chunk without size", raw_answer(b"x\r\n{}\r\n", "Transfer-Encoding: chunked", length=False),
      "502: The upstream broke HTTP: "),
-    ("a chunk too long", raw_answer(b"1\r\n{}\r\n0\r\n\r\n", "Transfer-Encoding: chunked", length=False),
+    ("a chunk too long",
+     raw_answer(b"1\r\n{}\r\n0\r\n\r\n", "Transfer-Encoding: chunked", length=False),
      "502: The upstream broke HTTP: "),
     ("another coding", raw_answer(FINE, "Transfer-Encoding: x"), "502: The upstream broke HTTP: "),
     ("SSH", b"SSH-2.0-OpenSSH_9.0\r\n", "502: The upstream broke HTTP: "),
@@ -4239,7 +4598,8 @@ RAW_ANSWERS = [  # the upstream's bytes, what the client gets: the text x, or an
     ("a page without a head", b"<html>", "502: The upstream broke HTTP: "),
     ("a status of four digits", b"HTTP/1.1 2000 OK\r\n\r\n", "502: The upstream broke HTTP: "),
     ("status 000", b"HTTP/1.1 000 OK\r\n\r\n", "502: The upstream broke HTTP: "),
-    ("two different lengths", raw_answer(FINE, "Content-Length: 1"), "502: The upstream broke HTTP: "),
+    ("two different lengths", raw_answer(FINE, "Content-Length: 1"),
+     "502: The upstream broke HTTP: "),
     ("a negative length", raw_answer(FINE, "Content-Length: -1", length=False),
      "502: The upstream broke HTTP: "),
     ("a length of 30 digits", raw_answer(FINE, "Content-Length: " + "9" * 30, length=False),
@@ -4251,12 +4611,14 @@ RAW_ANSWERS = [  # the upstream's bytes, what the client gets: the text x, or an
     ("101", b"HTTP/1.1 101 Switching Protocols\r\n\r\n", "502: The upstream broke HTTP: "),
     ("204", b"HTTP/1.1 204 No Content\r\n\r\n", "502: The upstream's answer is empty"),
     ("304", b"HTTP/1.1 304 Not Modified\r\n\r\n", "502: "),
-    *((f"{status}, never followed", raw_answer(b"", "Location: http://127.0.0.1:{port}/v2", status=status),
-       "502: ")
+    *((f"{status}, never followed",
+       raw_answer(b"", "Location: http://127.0.0.1:{port}/v2", status=status), "502: ")
       for status in (300, 301, 302, 303, 305, 307, 308)),
-    ("a redirect that breaks its URL", raw_answer(b"", "Location: http://[x/", status=302), "502: "),
+    ("a redirect that breaks its URL",
+     raw_answer(b"", "Location: http://[x/", status=302), "502: "),
     ("an unknown status", raw_answer(b"{}", status=599), "500: "),
-    ("1xx before the answer", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n"
+    ("1xx before the answer",
+     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n"
      + raw_answer(FINE, JSON_TYPE), "x"),
     ("equal lengths", raw_answer(FINE, f"Content-Length: {len(FINE)}"), "x"),
     ("a body that the connection ends", raw_answer(FINE, length=False), "x"),
@@ -4265,20 +4627,23 @@ RAW_ANSWERS = [  # the upstream's bytes, what the client gets: the text x, or an
     ("bare LF", raw_answer(FINE).replace(b"\r\n", b"\n"), "x"),
     ("a folded header", raw_answer(FINE, "X: a", "  b"), "x"),
     ("chunks with extensions and trailers",
-     raw_answer(b"%x;a=b\r\n%b\r\n0\r\nX: y\r\n\r\n" % (len(FINE), FINE), "Transfer-Encoding: chunked",
-                length=False), "x"),
+     raw_answer(b"%x;a=b\r\n%b\r\n0\r\nX: y\r\n\r\n" % (len(FINE), FINE),
+                "Transfer-Encoding: chunked", length=False), "x"),
     ("bytes behind the answer", raw_answer(FINE) + b"HTTP/1.1 200 OK\r\n", "x"),
     ("gzip", raw_answer(gzip.compress(FINE), "Content-Encoding: gzip"), "x"),
     ("x-gzip", raw_answer(gzip.compress(FINE), "Content-Encoding: x-gzip"), "x"),
     ("deflate", raw_answer(deflated(FINE, 15), "Content-Encoding: deflate"), "x"),
-    ("deflate without its wrapper", raw_answer(deflated(FINE, -15), "Content-Encoding: deflate"), "x"),
+    ("deflate without its wrapper", raw_answer(deflated(FINE, -15), "Content-Encoding: deflate"),
+     "x"),
     ("Content-Encoding: identity", raw_answer(FINE, "Content-Encoding: identity"), "x"),
     ("gzip that is none", raw_answer(FINE, "Content-Encoding: gzip"), "502: "),
     ("gzip cut off", raw_answer(gzip.compress(FINE)[:-30], "Content-Encoding: gzip"), "502: "),
-    ("gzip that swells beyond 64 MiB", raw_answer(gzip.compress(b" " * 70000000), "Content-Encoding: gzip"),
+    ("gzip that swells beyond 64 MiB",
+     raw_answer(gzip.compress(b" " * 70000000), "Content-Encoding: gzip"),
      "502: The upstream's answer is "),
     ("a page", raw_answer(b"<html><title>Sorry</title>", "Content-Type: text/html"), "502: "),
-    ("not JSON", raw_answer(b"sorry", JSON_TYPE), "502: "), ("JSON cut off", raw_answer(FINE[:-9]), "502: "),
+    ("not JSON", raw_answer(b"sorry", JSON_TYPE), "502: "),
+    ("JSON cut off", raw_answer(FINE[:-9]), "502: "),
     ("not UTF-8", raw_answer(FINE.replace(b'"x"', b'"x\xff"')), "x\ufffd"),
     ("a BOM", raw_answer(b"\xef\xbb\xbf" + FINE), "x"),
     ("100,000 levels", raw_answer(b"[" * 100000 + b"]" * 100000), "502: "),
@@ -4324,8 +4689,8 @@ def test_nothing_of_the_upstreams_headers_reaches_the_client():
     async def scenario(streaming):
         fields = ["Set-Cookie: a=b", "Access-Control-Allow-Origin: *", "Location: /x", "Server: s",
                   "X-Powered-By: p",
-                  "Strict-Transport-Security: max-age=1", "request-id: req_upstream", "Connection: close",
-                  "Via: v"]
+                  "Strict-Transport-Security: max-age=1", "request-id: req_upstream",
+                  "Connection: close", "Via: v"]
         body = FINE_SSE if streaming else FINE
         async with facing(raw_answer(body, *fields)) as (_, server):
             return (await ask(server.port, body=req(stream=streaming)))[1]
@@ -4376,13 +4741,15 @@ POOLS = [  # what each connection answers, what the clients get one after the ot
     ("not when an answer had begun", [[KEPT, b"HTTP/1.1 2"], [KEPT]], ["x", NOT_TWICE], 1, 2),
     ("not in the body", [[KEPT, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"], [KEPT]],
      ["x", "502: The upstream closed the connection before the end of the answer"], 1, 2),
-    ("Connection: close keeps it out", [[raw_answer(FINE, "Connection: close")] * 2], ["x", "x"], 2, 2),
+    ("Connection: close keeps it out", [[raw_answer(FINE, "Connection: close")] * 2],
+     ["x", "x"], 2, 2),
     ("HTTP/1.0 keeps it out", [[KEPT.replace(b"HTTP/1.1", b"HTTP/1.0")] * 2], ["x", "x"], 2, 2),
     ("more bytes than the answer keep it out", [[KEPT + b"x"] * 2], ["x", "x"], 2, 2),
     ("a second answer that nobody asked for is not taken",
      [[KEPT + raw_answer(FINE.replace(b'"x"', b'"y"'))] * 2],
      ["x", "x"], 2, 2),
-    ("an error's connection is used again", [[raw_answer(b"{}", status=400), KEPT]], ["400: ", "x"], 1, 2),
+    ("an error's connection is used again", [[raw_answer(b"{}", status=400), KEPT]],
+     ["400: ", "x"], 1, 2),
     ("204 is nothing to read", [[b"HTTP/1.1 204 X\r\n\r\n", KEPT]], ["502: ", "x"], 1, 2),
 ]
 
@@ -4391,19 +4758,23 @@ POOLS = [  # what each connection answers, what the clients get one after the ot
 def test_the_pool(scripts, want, opened, asked):
     async def scenario():
         async with facing(*scripts) as (upstream, server):
-            got = [shown(await ask(server.port, body=req())).replace(f":{upstream.port}", "") for _ in want]
+            got = [shown(await ask(server.port, body=req())).replace(f":{upstream.port}", "")
+                   for _ in want]
             return got, upstream.opened, len(upstream.heads)
 
     got, *counts = run(scenario())
-    assert all(each.startswith(start) for each, start in zip(got, want)) and counts == [opened, asked]
+    assert (all(each.startswith(start) for each, start in zip(got, want))
+            and counts == [opened, asked])
 
 
 def test_a_stream_for_a_client_that_wants_none_gives_its_connection_back_when_its_last_chunk_is_late():
-    answer = raw_answer(framed(FINE_SSE), "Transfer-Encoding: chunked", "Content-Type: text/event-stream", length=False)
+    answer = raw_answer(framed(FINE_SSE), "Transfer-Encoding: chunked",
+                        "Content-Type: text/event-stream", length=False)
 
     async def scenario():
         gates = [asyncio.Event() for _ in range(3)]
-        async with facing([*([answer, gate, b"0\r\n\r\n"] for gate in gates), HANG]) as (upstream, server):
+        async with facing([*([answer, gate, b"0\r\n\r\n"] for gate in gates),
+                           HANG]) as (upstream, server):
             for gate in gates:
                 assert shown(await ask(server.port, body=req(max_tokens=16000))) == "x"
                 gate.set()
@@ -4459,7 +4830,8 @@ def test_idle_connections_are_closed_in_time(monkeypatch):
 def test_no_answer_in_time():
     for asked, limit in ((req(), "REQUEST_TIMEOUT"), (req(stream=True), "STREAM_TIMEOUT")):
         answer, _ = run(asked_once(Reply(200, {}, [HANG]), asked, **{limit: "0.2"}))
-        assert said(answer).startswith("504 timeout_error: The upstream did not answer within 0.2 s")
+        assert said(answer).startswith("504 timeout_error: The upstream did not answer within 0.2 "
+                                       "s")
 
 
 @table([
@@ -4467,7 +4839,8 @@ def test_no_answer_in_time():
     ("in the head", [b"HTTP/1.1 200 O", HANG], req(), "REQUEST_TIMEOUT"),
     ("in the body", [raw_answer(FINE)[:-5], HANG], req(), "REQUEST_TIMEOUT"),
     ("before a stream's head", [HANG], req(stream=True), "STREAM_TIMEOUT"),
-    ("before a stream's first byte", [raw_answer(b"", "Content-Type: text/event-stream", length=False), HANG],
+    ("before a stream's first byte",
+     [raw_answer(b"", "Content-Type: text/event-stream", length=False), HANG],
      req(stream=True), "STREAM_TIMEOUT"),
     ("before the head of a stream that the client did not ask for", [HANG], req(max_tokens=30000),
      "REQUEST_TIMEOUT"),
@@ -4500,18 +4873,21 @@ def test_an_answer_that_drips_has_REQUEST_TIMEOUT_in_all_and_a_stream_has_not():
         upstream = await asyncio.start_server(drip, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
         async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2", STREAM_TIMEOUT="0.2") as server:
-            got = [shown(await ask(server.port, body=req(stream=streaming))) for streaming in (False, True)]
+            got = [shown(await ask(server.port, body=req(stream=streaming)))
+                   for streaming in (False, True)]
         upstream.close()
         return got
 
-    assert run(scenario()) == ["504: The upstream did not answer within 0.2 s (REQUEST_TIMEOUT)", "x"]
+    assert run(scenario()) == ["504: The upstream did not answer within 0.2 s (REQUEST_TIMEOUT)",
+                               "x"]
 
 
 def test_a_host_that_swallows_packets_is_given_up():
     async def scenario():
         with packet_hole() as url:
             async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2") as server:
-                answers = [await ask(server.port, body=req(stream=streaming)) for streaming in (False, True, False)]
+                answers = [await ask(server.port, body=req(stream=streaming))
+                           for streaming in (False, True, False)]
                 ready = await ask(server.port, "GET", "/health/ready")
                 assert (await ask(server.port, "GET", "/health"))[0] == 200
                 return answers, ready
@@ -4532,7 +4908,8 @@ def test_a_large_request_that_is_cancelled_in_the_turn_that_its_connection_dies_
             settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url})
             upstream = aiapiproxy.Upstream(settings, aiapiproxy.Metrics())
             connection = await upstream._open_in_time(asyncio.get_running_loop().time() + 5)
-            sending = asyncio.ensure_future(upstream._write_large(connection.stream, b"", bytes(20_000_000)))
+            sending = asyncio.ensure_future(upstream._write_large(connection.stream, b"",
+                                                                  bytes(20_000_000)))
             await asyncio.sleep(0)
             connection.stream.abort()
             sending.cancel()
@@ -4661,7 +5038,8 @@ VWkeO9Q12j1fPycsQLN+dqzp0cQ=
 
 
 def tls_server(folder, name):
-    for file, text in (("key.pem", TEST_KEY), ("ca.pem", TEST_CA), ("cert.pem", CERTIFICATES[name])):
+    for file, text in (("key.pem", TEST_KEY), ("ca.pem", TEST_CA),
+                       ("cert.pem", CERTIFICATES[name])):
         (folder / file).write_text(text)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(str(folder / "cert.pem"), str(folder / "key.pem"))
@@ -4677,11 +5055,13 @@ def tls_server(folder, name):
      "502: The certificate of 127.0.0.1 is not accepted: IP address mismatch"),
     ("out of date", "old", "localhost",
      "502: The certificate of localhost is not accepted: certificate has expired"),
-    ("signed by itself", "self", "localhost", "502: The certificate of localhost is not accepted: self"),
+    ("signed by itself", "self", "localhost",
+     "502: The certificate of localhost is not accepted: self"),
     ("old TLS", "TLS 1.1", "localhost", "502: .*(TLS|closed)"),
     ("no TLS", "plain", "localhost", "502: TLS with localhost:"),
     ("the end in the handshake", "cut", "localhost", "502: .*(TLS|closed)"),
-    ("silence in the handshake", "silent", "localhost", "504: The upstream did not answer within 0.5 s"),
+    ("silence in the handshake", "silent", "localhost",
+     "504: The upstream did not answer within 0.5 s"),
 ], "certificate, host, want")
 def test_TLS(certificate, host, want, tmp_path):
     context = tls_server(tmp_path, certificate if certificate in CERTIFICATES else "good")
@@ -4771,15 +5151,20 @@ def test_https_goes_through_a_tunnel_with_the_proxys_credentials_alone(tmp_path)
 
     got, tunnelled, heads = run(scenario())
     assert got == ["x", "x"] and len(tunnelled) == 1 and len(heads) == 2
-    assert tunnelled[0].startswith("CONNECT upstream.example:443 HTTP/1.1\r\nHost: upstream.example:443\r\n")
-    assert "Basic " + base64.b64encode(b"user:p@ss").decode() in tunnelled[0] and KEY not in tunnelled[0]
+    assert tunnelled[0].startswith("CONNECT upstream.example:443 HTTP/1.1\r\nHost: "
+                                   "upstream.example:443\r\n")
+    assert ("Basic " + base64.b64encode(b"user:p@ss").decode() in tunnelled[0]
+            and KEY not in tunnelled[0])
     assert "proxy-authorization" not in heads[0].lower() and KEY in heads[0]
 
 
 @table([
-    ("that refuses", b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n", "407"),
-    ("that breaks HTTP", b"hello\r\n\r\n", "upstream.example"), ("that closes", b"", "upstream.example"),
-    ("that says more than its head", b"HTTP/1.1 200 X\r\n\r\nHTTP/1.1 200 X\r\n\r\n{}", "upstream.example"),
+    ("that refuses", b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n",
+     "407"),
+    ("that breaks HTTP", b"hello\r\n\r\n", "upstream.example"),
+    ("that closes", b"", "upstream.example"),
+    ("that says more than its head", b"HTTP/1.1 200 X\r\n\r\nHTTP/1.1 200 X\r\n\r\n{}",
+     "upstream.example"),
 ], "answer, word")
 def test_a_tunnel(answer, word, tmp_path):
     async def scenario():
@@ -4790,28 +5175,34 @@ def test_a_tunnel(answer, word, tmp_path):
                     return shown(await ask(server.port, body=req())), upstream.heads
 
     message, heads = run(scenario())
-    assert message.startswith("502: ") and word in message and "password1" not in message and heads == []
+    assert (message.startswith("502: ") and word in message and "password1" not in message
+            and heads == [])
 
 
 def test_the_certificate_is_asked_for_in_a_tunnel_too(tmp_path):
     async def scenario():
         async with RawUpstream([KEPT], tls=tls_server(tmp_path, "other")) as upstream:
             async with Tunnel(upstream.port) as tunnel:
-                async with bare(OPENAI_BASE_URL="https://upstream.example/v1", HTTPS_PROXY=tunnel.url,
+                async with bare(OPENAI_BASE_URL="https://upstream.example/v1",
+                                HTTPS_PROXY=tunnel.url,
                                 SSL_CERT_FILE=str(tmp_path / "ca.pem")) as server:
                     return shown(await ask(server.port, body=req()))
 
-    assert run(scenario()).startswith("502: The certificate of upstream.example is not accepted: Hostname")
+    assert run(scenario()).startswith("502: The certificate of upstream.example is not accepted: "
+                                      "Hostname")
 
 
 @table([
-    ("http takes the whole address", "http://upstream.example/v1", {}, "POST http://upstream.example/v1/"),
+    ("http takes the whole address", "http://upstream.example/v1", {},
+     "POST http://upstream.example/v1/"),
     ("with its query", "http://upstream.example/v1?a=b", {},
      "POST http://upstream.example/v1/chat/completions?a=b "),
     ("with its port", "http://upstream.example:8000", {},
      "POST http://upstream.example:8000/chat/completions "),
-    ("but not for what is exempt", "http://upstream.example/v1", {"NO_PROXY": "a.b, .example"}, None),
-    ("nor for what is exempt by name", "http://upstream.example/v1", {"no_proxy": "upstream.example"}, None),
+    ("but not for what is exempt", "http://upstream.example/v1",
+     {"NO_PROXY": "a.b, .example"}, None),
+    ("nor for what is exempt by name", "http://upstream.example/v1",
+     {"no_proxy": "upstream.example"}, None),
     ("nor when all is exempt", "http://upstream.example/v1", {"NO_PROXY": "*"}, None),
     ("another name does not exempt", "http://upstream.example/v1", {"NO_PROXY": "stream.example"},
      "POST http://u"),
@@ -4820,7 +5211,8 @@ def test_an_outgoing_proxy_for_http(url, more, want):
     async def scenario():
         async with RawUpstream([KEPT]) as proxy:
             at = f"http://user:password1@127.0.0.1:{proxy.port}"
-            async with bare(OPENAI_BASE_URL=url, http_proxy=at, REQUEST_TIMEOUT="1", **more) as server:
+            async with bare(OPENAI_BASE_URL=url, http_proxy=at, REQUEST_TIMEOUT="1",
+                            **more) as server:
                 answer = await ask(server.port, body=req())
             return shown(answer), proxy.heads
 
@@ -4829,7 +5221,8 @@ def test_an_outgoing_proxy_for_http(url, more, want):
         assert heads == [] and answer.startswith("502: Cannot resolve upstream.example")
     else:
         assert answer == "x" and heads[0].startswith(want)
-        assert "Proxy-Authorization: Basic " + base64.b64encode(b"user:password1").decode() in heads[0]
+        assert ("Proxy-Authorization: Basic " + base64.b64encode(b"user:password1").decode()
+                in heads[0])
 
 
 def test_this_machine_is_never_behind_an_outgoing_proxy():
@@ -4861,7 +5254,8 @@ def test_a_keep_alive_connection_carries_messages_and_streams():
             async with Wire(server.port) as wire:
                 for streaming in (False, True, False, True):
                     body = json.dumps(req(stream=streaming)).encode()
-                    await wire.send(POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages"))
+                    await wire.send(POST(f"Content-Length: {len(body)}", body=body,
+                                         path="/v1/messages"))
                     status, headers, _ = await wire.answer()
                     assert status == 200 and headers.get("connection") != "close"
             return len(upstream.connections)
@@ -4899,7 +5293,8 @@ def test_a_413_reaches_a_client_that_first_sends_all():
     run(scenario())
 
 
-@table([("a wrong key", ["x-api-key: wrong"]), ("none", []), ("with Expect", ["Expect: 100-continue"])],
+@table([("a wrong key", ["x-api-key: wrong"]), ("none", []),
+        ("with Expect", ["Expect: 100-continue"])],
        "fields")
 def test_the_key_is_asked_for_before_the_body(fields):
     async def scenario():
@@ -4911,12 +5306,13 @@ def test_the_key_is_asked_for_before_the_body(fields):
 
 
 @table([
-    ("100 comes before the body", POST("Expect: 100-continue", f"Content-Length: {len(HI)}"), HI, "100 200"),
+    ("100 comes before the body", POST("Expect: 100-continue", f"Content-Length: {len(HI)}"),
+     HI, "100 200"),
     ("in any letters", POST("Expect: 100-Continue", f"Content-Length: {len(HI)}"), HI, "100 200"),
     ("with a chunked body", POST("Expect: 100-continue", "Transfer-Encoding: chunked"),
      CHUNKED_HI + b"0\r\n\r\n", "100 200"),
-    ("not when the body is there", POST("Expect: 100-continue", f"Content-Length: {len(HI)}", body=HI), b"",
-     "200"),
+    ("not when the body is there",
+     POST("Expect: 100-continue", f"Content-Length: {len(HI)}", body=HI), b"", "200"),
     ("not for no body", POST("Expect: 100-continue", "Content-Length: 0"), b"", BAD),
     ("not for a body too large", POST("Expect: 100-continue", "Content-Length: 99999999"), b"",
      "413 request_too_large"),
@@ -4937,8 +5333,10 @@ def test_expect(head, body, want):
     assert run(scenario()) == want
 
 
-@table([(path, path) for path in ("/health", "/health/live", "/health/ready", "/metrics", "/v1/models", "/",
-                                  "/v1/models/claude-opus-5-5", "/x", "/v1/messages", "/status")], "path")
+@table([(path, path) for path in ("/health", "/health/live", "/health/ready", "/metrics",
+                                  "/v1/models", "/",
+                                  "/v1/models/claude-opus-5-5", "/x", "/v1/messages", "/status")],
+       "path")
 def test_HEAD_is_GET_without_a_body(path):
     async def scenario():
         async with bare() as server, Wire(server.port) as wire:
@@ -4951,8 +5349,10 @@ def test_HEAD_is_GET_without_a_body(path):
             return get, head
 
     get, head = run(scenario())
-    assert get[0] == head[0] and get[1].keys() == head[1].keys() and int(head[1]["content-length"]) > 0
-    assert get[1]["content-type"] == head[1]["content-type"] and get[1].get("allow") == head[1].get("allow")
+    assert (get[0] == head[0] and get[1].keys() == head[1].keys()
+            and int(head[1]["content-length"]) > 0)
+    assert (get[1]["content-type"] == head[1]["content-type"]
+            and get[1].get("allow") == head[1].get("allow"))
 
 
 @table([
@@ -5056,7 +5456,8 @@ def test_a_stream_for_HTTP_1_0_ends_with_its_connection(asked_for):
     assert run(scenario()) == (200, HELLO)
 
 
-@pytest.mark.parametrize("parts", [[HANG], [ctext("x"), HANG]], ids=["before the answer", "in the stream"])
+@pytest.mark.parametrize("parts", [[HANG], [ctext("x"), HANG]],
+                         ids=["before the answer", "in the stream"])
 @pytest.mark.parametrize("way", ["half-closed", "closed", "reset"])
 def test_a_client_that_closes_while_it_is_answered_is_gone(way, parts):
     async def scenario():
@@ -5081,7 +5482,8 @@ def test_a_client_that_closes_while_it_is_answered_is_gone(way, parts):
     run(scenario())
 
 
-@table([("in a head", b"GET /hea"), ("in a body", POST("Content-Length: 10", body=b"{")), ("at once", b""),
+@table([("in a head", b"GET /hea"), ("in a body", POST("Content-Length: 10", body=b"{")),
+        ("at once", b""),
         ("in a chunk", chunks(b"5\r\na", end=b""))], "given")
 def test_a_client_that_goes_before_it_has_asked(given, capfd):
     async def scenario():
@@ -5110,8 +5512,10 @@ def test_a_hundred_streams_half_of_whose_clients_leave_leave_nothing_behind():
             await ask(server.port, "GET", "/health")
             before, tasks = descriptors(), len(asyncio.all_tasks())
             async with contextlib.AsyncExitStack() as stack:
-                clients = [await stack.enter_async_context(Asking(server.port, "POST", "/v1/messages",
-                                                                  req(stream=True))) for _ in range(100)]
+                clients = [await stack.enter_async_context(Asking(server.port, "POST",
+                                                                  "/v1/messages",
+                                                                  req(stream=True)))
+                           for _ in range(100)]
                 await asyncio.gather(*[client.until(b"text_delta") for client in clients])
                 assert server.app.in_flight == 100
                 for client in clients[::2]:
@@ -5134,12 +5538,15 @@ def test_a_hundred_streams_half_of_whose_clients_leave_leave_nothing_behind():
 def test_one_request_more_than_MAX_CONCURRENT_REQUESTS_is_told_at_once():
     async def scenario():
         gate = asyncio.Event()
-        async with proxied(stream(ctext("x"), gate, cend("stop"), DONE), MAX_CONCURRENT_REQUESTS="2") as (_, server):
+        async with proxied(stream(ctext("x"), gate, cend("stop"), DONE),
+                           MAX_CONCURRENT_REQUESTS="2") as (_, server):
             async with contextlib.AsyncExitStack() as stack:
                 for _ in range(5):                            # connections and unfinished heads do not count
                     await (await stack.enter_async_context(Wire(server.port))).send(b"POST /v1/messages HT")
-                clients = [await stack.enter_async_context(Asking(server.port, "POST", "/v1/messages",
-                                                                  req(stream=True))) for _ in range(2)]
+                clients = [await stack.enter_async_context(Asking(server.port, "POST",
+                                                                  "/v1/messages",
+                                                                  req(stream=True)))
+                           for _ in range(2)]
                 for client in clients:
                     await client.until(b"text_delta")
                 refused = await ask(server.port, body=req())
@@ -5161,11 +5568,14 @@ def test_one_request_more_than_MAX_CONCURRENT_REQUESTS_is_told_at_once():
 
 DOTENV = [  # text, variables, lines that are skipped
     ("plain", "A=b", {"A": "b"}, []), ("CRLF", "A=b\r\nC=d\r\n", {"A": "b", "C": "d"}, []),
-    ("a BOM", "\ufeffA=b", {"A": "b"}, []), ("comments and empty lines", "# a\n\n  #b\nA=b", {"A": "b"}, []),
+    ("a BOM", "\ufeffA=b", {"A": "b"}, []),
+    ("comments and empty lines", "# a\n\n  #b\nA=b", {"A": "b"}, []),
     ("export", "export A=b\nexport\tC=d", {"A": "b", "C": "d"}, []),
     ("blanks around", "  A = b  ", {"A": "b"}, []), ("blanks inside", "A=b c", {"A": "b c"}, []),
-    ("single quotes", "A='b # c'", {"A": "b # c"}, []), ("double quotes", 'A="b # c"', {"A": "b # c"}, []),
-    ("blanks in quotes", "A=' b '", {"A": " b "}, []), ("the other quotes inside", "A='\"'", {"A": '"'}, []),
+    ("single quotes", "A='b # c'", {"A": "b # c"}, []),
+    ("double quotes", 'A="b # c"', {"A": "b # c"}, []),
+    ("blanks in quotes", "A=' b '", {"A": " b "}, []),
+    ("the other quotes inside", "A='\"'", {"A": '"'}, []),
     ("a comment behind", "A=b # c", {"A": "b"}, []),
     ("no comment without a blank", "A=b#c", {"A": "b#c"}, []),
     ("a comment behind quotes", "A='b' # c", {"A": "b"}, []),
@@ -5202,38 +5612,44 @@ BAD_VALUES = {
     "CLAUDE_HAIKU_MODEL": "a\x01", "CLAUDE_SONNET_MODEL": "a\x01", "CLAUDE_OPUS_MODEL": "a\x01",
     "REQUEST_TIMEOUT": "0", "STREAM_TIMEOUT": "x", "LOG_LEVEL": "loud", "RUST_LOG": "loud",
     "LOG_FORMAT": "xml",
-    "API_KEY_HEADER": "a b", "PROXY_API_KEY": "a b", "MAX_REQUEST_SIZE": "-1", "MAX_CONCURRENT_REQUESTS": "0",
-    "WORKERS": "0", "TOKIO_WORKER_THREADS": "1.5", "HTTPS_PROXY": "socks5://a", "HTTP_PROXY": "https://a",
-    "https_proxy": "http://a:b", "http_proxy": "http://", "UPSTREAM_HEADERS": "a", "RUST_BACKTRACE": "2",
-    "SSL_CERT_FILE": "a\x01", "SSL_CERT_DIR": "a\x01", "PID_FILE": "a\x01",
+    "API_KEY_HEADER": "a b", "PROXY_API_KEY": "a b", "MAX_REQUEST_SIZE": "-1",
+    "MAX_CONCURRENT_REQUESTS": "0",
+    "WORKERS": "0", "TOKIO_WORKER_THREADS": "1.5", "HTTPS_PROXY": "socks5://a",
+    "HTTP_PROXY": "https://a",
+    "https_proxy": "http://a:b", "http_proxy": "http://", "UPSTREAM_HEADERS": "a",
+    "RUST_BACKTRACE": "2", "SSL_CERT_FILE": "a\x01", "SSL_CERT_DIR": "a\x01", "PID_FILE": "a\x01",
 }
 
 
 @table([(f"{name}={text!r}", name, text) for name, text in [
-           *BAD_VALUES.items(), *(("SERVER_PORT", text) for text in ("65536", "80a", "-1", "8e3", "\u0661")),
+           *BAD_VALUES.items(),
+           *(("SERVER_PORT", text) for text in ("65536", "80a", "-1", "8e3", "\u0661")),
            *(("REQUEST_TIMEOUT", text) for text in ("nan", "inf", "-1", "1e9", "1s")),
            *(("OPENAI_BASE_URL", text) for text in ("a", "http://", "http://a:x", "http://a:99999",
                                                     "http://a b",
                                                     "http://u:p@a", "http://[::1")),
-           *(("UPSTREAM_HEADERS", text) for text in ("a b: c", "Host: a", "a: \xe4", "Content-Length: 1",
+           *(("UPSTREAM_HEADERS", text) for text in ("a b: c", "Host: a", "a: \xe4",
+                                                     "Content-Length: 1",
                                                      "a:b\rc: d"))]], "name, text")
 def test_a_value_that_cannot_be_used_is_named(name, text):
     with pytest.raises(aiapiproxy.ConfigError) as caught:
         aiapiproxy.load_settings({name: text})
     (problem,) = caught.value.problems
     assert problem.startswith(name + " ") and "\n" not in problem
-    assert repr(text) not in problem or name not in ("OPENAI_API_KEY", "PROXY_API_KEY", "HTTPS_PROXY",
-                                                     "HTTP_PROXY")
+    assert repr(text) not in problem or name not in ("OPENAI_API_KEY", "PROXY_API_KEY",
+                                                     "HTTPS_PROXY", "HTTP_PROXY")
 
 
 def test_all_bad_values_are_told_at_once_and_an_empty_one_counts_as_not_set():
     with pytest.raises(aiapiproxy.ConfigError) as caught:
-        aiapiproxy.load_settings({"SERVER_PORT": "x", "WORKERS": "x", "LOG_LEVEL": "", "STREAM_TIMEOUT": " "})
+        aiapiproxy.load_settings({"SERVER_PORT": "x", "WORKERS": "x", "LOG_LEVEL": "",
+                                  "STREAM_TIMEOUT": " "})
     assert len(caught.value.problems) == 2
 
 
 def test_the_environment_wins_over_the_file_and_the_file_over_the_default():
-    got = aiapiproxy.load_settings({"SERVER_PORT": "1", "WORKERS": ""}, {"SERVER_PORT": "2", "WORKERS": "3"})
+    got = aiapiproxy.load_settings({"SERVER_PORT": "1", "WORKERS": ""},
+                                   {"SERVER_PORT": "2", "WORKERS": "3"})
     assert (got.server_port, got.workers, got.request_timeout) == (1, 3, 30)
 
 
@@ -5286,7 +5702,8 @@ def test_SIGHUP_opens_the_logs_anew(workers, tmp_path):
 def test_a_log_that_was_moved_away_is_noticed_without_a_signal(tmp_path):
     out = tmp_path / "out.log"
     with out.open("ab") as stdout:
-        program = Program(tmp_path, "--port", "0", stdout=stdout, patch="aiapiproxy.ROTATION_CHECK = 0")
+        program = Program(tmp_path, "--port", "0", stdout=stdout,
+                          patch="aiapiproxy.ROTATION_CHECK = 0")
     with program:
         wait_for(lambda: b"started" in out.read_bytes())
         program.port = int(json.loads(out.read_text())["address"].rpartition(":")[2])
@@ -5335,7 +5752,8 @@ def test_a_log_that_cannot_be_written_stops_nothing(way, tmp_path):
             assert program.get("/v1/messages", "POST", body)[0] == 502
         program.signal(signal.SIGTERM)
         assert program.end()[0] == 0
-    for descriptor in {reader, writer, *(each for each in options.values() if isinstance(each, int))}:
+    for descriptor in {reader, writer,
+                       *(each for each in options.values() if isinstance(each, int))}:
         with contextlib.suppress(OSError):
             os.close(descriptor)
 
@@ -5343,14 +5761,16 @@ def test_a_log_that_cannot_be_written_stops_nothing(way, tmp_path):
 # ---- What must not be seen
 
 ECHOES = [  # how an upstream tells the key that it was sent
-    ("in an error", raw_answer(json.dumps({"error": {"message": f"Incorrect API key: {KEY}."}}).encode(),
-                               status=401)),
+    ("in an error",
+     raw_answer(json.dumps({"error": {"message": f"Incorrect API key: {KEY}."}}).encode(),
+                status=401)),
     ("in a 400", raw_answer(json.dumps({"error": {"message": f"Bearer {KEY}", "param": KEY,
                                                   "code": KEY}}).encode(),
                             status=400)),
-    ("in an error with 200", raw_answer(json.dumps({"error": {"message": KEY, "code": 500}}).encode())),
-    ("in a page", raw_answer(f"<html><title>{KEY}</title></html>".encode(), "Content-Type: text/html",
-                             status=502)),
+    ("in an error with 200",
+     raw_answer(json.dumps({"error": {"message": KEY, "code": 500}}).encode())),
+    ("in a page", raw_answer(f"<html><title>{KEY}</title></html>".encode(),
+                             "Content-Type: text/html", status=502)),
     ("in a page with 200", raw_answer(f"<html><title>{KEY}</title></html>".encode(),
                                       "Content-Type: text/html")),
     ("in plain text", raw_answer(f"no {KEY}".encode(), status=500)),
@@ -5359,7 +5779,8 @@ ECHOES = [  # how an upstream tells the key that it was sent
     ("in an event named error", raw_answer(b"event: error\ndata: " + KEY.encode() + b"\n\n",
                                            "Content-Type: text/event-stream")),
     ("in a redirect", raw_answer(b"", f"Location: https://{KEY}.example/{KEY}", status=302)),
-    ("in its headers", raw_answer(b"{}", f"x-request-id: {KEY}", f"Retry-After: {KEY}", status=429)),
+    ("in its headers",
+     raw_answer(b"{}", f"x-request-id: {KEY}", f"Retry-After: {KEY}", status=429)),
     ("in a finish reason", raw_answer(json.dumps(completion({"content": "x"}, KEY)).encode())),
 ]
 
@@ -5399,7 +5820,8 @@ def test_nothing_forges_a_line_of_the_log_a_metric_or_a_header(caplog):
 
     async def scenario():
         async with facing([KEPT] * 9) as (_, server):
-            for asked in (req(model=FORGED), req(model=FORGED, stream=True), req(model=FORGED.upper())):
+            for asked in (req(model=FORGED), req(model=FORGED, stream=True),
+                          req(model=FORGED.upper())):
                 answer = await ask(server.port, body=asked, x_request_id="a\tb{}\x80\"",
                                    user_agent="\xa0\x85",
                                    x_claude_code_session_id="\x85\"" * 200)
@@ -5410,12 +5832,14 @@ def test_nothing_forges_a_line_of_the_log_a_metric_or_a_header(caplog):
     metrics = run(scenario()).decode()
     label = r'\w+="([^"\\\n]|\\.)*"'
     for line in metrics.split("\n")[:-1]:
-        assert line[0] == "#" or re.fullmatch(rf"aiapiproxy_\w+(\{{{label}(,{label})*\}})? [0-9.e+-]+", line)
+        assert (line[0] == "#"
+                or re.fullmatch(rf"aiapiproxy_\w+(\{{{label}(,{label})*\}})? [0-9.e+-]+", line))
     json_lines, text = aiapiproxy.JsonFormatter(), aiapiproxy.TextFormatter(False)
     assert len(caplog.records) >= 4
     for record in caplog.records:
         line = json_lines.format(record)
-        assert line.isascii() and line.isprintable() and json.loads(line)["event"] == record.getMessage()
+        assert (line.isascii() and line.isprintable()
+                and json.loads(line)["event"] == record.getMessage())
         assert not re.search("[\x00-\x1f\x7f-\x9f]", text.format(record))
 
 
@@ -5428,7 +5852,8 @@ def test_what_was_said_is_in_no_line_of_the_log(caplog):
                            raw_answer(sse([ctext("ANSWER-SECRET"), "{"])),
                            raw_answer(b"{}", status=500)]) as (_, server):
             for streaming in (False, True, False):
-                await ask(server.port, body=req([usr("PROMPT-SECRET")], system="PROMPT-SECRET", stream=streaming,
+                await ask(server.port, body=req([usr("PROMPT-SECRET")], system="PROMPT-SECRET",
+                                                stream=streaming,
                                               tools=[tool("f", description="PROMPT-SECRET")]),
                                               x_api_key="CLIENT-SECRET")
 
@@ -5453,14 +5878,18 @@ def test_the_status_has_the_requests_and_no_word_of_them():
     _, _, body = run(served(OK, req([usr("a secret")]), {"model": "x"}, req(stream=True)))
     found = json.loads(body)
     assert KEY.encode() not in body and b"secret" not in body and b"Hello" not in body
-    assert [(entry["status"], entry["outcome"], entry["output_tokens"]) for entry in found["recent"]] == [
+    assert [(entry["status"], entry["outcome"], entry["output_tokens"])
+            for entry in found["recent"]] == [
         (200, "ok", 2), (400, "rejected", None), (200, "ok", 2)]
-    assert (found["requests"], found["errors"], found["health"], found["models"]["sonnet"]) == (3, 1, "ready", "gpt-4o")
-    assert len(found["minutes"]) == 60 and sum(minute["requests"] for minute in found["minutes"]) == 3
+    assert (found["requests"], found["errors"], found["health"],
+            found["models"]["sonnet"]) == (3, 1, "ready", "gpt-4o")
+    assert (len(found["minutes"]) == 60
+            and sum(minute["requests"] for minute in found["minutes"]) == 3)
     assert found["environment"][0].startswith("export ANTHROPIC_BASE_URL=http://127.0.0.1:")
 
 
-METRIC_LINE = re.compile(r'[a-z_]+(\{[a-z_]+="([^"\\]|\\.)*"(,[a-z_]+="([^"\\]|\\.)*")*\})? [0-9.e+-]+')
+METRIC_LINE = re.compile(r'[a-z_]+(\{[a-z_]+="([^"\\]|\\.)*"(,[a-z_]+="([^"\\]|\\.)*")*\})? '
+                         r'[0-9.e+-]+')
 
 
 def test_the_metrics_are_prometheus_text_with_bounded_labels():
@@ -5468,7 +5897,8 @@ def test_the_metrics_are_prometheus_text_with_bounded_labels():
     _, headers, body = run(served(OK, *models, path="/metrics"))
     lines = body.decode().splitlines()
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
-    assert [line for line in lines if not line.startswith("# ") and not METRIC_LINE.fullmatch(line)] == []
+    assert [line for line in lines if not line.startswith("# ")
+            and not METRIC_LINE.fullmatch(line)] == []
     assert 'aiapiproxy_requests_total{route="/v1/messages",status="200",outcome="ok"} 40' in lines
     assert 'aiapiproxy_request_duration_seconds_count 40' in lines
     assert len([line for line in lines if line.startswith("aiapiproxy_tokens_total")]) <= 3 * 21
@@ -5497,24 +5927,26 @@ KEYS = [  # fields of the request, path, further settings, status
     ("as a bearer in any letters", ["authorization: bearer   proxy-key-1"], "/v1/models", {}, 200),
     ("as x-api-key", ["X-Api-Key: proxy-key-1"], "/v1/models", {}, 200),
     ("the second key", ["X-Api-Key: proxy-key-2"], "/v1/models", {}, 200),
-    ("bare in Authorization, API_KEY_HEADER's default", ["Authorization: proxy-key-1"], "/v1/models", {},
-     200),
-    ("in a header of one's own", ["X-Own: proxy-key-1"], "/v1/models", {"API_KEY_HEADER": "x-own"}, 200),
+    ("bare in Authorization, API_KEY_HEADER's default", ["Authorization: proxy-key-1"],
+     "/v1/models", {}, 200),
+    ("in a header of one's own", ["X-Own: proxy-key-1"], "/v1/models",
+     {"API_KEY_HEADER": "x-own"}, 200),
     ("in a header of one's own as a bearer", ["X-Own: Bearer proxy-key-1"], "/v1/models",
      {"API_KEY_HEADER": "X-Own"}, 200),
     ("as x-api-key beside a header of one's own", ["X-Api-Key: proxy-key-1"], "/v1/models",
      {"API_KEY_HEADER": "X-Own"}, 200),
-    ("as a bearer beside a header of one's own", ["Authorization: Bearer proxy-key-1"], "/v1/models",
-     {"API_KEY_HEADER": "X-Own"}, 200),
-    ("one right, one wrong", ["Authorization: Bearer wrong", "X-Api-Key: proxy-key-1"], "/v1/models", {},
-     200),
+    ("as a bearer beside a header of one's own", ["Authorization: Bearer proxy-key-1"],
+     "/v1/models", {"API_KEY_HEADER": "X-Own"}, 200),
+    ("one right, one wrong", ["Authorization: Bearer wrong", "X-Api-Key: proxy-key-1"],
+     "/v1/models", {}, 200),
     ("by Basic on the page", [basic("proxy-key-1")], "/", {}, 200),
     ("by Basic on the metrics", [basic("proxy-key-2")], "/metrics", {}, 200),
     ("not by Basic elsewhere", [basic("proxy-key-1")], "/v1/models", {}, 401),
     ("not a wrong one by Basic", [basic("wrong")], "/metrics", {}, 401),
     ("not Basic that is none", ["Authorization: Basic %%%"], "/metrics", {}, 401),
     ("not Basic of other bytes", ["Authorization: Basic /////w=="], "/metrics", {}, 401),
-    ("not none", [], "/v1/models", {}, 401), ("not an empty one", ["X-Api-Key:"], "/v1/models", {}, 401),
+    ("not none", [], "/v1/models", {}, 401),
+    ("not an empty one", ["X-Api-Key:"], "/v1/models", {}, 401),
     ("not a wrong one", ["X-Api-Key: proxy-key-3"], "/v1/models", {}, 401),
     ("not the start of one", ["X-Api-Key: proxy-key-"], "/v1/models", {}, 401),
     ("not more than one", ["X-Api-Key: proxy-key-11"], "/v1/models", {}, 401),
@@ -5524,10 +5956,13 @@ KEYS = [  # fields of the request, path, further settings, status
     ("not twice", ["X-Api-Key: proxy-key-1", "X-Api-Key: proxy-key-1"], "/v1/models", {}, 401),
     ("not the upstream's", [f"X-Api-Key: {KEY}"], "/v1/models", {}, 401),
     ("not in the query", [], "/v1/models?x-api-key=proxy-key-1", {}, 401),
-    ("not for the page without", [], "/", {}, 401), ("not for the metrics without", [], "/metrics", {}, 401),
-    ("not for what the page shows", [], "/status", {}, 401), ("not for what is not there", [], "/x", {}, 401),
+    ("not for the page without", [], "/", {}, 401),
+    ("not for the metrics without", [], "/metrics", {}, 401),
+    ("not for what the page shows", [], "/status", {}, 401),
+    ("not for what is not there", [], "/x", {}, 401),
     ("health is open", [], "/health", {}, 200), ("live is open", [], "/health/live", {}, 200),
-    ("ready is open", [], "/health/ready", {}, 200), ("but not what looks like it", [], "/healthy", {}, 401),
+    ("ready is open", [], "/health/ready", {}, 200),
+    ("but not what looks like it", [], "/healthy", {}, 401),
     ("nor what is below it", [], "/health/x", {}, 401),
 ]
 
@@ -5548,7 +5983,8 @@ def test_the_proxys_own_key(fields, path, more, status):
 def test_OPTIONS_and_HEAD_of_the_root_need_no_key_and_other_methods_do():
     async def scenario():
         async with bare(**PROXY) as server:
-            return [(await one(server.port, HTTP(f"{line} HTTP/1.1", "Content-Length: 0"), False))[0]
+            return [(await one(server.port,
+                               HTTP(f"{line} HTTP/1.1", "Content-Length: 0"), False))[0]
                     for line in (
                 "OPTIONS /v1/messages", "HEAD /", "HEAD /metrics", "POST /", "POST /v1/messages",
                 "PUT /health")]
@@ -5559,20 +5995,21 @@ def test_OPTIONS_and_HEAD_of_the_root_need_no_key_and_other_methods_do():
 PASSED_ON = [  # fields, settings, the key that the upstream sees, or the start of the answer
     ("a bearer", ["Authorization: Bearer sk-client-1"], {}, "sk-client-1"),
     ("x-api-key", ["x-api-key: sk-client-1"], {}, "sk-client-1"),
-    ("the placeholder is no key", ["x-api-key: sk-client-1"], {"OPENAI_API_KEY": "your-openai-api-key-here"},
-     "sk-client-1"),
+    ("the placeholder is no key", ["x-api-key: sk-client-1"],
+     {"OPENAI_API_KEY": "your-openai-api-key-here"}, "sk-client-1"),
     ("a header of one's own", ["X-Own: sk-client-1"], {"API_KEY_HEADER": "X-Own"}, "sk-client-1"),
     ("Anthropic's never", ["x-api-key: sk-ant-api03-1"], {}, "401: The key is one of Anthropic's"),
     ("Anthropic's never, as a bearer", ["Authorization: Bearer sk-ant-oat01-1"], {},
      "401: The key is one of Anthropic's"),
     ("Anthropic's beside another", ["x-api-key: sk-ant-1", "Authorization: Bearer sk-client-1"], {},
      "sk-client-1"),
-    ("none", [], {}, "401: No key for the upstream"), ("an empty one", ["x-api-key:"], {}, "401: No key"),
+    ("none", [], {}, "401: No key for the upstream"),
+    ("an empty one", ["x-api-key:"], {}, "401: No key"),
     ("Basic is no key", [basic("sk-client-1")], {}, "401: No key"),
     ("a blank in it", ["x-api-key: a b"], {}, "401: No key"),
     ("bytes over 127", [b"x-api-key: a\xe4b"], {}, "401: No key"),
-    ("the proxy's own and another", ["x-api-key: proxy-key-1", "Authorization: Bearer sk-client-1"], PROXY,
-     "sk-client-1"),
+    ("the proxy's own and another", ["x-api-key: proxy-key-1", "Authorization: Bearer sk-client-1"],
+     PROXY, "sk-client-1"),
     ("the proxy's own alone", ["x-api-key: proxy-key-1"], PROXY, "401: No key"),
     ("another without the proxy's own", ["x-api-key: sk-client-1"], PROXY,
      "401: The key is not one of PROXY_API_KEY"),
@@ -5585,8 +6022,9 @@ def test_the_clients_key_goes_upstream_when_there_is_no_other(fields, more, want
         async with facing([KEPT], **{"OPENAI_API_KEY": "", **more}) as (upstream, server):
             extra = ["Cookie: a=b", "X-Forwarded-For: 1.2.3.4", "anthropic-beta: x",
                      "Origin: http://localhost"]
-            answer = await one(server.port, POST(f"Content-Length: {len(HI)}", *fields, *extra, body=HI,
-                                                 path="/v1/messages", host="Host: any.example"))
+            answer = await one(server.port,
+                               POST(f"Content-Length: {len(HI)}", *fields, *extra, body=HI,
+                                    path="/v1/messages", host="Host: any.example"))
             return answer, upstream.heads
 
     answer, heads = run(scenario())
@@ -5596,19 +6034,22 @@ def test_the_clients_key_goes_upstream_when_there_is_no_other(fields, more, want
     else:
         assert shown(answer) == "x" and f"Authorization: Bearer {want}\r\n" in heads[0]
         names = {line.partition(":")[0].lower() for line in heads[0].split("\r\n")[1:] if line}
-        assert names == {"host", "authorization", "content-type", "accept", "accept-encoding", "user-agent",
-                         "content-length"}
+        assert names == {"host", "authorization", "content-type", "accept", "accept-encoding",
+                         "user-agent", "content-length"}
 
 
 ORIGINS = [  # origin, settings, whether it is served
-    ("this machine", "http://localhost", {}, True), ("with a port", "http://localhost:3000", {}, True),
-    ("by TLS", "https://localhost:3000", {}, True), ("by its address", "http://127.0.0.1:1", {}, True),
+    ("this machine", "http://localhost", {}, True),
+    ("with a port", "http://localhost:3000", {}, True),
+    ("by TLS", "https://localhost:3000", {}, True),
+    ("by its address", "http://127.0.0.1:1", {}, True),
     ("another of its addresses", "http://127.8.9.10", {}, True),
     ("by its IPv6 address", "http://[::1]:80", {}, True),
     ("a name below localhost", "http://app.localhost:80", {}, True),
     ("an app", "app://obsidian.md", {}, True),
     ("Tauri", "tauri://localhost", {}, True), ("VS Code", "vscode-webview://1a2b", {}, True),
-    ("Capacitor", "capacitor://localhost", {}, True), ("a stranger", "https://evil.example", {}, False),
+    ("Capacitor", "capacitor://localhost", {}, True),
+    ("a stranger", "https://evil.example", {}, False),
     ("null", "null", {}, False), ("an empty one", "", {}, False), ("a file", "file://", {}, False),
     ("an extension", "chrome-extension://a", {}, False),
     ("a scheme that starts alike", "apps://a", {}, False),
@@ -5623,13 +6064,16 @@ ORIGINS = [  # origin, settings, whether it is served
     ("a stranger's app scheme", "https://app://x", {}, False),
     ("the network next door", "http://192.168.1.2", {}, False),
     ("every address", "http://0.0.0.0", {}, False),
-    ("a listed one", "https://a.example", {"ALLOWED_ORIGINS": "https://b.example, https://a.example"}, True),
-    ("one that is not listed", "https://c.example", {"ALLOWED_ORIGINS": "https://a.example"}, False),
-    ("the listed name by another scheme", "http://a.example", {"ALLOWED_ORIGINS": "https://a.example"},
-     False),
-    ("the listed name with a port", "https://a.example:1", {"ALLOWED_ORIGINS": "https://a.example"}, False),
-    ("this machine, whatever is listed", "http://localhost:1", {"ALLOWED_ORIGINS": "https://a.example"},
-     True),
+    ("a listed one", "https://a.example",
+     {"ALLOWED_ORIGINS": "https://b.example, https://a.example"}, True),
+    ("one that is not listed", "https://c.example",
+     {"ALLOWED_ORIGINS": "https://a.example"}, False),
+    ("the listed name by another scheme", "http://a.example",
+     {"ALLOWED_ORIGINS": "https://a.example"}, False),
+    ("the listed name with a port", "https://a.example:1",
+     {"ALLOWED_ORIGINS": "https://a.example"}, False),
+    ("this machine, whatever is listed", "http://localhost:1",
+     {"ALLOWED_ORIGINS": "https://a.example"}, True),
     ("a stranger where a key is asked for", "https://evil.example", PROXY, True),
     ("not when others are listed", "https://evil.example",
      {**PROXY, "ALLOWED_ORIGINS": "https://a.example"}, False),
@@ -5655,15 +6099,18 @@ def test_web_pages(origin, more, is_served):
             return answers, preflight, health, upstream.heads
 
     answers, preflight, health, heads = run(scenario())
-    assert health[0] == 200 and not [name for name in health[1] if name.startswith("access-control")]
+    assert health[0] == 200 and not [name for name in health[1]
+                                     if name.startswith("access-control")]
     if is_served:
         assert [answer[0] for answer in answers][::2] == [200, 404] and preflight[0] == 204
         for _, headers, _ in (*answers, preflight):
             assert headers["access-control-allow-origin"] == origin and headers["vary"] == "Origin"
             assert headers["access-control-expose-headers"] == "request-id, retry-after"
-        assert {"GET", "POST", "OPTIONS"} <= set(preflight[1]["access-control-allow-methods"].split(", "))
+        assert ({"GET", "POST", "OPTIONS"}
+                <= set(preflight[1]["access-control-allow-methods"].split(", ")))
         assert preflight[1]["access-control-allow-headers"] == "x-api-key, anthropic-version"
-        assert preflight[1]["access-control-max-age"] == "600" and "content-length" not in preflight[1]
+        assert (preflight[1]["access-control-max-age"] == "600"
+                and "content-length" not in preflight[1])
     else:
         assert heads == [] and preflight[0] == 403
         for answer in (*answers, preflight):
@@ -5683,7 +6130,8 @@ def test_a_preflight_echoes_only_names_of_headers():
 def test_a_Host_that_only_a_program_may_send_is_not_remembered():
     async def scenario():
         async with facing([KEPT, KEPT]) as (_, server):
-            post = POST(f"Content-Length: {len(HI)}", body=HI, path="/v1/messages", host="Host: x:9000")
+            post = POST(f"Content-Length: {len(HI)}", body=HI, path="/v1/messages",
+                        host="Host: x:9000")
             get = GET("/v1/models", host="Host: x:9000")
             return [(await one(server.port, request))[0] for request in (get, post, get, post, get)]
 
@@ -5692,15 +6140,17 @@ def test_a_Host_that_only_a_program_may_send_is_not_remembered():
 
 HOSTS_ASKED = [  # Host, settings, whether GET is served, whether POST is
     *((host, host, {}, True, True) for host in (
-        "localhost", "localhost:8082", "LOCALHOST", "a.localhost", "127.0.0.1", "127.1.2.3:99", "[::1]",
-        "[::1]:80")),
+        "localhost", "localhost:8082", "LOCALHOST", "a.localhost", "127.0.0.1",
+        "127.1.2.3:99", "[::1]", "[::1]:80")),
     *((host, host, {}, False, False) for host in (
-        "evil.example", "evil.example:8082", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1",
-        "192.168.1.5:8082", "0.0.0.0", "[::2]", "[fe80::1]", "128.0.0.1", "2130706433", "mymac.local",
-        "mymac", "x.", "a_b")),
+        "evil.example", "evil.example:8082", "localhost.evil.example",
+        "127.0.0.1.evil.example", "10.0.0.1",
+        "192.168.1.5:8082", "0.0.0.0", "[::2]", "[fe80::1]", "128.0.0.1", "2130706433",
+        "mymac.local", "mymac", "x.", "a_b")),
     ("a single letter, for a program's POST alone", "x", {}, False, True),
     ("a listed one", "proxy.example:1", {"ALLOWED_HOSTS": "a.example, Proxy.Example"}, True, True),
-    ("not one below a listed one", "x.proxy.example", {"ALLOWED_HOSTS": "proxy.example"}, False, False),
+    ("not one below a listed one", "x.proxy.example", {"ALLOWED_HOSTS": "proxy.example"},
+     False, False),
     ("all", "evil.example", {"ALLOWED_HOSTS": "*"}, True, True),
     ("any where a key is asked for", "evil.example", PROXY, True, True),
     ("any where clients bring their own", "evil.example", {"OPENAI_API_KEY": ""}, True, True),
@@ -5717,8 +6167,10 @@ def test_the_Host_of_a_request(host, more, get, post):
                                                 path="/v1/messages",
                                                 host=f"Host: {host}")),
                     await one(server.port, GET(f"http://{host}/v1/models", key)),
-                    await one(server.port, POST(key, f"Content-Length: {len(HI)}", "Origin: http://localhost",
-                                                body=HI, path="/v1/messages", host=f"Host: {host}"))]
+                    await one(server.port, POST(key, f"Content-Length: {len(HI)}",
+                                                "Origin: http://localhost",
+                                                body=HI, path="/v1/messages",
+                                                host=f"Host: {host}"))]
 
     answers = run(scenario())
     assert [answer[0] for answer in answers] == [200 if is_served else 403
@@ -5729,7 +6181,8 @@ def test_the_Host_of_a_request(host, more, get, post):
 
 
 @table([(f"{host} {more}", (host, more), want) for host, more, want in [
-    *((host, {}, True) for host in ("127.0.0.1", "::1", "[::1]", "localhost", "127.0.0.1,::1", "127.3.2.1")),
+    *((host, {}, True) for host in ("127.0.0.1", "::1", "[::1]", "localhost", "127.0.0.1,::1",
+                                    "127.3.2.1")),
     *((host, {}, False) for host in ("0.0.0.0", "::", "[::]", "192.168.1.2", "mymac.local",
                                      "127.0.0.1,0.0.0.0",
                                      "::ffff:1.2.3.4")),
@@ -5753,13 +6206,14 @@ def test_an_unprotected_key_is_not_offered_to_other_machines(given, want):
 def test_a_message():
     (status, headers, body), (heard,) = run(asked_once(OK, req()))
     message = json.loads(body)
-    assert (status, headers["content-type"], message["content"]) == (200, "application/json", [txt("Hello")])
+    assert (status, headers["content-type"],
+            message["content"]) == (200, "application/json", [txt("Hello")])
     assert re.fullmatch(r"req_[A-Za-z0-9]{24}", headers["request-id"])
     assert heard.line == "POST /v1/chat/completions HTTP/1.1" and heard.body == PLAIN
     assert {name: heard.headers[name]
             for name in ("authorization", "content-type", "accept", "accept-encoding")} == {
-        "authorization": f"Bearer {KEY}", "content-type": "application/json", "accept": "application/json",
-        "accept-encoding": "identity"}
+        "authorization": f"Bearer {KEY}", "content-type": "application/json",
+        "accept": "application/json", "accept-encoding": "identity"}
     assert heard.headers["user-agent"] == f"aiapiproxy/{aiapiproxy.__version__}"
 
 
@@ -5782,8 +6236,10 @@ def test_a_stream():
 
 
 @table([
-    ("a client's headers are not passed on", {"x_stainless_os": "Linux", "anthropic_version": "2023-06-01",
-                                              "x_api_key": "sk-ant-1", "cookie": "c=1", "x_app": "cli"}),
+    ("a client's headers are not passed on",
+     {"x_stainless_os": "Linux", "anthropic_version": "2023-06-01",
+      "x_api_key": "sk-ant-1", "cookie": "c=1",
+      "x_app": "cli"}),
     ("old and new clients are served alike",
      {"anthropic_version": "2026-10-21", "authorization": "Bearer x"}),
 ], "headers")
@@ -5867,7 +6323,8 @@ def test_a_long_answer_that_breaks_is_an_error():
 
 
 def test_json_in_place_of_sse():
-    message = {"content": "x", "reasoning_content": "r", "tool_calls": [call("call_1", "f", '{"a":1}')]}
+    message = {"content": "x", "reasoning_content": "r",
+               "tool_calls": [call("call_1", "f", '{"a":1}')]}
     answer, _ = run(asked_once(reply(200, completion(message, usage=used(5, 3))),
                                req(stream=True, thinking=ADAPTIVE)))
     assert said(answer) == ('MS 0+thinking 0h"r" 0s"aap1.c." 0- 1+text 1t"x" 1- '
@@ -5888,8 +6345,8 @@ WRONG = [  # reply, the same error whether a stream was asked or not
     ("SSE without anything", stream(b": comment\n\n"), "502 api_error"),
     ("a redirect", reply(302, "", location="https://elsewhere.example/v1"), "502 api_error"),
     ("a status", reply(503, JSON_ERROR), "529 overloaded_error"),
-    ("a body that ends early", Reply(200, {"content-type": "application/json"}, [b'{"choices"', CUT], 50),
-     "502 api_error"),
+    ("a body that ends early",
+     Reply(200, {"content-type": "application/json"}, [b'{"choices"', CUT], 50), "502 api_error"),
     ("a reset", Reply(200, {"content-type": "application/json"}, [RESET], 50), "502 api_error"),
 ]
 
@@ -5910,7 +6367,8 @@ def test_silence_in_a_stream():
 
 SILENCES = [  # request members, parts of the stream, what comes in a silence of a third of a second
     ("a ping after text", {}, [ctext("x")], b'event: ping\ndata: {"type":"ping"}\n\n'),
-    ("the start while the upstream still thinks", {}, [b": thinking\n\n"], b"event: message_start\n"),
+    ("the start while the upstream still thinks", {}, [b": thinking\n\n"],
+     b"event: message_start\n"),
     ("an empty delta while thinking is hidden", {"thinking": OMITTED}, [creason("a")],
      b'"delta":{"type":"thinking_delta","thinking":""}}\n\n'),
     ("a ping while thinking shows", {"thinking": ADAPTIVE}, [creason("a")],
@@ -5925,7 +6383,8 @@ def test_a_sign_of_life_in_silence(members, parts, sign, monkeypatch):
 
     async def scenario():
         async with proxied(stream(*parts, HANG)) as (_, server):
-            async with Asking(server.port, "POST", "/v1/messages", req(stream=True, **members)) as asking:
+            async with Asking(server.port, "POST", "/v1/messages",
+                              req(stream=True, **members)) as asking:
                 await asking.until(b"event: ping\n")
                 started, asking.read = asking.read, b""
                 if sign not in started or b"ping" in sign:
@@ -5962,7 +6421,8 @@ def test_a_prompt_that_was_cut_in_silence_is_logged_once(caplog):
                 await ask(server.port, body=req([usr("word " * words)]))
 
     run(scenario())
-    warnings = [record.levelname for record in caplog.records if "OLLAMA_CONTEXT_LENGTH" in str(vars(record))]
+    warnings = [record.levelname for record in caplog.records
+                if "OLLAMA_CONTEXT_LENGTH" in str(vars(record))]
     assert warnings == ["WARNING"]
 
 
@@ -5989,12 +6449,13 @@ def test_a_reset_in_a_stream():
 
 
 def test_a_stream_that_is_cut_anywhere_ends_in_an_error_event():
-    whole = sse([ROLE, ctext("x"), frag(0, "call_1", "f", '{"a":'), frag(0, None, None, "1}"), cend("tool_calls"),
-                 cuse(5, 3), DONE])
+    whole = sse([ROLE, ctext("x"), frag(0, "call_1", "f", '{"a":'), frag(0, None, None, "1}"),
+                 cend("tool_calls"), cuse(5, 3), DONE])
     enough = whole.index(b"\n\n", whole.index(b"finish_reason\":\"tool")) + 1
 
     async def scenario():
-        async with FakeUpstream(*[stream(whole[:at], CUT) for at in range(1, len(whole))]) as upstream:
+        async with FakeUpstream(*[stream(whole[:at], CUT)
+                                  for at in range(1, len(whole))]) as upstream:
             async with bare(OPENAI_BASE_URL=upstream.url) as server:
                 for at in range(1, len(whole)):
                     answer = await ask(server.port, body=req(stream=True, tools=[tool("f")]))
@@ -6003,13 +6464,15 @@ def test_a_stream_that_is_cut_anywhere_ends_in_an_error_event():
                         assert shape.endswith("MD(tool_use) ME"
                                               if at >= enough else "ERR(api_error)"), (at, shape)
                     else:
-                        assert checked(answer) == "502 api_error" and at < whole.index(b"\n\n") + 2, at
+                        assert (checked(answer) == "502 api_error"
+                                and at < whole.index(b"\n\n") + 2), at
 
     within(20, scenario())
 
 
 @table([
-    ("a line that is no JSON", [ctext("x"), sse(["{oops"]), ctext("y"), cend("stop"), DONE], BROKEN),
+    ("a line that is no JSON", [ctext("x"), sse(["{oops"]), ctext("y"), cend("stop"), DONE],
+     BROKEN),
     ("JSON cut off", [ctext("x"), sse(['{"choices":[{"delta":{"content":"']), DONE], BROKEN),
     ("an error in the middle", [ctext("x"), error_like(500), DONE], BROKEN),
     ("the end without a finish reason", [ctext("x"), CUT], BROKEN),
@@ -6034,7 +6497,8 @@ def test_comments_keep_a_stream_alive():
     async def comment(reader, writer):
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             await reader.readuntil(b"\r\n\r\n")
-            writer.write(raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream", length=False))
+            writer.write(raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream",
+                                    length=False))
             for _ in range(8):
                 await asyncio.sleep(0.06)
                 writer.write(b": keep-alive\n\n")
@@ -6056,7 +6520,8 @@ def test_a_client_that_reads_nothing_slows_the_upstream_and_is_not_cut():
     async def scenario():
         piece = sse([ctext("0123456789" * 3000)] * 1000)
         async with facing([[raw_answer(b"", "Content-Type: text/event-stream", length=False), piece,
-                            sse([cend("stop"), DONE])]], STREAM_TIMEOUT="0.3") as (upstream, server):
+                            sse([cend("stop"), DONE])]],
+                          STREAM_TIMEOUT="0.3") as (upstream, server):
             async with Wire(server.port) as wire:
                 body = json.dumps(req(stream=True)).encode()
                 await wire.send(POST(f"Content-Length: {len(body)}", "Connection: close", body=body,
@@ -6081,7 +6546,8 @@ def test_a_fault_of_the_proxy_in_a_stream_is_an_error_event(monkeypatch):
 
     async def scenario():
         gate = asyncio.Event()
-        async with proxied(stream(ctext("x"), gate, frag(0, "call_1", "f", "{}"), DONE)) as (_, server):
+        async with proxied(stream(ctext("x"), gate, frag(0, "call_1", "f", "{}"),
+                                  DONE)) as (_, server):
             async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as asking:
                 await asking.until(b"text_delta")
                 gate.set()
@@ -6105,7 +6571,8 @@ def test_a_stop_sequence_ends_the_upstreams_work():
 @pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
 def test_a_client_that_goes_away_ends_the_upstreams_work(streaming, capfd):
     async def scenario():
-        async with proxied(stream(*([ctext("x")] if streaming else []), HANG)) as (upstream, server):
+        async with proxied(stream(*([ctext("x")] if streaming else []),
+                                  HANG)) as (upstream, server):
             async with Asking(server.port, "POST", "/v1/messages", req(stream=streaming)) as asking:
                 await (asking.until(b"text_delta") if streaming else upstream.asked.wait())
             await upstream.disconnected.wait()
@@ -6132,7 +6599,8 @@ def test_a_client_that_goes_while_the_upstream_is_called_is_gone(caplog):
         with packet_hole() as url:
             async with bare(OPENAI_BASE_URL=url) as server:
                 async with Wire(server.port) as wire:
-                    await wire.send(POST(f"Content-Length: {len(HI)}", body=HI, path="/v1/messages"))
+                    await wire.send(POST(f"Content-Length: {len(HI)}", body=HI,
+                                         path="/v1/messages"))
                     while not server.app.in_flight:
                         await asyncio.sleep(0.001)
                 while server._tasks:
@@ -6155,7 +6623,8 @@ def test_an_end_that_comes_in_the_moment_of_the_shutdown_is_sent_whole(monkeypat
 
     async def scenario():
         gate = asyncio.Event()
-        async with facing([[raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream", length=False), gate]]) as (_, server):
+        async with facing([[raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream",
+                                       length=False), gate]]) as (_, server):
             async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as client:
                 await client.until(b"text_delta")
                 ((exchange, task),) = server._active.items()
@@ -6172,12 +6641,12 @@ def test_an_end_that_comes_in_the_moment_of_the_shutdown_is_sent_whole(monkeypat
 # AIAPIPROXY_FUZZ_SECONDS=600 runs longer, and from another seed each time.
 
 FUZZ_SECONDS = float(os.environ.get("AIAPIPROXY_FUZZ_SECONDS", "2"))
-PIECES = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b",", b";", b"0", b"-1", b"5\r\n", b"0\r\n\r\n",
-          b"\r\n\r\n", b"\xff",
+PIECES = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b",", b";", b"0", b"-1", b"5\r\n",
+          b"0\r\n\r\n", b"\r\n\r\n", b"\xff",
           b"HTTP/1.1", b"Host: a", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
           b"Expect: 100-continue\r\n",
-          b"Connection: close\r\n", b"\xef\xbb\xbf", b"{", b"}", b"[", b'"', b"\\", b"1e999", b"\\ud83d",
-          b"null",
+          b"Connection: close\r\n", b"\xef\xbb\xbf", b"{", b"}", b"[", b'"', b"\\",
+          b"1e999", b"\\ud83d", b"null",
           b"data: ", b"event: error\n", b"[DONE]", b"18446744073709551616", b"a" * 300]
 
 
@@ -6216,8 +6685,8 @@ async def fuzzed(port, data, dice):
 
 
 def test_fuzz(monkeypatch, capfd, caplog):
-    for name in ("HEAD_TIME", "BODY_READ_TIME", "IDLE_KEEP_ALIVE", "LINGER_TIME", "LINGER_READ_TIME",
-                 "LAST_CHUNK_WAIT"):
+    for name in ("HEAD_TIME", "BODY_READ_TIME", "IDLE_KEEP_ALIVE", "LINGER_TIME",
+                 "LINGER_READ_TIME", "LAST_CHUNK_WAIT"):
         monkeypatch.setattr(aiapiproxy, name, 0.05)
     seed = 1 if FUZZ_SECONDS <= 5 else random.randrange(2 ** 32)
     dice = random.Random(seed)
@@ -6226,8 +6695,8 @@ def test_fuzz(monkeypatch, capfd, caplog):
     asked += [POST(f"Content-Length: {len(body)}", body=body, path="/v1/messages")
               for body in (plain, streaming)] * 10
     told = [raw_answer(FINE, JSON_TYPE), raw_answer(FINE_SSE, "Content-Type: text/event-stream"),
-            raw_answer(b"%x\r\n%b\r\n0\r\n\r\n" % (len(FINE_SSE), FINE_SSE), "Transfer-Encoding: chunked",
-                       length=False),
+            raw_answer(b"%x\r\n%b\r\n0\r\n\r\n" % (len(FINE_SSE), FINE_SSE),
+                       "Transfer-Encoding: chunked", length=False),
             raw_answer(gzip.compress(FINE), "Content-Encoding: gzip"), ECHOES[1][1], ECHOES[6][1],
             ECHOES[8][1]]
 
@@ -6237,7 +6706,8 @@ def test_fuzz(monkeypatch, capfd, caplog):
         async with facing([b""], REQUEST_TIMEOUT="0.2", STREAM_TIMEOUT="0.2") as (upstream, server):
             before, tasks = descriptors(), len(asyncio.all_tasks())
             while time.monotonic() < end:
-                upstream.scripts = [[mutated(dice.choice(told), dice) for _ in range(2)] for _ in range(20)]
+                upstream.scripts = [[mutated(dice.choice(told), dice) for _ in range(2)]
+                                    for _ in range(20)]
                 await asyncio.gather(*[fuzzed(server.port, mutated(dice.choice(asked), dice), dice)
                                        for _ in range(20)])
                 assert (await ask(server.port, "GET", "/health", connection="close"))[0] == 200
@@ -6272,7 +6742,8 @@ COUNTS = [
 def test_count_tokens(given, want):
     async def scenario():
         async with proxied(OK) as (upstream, server):
-            return await ask(server.port, path="/v1/messages/count_tokens", body=given), upstream.requests
+            return await ask(server.port, path="/v1/messages/count_tokens",
+                             body=given), upstream.requests
 
     (status, _, body), requests = run(scenario())
     assert (status, json.loads(body), requests) == (200, {"input_tokens": want}, [])
@@ -6281,13 +6752,14 @@ def test_count_tokens(given, want):
 def test_count_tokens_rejects_what_messages_reject():
     async def scenario():
         async with proxied(OK) as (_, server):
-            return await ask(server.port, path="/v1/messages/count_tokens", body=without(req(), "messages"))
+            return await ask(server.port, path="/v1/messages/count_tokens",
+                             body=without(req(), "messages"))
 
     assert said(run(scenario())) == "400 invalid_request_error: messages: Field required"
 
 
-NAMES = ["claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-opus-5", "claude-sonnet-5",
-         "claude-opus-4-8", "claude-sonnet-4-6", "claude-haiku-4-5"]
+NAMES = ["claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-opus-5",
+         "claude-sonnet-5", "claude-opus-4-8", "claude-sonnet-4-6", "claude-haiku-4-5"]
 
 PAGES = [  # query, ids, has_more
     ("all", "", NAMES, False),
@@ -6329,10 +6801,12 @@ GETS = [  # path, answer
     ("a configured model", "/v1/models/gpt-4o", model("gpt-4o", "gpt-4o (gpt-4o)", None)),
     ("an unknown model", "/v1/models/nothing", NOT_FOUND + "model: nothing"),
     ("an unknown path", "/v1/skills", NOT_FOUND + "GET /v1/skills is not available here"),
-    ("no page", "/v1/models?limit=0", "400 invalid_request_error: limit: Input should be between 1 and 1000"),
+    ("no page", "/v1/models?limit=0",
+     "400 invalid_request_error: limit: Input should be between 1 and 1000"),
     ("no number", "/v1/models?limit=x",
      "400 invalid_request_error: limit: Input should be between 1 and 1000"),
-    ("after nothing known", "/v1/models?after_id=x", "400 invalid_request_error: after_id: unknown model id"),
+    ("after nothing known", "/v1/models?after_id=x",
+     "400 invalid_request_error: after_id: unknown model id"),
 ]
 
 
@@ -6410,7 +6884,8 @@ def test_streams_that_do_not_end_are_told_after_SIGTERM(tmp_path):
                 connection.close()
             code, out, _ = program.end()
             assert code == 0
-            outcomes = [json.loads(line).get("outcome") for line in out.splitlines() if '"request"' in line]
+            outcomes = [json.loads(line).get("outcome") for line in out.splitlines()
+                        if '"request"' in line]
             assert outcomes == ["shutdown"] * 3
 
 
@@ -6449,7 +6924,8 @@ def test_SIGHUP_reads_the_file_again_and_connections_go_on(tmp_path):
     file = tmp_path / ".env"
     file.write_text("CLAUDE_OPUS_MODEL=first\n")
     file.chmod(0o600)
-    with hanging_upstream() as url, Program(tmp_path, "--port", "0", OPENAI_BASE_URL=url) as program:
+    with hanging_upstream() as url, Program(tmp_path, "--port", "0",
+                                            OPENAI_BASE_URL=url) as program:
         program.started()
         kept = http.client.HTTPConnection("127.0.0.1", program.port, timeout=10)
 
@@ -6472,7 +6948,8 @@ def test_SIGHUP_reads_the_file_again_and_connections_go_on(tmp_path):
         file.unlink()
         program.signal(signal.SIGHUP)
         program.until("reloaded")
-        assert opus() == "Claude Opus 5.5 (gpt-4)" and json.loads(program.get()[1])["in_flight"] == 1
+        assert (opus() == "Claude Opus 5.5 (gpt-4)"
+                and json.loads(program.get()[1])["in_flight"] == 1)
         running_stream.close()
         kept.close()
 
@@ -6493,14 +6970,16 @@ def test_the_process_loads_nothing_from_its_working_folder_and_is_small_at_idle(
 # ============================================================================
 
 def test_an_exchange_is_recorded_and_replayed(tmp_path):
-    words = [creason("r"), ctext(f"my key is {KEY}"), frag(0, "call_1", "f", '{"a":1}'), cend("tool_calls"), cuse(5, 3), DONE]
-    _, headers, body = run(served_once(stream(*words), req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]),
+    words = [creason("r"), ctext(f"my key is {KEY}"), frag(0, "call_1", "f", '{"a":1}'),
+             cend("tool_calls"), cuse(5, 3), DONE]
+    _, headers, body = run(served_once(stream(*words),
+                                       req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]),
                                        RECORD_DIR=str(tmp_path / "records")))
     (path,) = (tmp_path / "records").iterdir()
     assert headers["request-id"] in path.name and path.stat().st_mode & 0o777 == 0o600
     assert KEY not in path.read_text()
-    replayed = subprocess.run([sys.executable, aiapiproxy.__file__, "--replay", str(path)], stdout=subprocess.PIPE,
-                              check=True, timeout=20).stdout
+    replayed = subprocess.run([sys.executable, aiapiproxy.__file__, "--replay", str(path)],
+                              stdout=subprocess.PIPE, check=True, timeout=20).stdout
     assert printed(replayed) == printed(body).replace(KEY, f"sk-...{KEY[-4:]}")
 
 
@@ -6533,14 +7012,16 @@ def test_old_records_make_room_for_new_ones(tmp_path, monkeypatch):
 # ============================================================================
 
 def models_answer(*names):
-    return raw_answer(json.dumps({"object": "list", "data": [{"id": name} for name in names]}).encode(),
+    return raw_answer(json.dumps({"object": "list",
+                                  "data": [{"id": name} for name in names]}).encode(),
                       "Connection: close")
 
 
 CHECKS = [  # the upstream's answer to GET /models, exit code, what is said
     ("all is well", models_answer("gpt-4o", "gpt-4o-mini", "gpt-5.1"), 0,
      ["CLAUDE_OPUS_MODEL gpt-5.1 is there"]),
-    ("a model is missing", models_answer("gpt-4o", "gpt-4o-mini"), 1, ["fail  CLAUDE_OPUS_MODEL gpt-5.1"]),
+    ("a model is missing", models_answer("gpt-4o", "gpt-4o-mini"), 1,
+     ["fail  CLAUDE_OPUS_MODEL gpt-5.1"]),
     ("the key is not accepted", raw_answer(b"{}", status=401), 1,
      ["fail  the upstream answered 401", "OPENAI_API_KEY"]),
     ("no list", raw_answer(b"{}", status=404), 0, ["warn  the upstream answered 404"]),
@@ -6555,16 +7036,18 @@ def test_check(answer, code, words, tmp_path):
     async def scenario():
         async with RawUpstream([answer]) as upstream:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, aiapiproxy.__file__, "--check", "--port", "1", cwd=str(tmp_path), stdout=-1,
-                stderr=-1,
+                sys.executable, aiapiproxy.__file__, "--check", "--port", "1",
+                cwd=str(tmp_path), stdout=-1, stderr=-1,
                 env={"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, **MODELS})
             return (*await process.communicate(), process.returncode, upstream.heads)
 
     out, err, got, heads = run(scenario())
     text = out.decode()
-    assert (got, err) == (code, b"") and KEY not in text and all(word in text for word in words), text
+    assert ((got, err) == (code, b"") and KEY not in text
+            and all(word in text for word in words)), text
     assert all(re.match("(ok   |warn |fail ) ", line) for line in text.splitlines())
-    assert heads[0].startswith("GET /v1/models HTTP/1.1") and f"Authorization: Bearer {KEY}" in heads[0]
+    assert (heads[0].startswith("GET /v1/models HTTP/1.1")
+            and f"Authorization: Bearer {KEY}" in heads[0])
 
 
 # ============================================================================
@@ -6572,13 +7055,15 @@ def test_check(answer, code, words, tmp_path):
 # ============================================================================
 
 def test_the_demo_streams_a_message_and_calls_a_tool(tmp_path):
-    weather = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}},
-                                                        "required": ["city"]}}
+    weather = {"name": "get_weather",
+               "input_schema": {"type": "object", "properties": {"city": {"type": "string"}},
+                                 "required": ["city"]}}
     with Program(tmp_path, "--demo", "--port", "0") as program:
         program.started()
         _, body = program.get("/v1/messages", "POST", json.dumps(req([usr("Hello")], stream=True)))
         assert printed(body).endswith("0- MD(end_turn) ME") and b"demo" in body
-        _, body = program.get("/v1/messages", "POST", json.dumps(req([usr("Use get_weather")], tools=[weather])))
+        _, body = program.get("/v1/messages", "POST",
+                              json.dumps(req([usr("Use get_weather")], tools=[weather])))
         call = json.loads(body)["content"][-1]
         assert (call["name"], call["input"]) == ("get_weather", {"city": "demo"})
         result = [usr("Use get_weather"), asst([call]), usr([res(call["id"], "sunny")])]
@@ -6604,7 +7089,8 @@ def test_the_page_is_for_browsers_and_brings_all_that_it_needs():
     (status, headers, page), (_, _, plain) = run(scenario())
     assert status == 200 and headers["content-type"] == "text/html; charset=utf-8"
     assert headers["content-security-policy"].startswith("default-src 'none'")
-    assert re.findall(rb"""(?:src|href)=["']?(?:https?:)?//""", page) == [] and b"innerHTML" not in page
+    assert (re.findall(rb"""(?:src|href)=["']?(?:https?:)?//""", page) == []
+            and b"innerHTML" not in page)
     assert json.loads(plain)["name"] == "aiapiproxy"
 
 
@@ -6618,10 +7104,12 @@ def test_a_browser_shows_the_requests_and_runs_nothing_of_them(tmp_path):
         program.started()
         program.get("/v1/messages", "POST", json.dumps({**req([usr("Hello")]), "model": hostile}))
         page = subprocess.run([
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom",
-            f"http://127.0.0.1:{program.port}/"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=15,
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+            "--no-first-run", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=3000", "--dump-dom",
+            f"http://127.0.0.1:{program.port}/"], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=15,
             check=True).stdout.decode()
     assert "Ready" in page and "aiapiproxy-demo" in page and "<title>broken" not in page
     assert "&lt;img src=x" in page and "<img" not in page
@@ -6633,7 +7121,8 @@ def test_a_browser_shows_the_requests_and_runs_nothing_of_them(tmp_path):
 
 def total_requests(program):
     _, body = program.get("/metrics")
-    return sum(int(value) for value in re.findall(r'requests_total\{route="other".* (\d+)\n', body.decode()))
+    return sum(int(value) for value in re.findall(r'requests_total\{route="other".* (\d+)\n',
+                                                  body.decode()))
 
 
 def test_workers_share_a_socket_add_up_and_are_replaced(tmp_path):
@@ -6664,7 +7153,8 @@ def test_a_worker_that_is_replaced_has_the_settings_of_now(tmp_path):
     file = tmp_path / ".env"
     file.write_text("CLAUDE_OPUS_MODEL=first\n")
     file.chmod(0o600)
-    with Program(tmp_path, "--port", "0", WORKERS="2", patch="aiapiproxy.WORKER_PAUSE = 0") as program:
+    with Program(tmp_path, "--port", "0", WORKERS="2",
+                 patch="aiapiproxy.WORKER_PAUSE = 0") as program:
         program.started()
         wait_for(lambda: len(children(program.process.pid)) == 2 and program.get()[0] == 200)
         file.write_text("CLAUDE_OPUS_MODEL=second\n")
@@ -6672,7 +7162,8 @@ def test_a_worker_that_is_replaced_has_the_settings_of_now(tmp_path):
         def reloaded():
             program.signal(signal.SIGHUP)
             program.until("reloaded")
-            return all(b"(second)" in program.get("/v1/models/claude-opus-5-5")[1] for _ in range(20))
+            return all(b"(second)" in program.get("/v1/models/claude-opus-5-5")[1]
+                       for _ in range(20))
 
         wait_for(reloaded)
         for killed in children(program.process.pid):
@@ -6718,18 +7209,21 @@ def test_workers_end_with_their_parent(tmp_path):
 # 34. SPEED
 # ============================================================================
 
-CHUNK_TEXTS = ["the ", "quick", "\n", "\t", '"', "\\", "é", "中", "😀", "\ud83d", "", " ", "{", "}", "/", "\x7f", "\u2028", "a\\nb"]
+CHUNK_TEXTS = ["the ", "quick", "\n", "\t", '"', "\\", "é", "中", "😀", "\ud83d", "", " ", "{", "}",
+               "/", "\x7f", "\u2028", "a\\nb"]
 
 
 @pytest.mark.parametrize("size", [70, 3000, 65536])
 @pytest.mark.parametrize("kind", ["text", "reasoning", "arguments"])
 def test_runs_of_chunks_give_the_same_bytes_as_each_chunk_by_itself(kind, size, monkeypatch):
     dice = random.Random(f"{kind} {size}")
-    texts = [dice.choice(CHUNK_TEXTS if dice.random() < 0.2 else CHUNK_TEXTS[:2]) for _ in range(600)]
+    texts = [dice.choice(CHUNK_TEXTS if dice.random() < 0.2 else CHUNK_TEXTS[:2])
+             for _ in range(600)]
     if kind == "arguments":
         whole = json.dumps({"a": "".join(texts)}, ensure_ascii=False)
         cuts = sorted(dice.randrange(len(whole)) for _ in range(400))
-        chunks = [frag(0, "call_1", "f", "")] + [frag(0, "-", "-", whole[start:end]) for start, end in zip([0, *cuts], [
+        chunks = [frag(0, "call_1", "f", "")] + [frag(0, "-", "-", whole[start:end])
+                                                 for start, end in zip([0, *cuts], [
             *cuts, len(whole)])]
     else:
         chunks = [ctext(text) if kind == "text" else creason(text) for text in texts]
@@ -6737,8 +7231,10 @@ def test_runs_of_chunks_give_the_same_bytes_as_each_chunk_by_itself(kind, size, 
 
     def events():
         translator = aiapiproxy.StreamTranslator(aiapiproxy.checked_translation(
-            req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]), SETTINGS["local"]), lambda size: "x" * size)
-        return b"".join(translator.feed(raw[place:place + size]) for place in range(0, len(raw), size)), translator
+            req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]), SETTINGS["local"]),
+                                                 lambda size: "x" * size)
+        return b"".join(translator.feed(raw[place:place + size])
+                        for place in range(0, len(raw), size)), translator
 
     fast, translator = events()
     assert translator.done and translator.error is None
@@ -6762,16 +7258,17 @@ def test_a_port_in_use_is_named(tmp_path):
 
 ONE_LINE = [  # arguments, environment, exit code, what stderr says
     ("bad values are all named", [], {name: value for name, value in BAD_VALUES.items()
-                                      if name not in ("RUST_LOG", "TOKIO_WORKER_THREADS", "https_proxy",
-                                                      "http_proxy")},
-     78, sorted(set(BAD_VALUES) - {"RUST_LOG", "TOKIO_WORKER_THREADS", "https_proxy", "http_proxy"})),
+                                      if name not in ("RUST_LOG", "TOKIO_WORKER_THREADS",
+                                                      "https_proxy", "http_proxy")},
+     78,
+     sorted(set(BAD_VALUES) - {"RUST_LOG", "TOKIO_WORKER_THREADS", "https_proxy", "http_proxy"})),
     ("an alias is named", [], {"TOKIO_WORKER_THREADS": "x"}, 78, ["TOKIO_WORKER_THREADS"]),
     ("in JSON, when asked", [], {"SERVER_PORT": "x", "LOG_FORMAT": "json"}, 78, ["SERVER_PORT"]),
     ("beyond loopback", [], {"SERVER_HOST": "0.0.0.0"}, 78, ["SERVER_HOST", "PROXY_API_KEY"]),
     ("beyond loopback by an option", ["--host", "0.0.0.0"], {}, 78, ["0.0.0.0", "PROXY_API_KEY"]),
     ("an address that is none", ["--host", "a/b"], {}, 78, ["--host"]),
-    ("an address of another machine", ["--host", "192.0.2.1", "--port", "0"], {"OPENAI_API_KEY": ""}, 1,
-     ["192.0.2.1"]),
+    ("an address of another machine", ["--host", "192.0.2.1", "--port", "0"],
+     {"OPENAI_API_KEY": ""}, 1, ["192.0.2.1"]),
     ("a name that does not exist", ["--host", "nowhere.invalid"], {"OPENAI_API_KEY": ""}, 1,
      ["nowhere.invalid"]),
     ("an --env-file that is not there", ["--env-file", "none"], {}, 78, ["--env-file none"]),
@@ -6789,7 +7286,8 @@ ONE_LINE = [  # arguments, environment, exit code, what stderr says
 def test_a_start_that_fails_says_why_in_a_line(arguments, environ, code, words, tmp_path):
     with Program(tmp_path, *arguments, **environ) as program:
         got, out, err = program.end()
-    assert (got, out) == (code, "") and "Traceback" not in err and all(word in err for word in words), err
+    assert ((got, out) == (code, "") and "Traceback" not in err
+            and all(word in err for word in words)), err
     if code != 2:
         assert err.count("\n") == (1 if len(words) < 5 else len(words)), err
     if environ.get("LOG_FORMAT") == "json":
@@ -6820,7 +7318,8 @@ def test_the_file_of_settings_and_what_is_said_about_it(tmp_path):
         program.signal(signal.SIGTERM)
         code, _, err = program.end()
     messages = [json.loads(line)["message"] for line in err.splitlines()]
-    assert code == 0 and len(messages) == 3 and "line 2" in messages[0] and "chmod 600" in messages[1]
+    assert (code == 0 and len(messages) == 3 and "line 2" in messages[0]
+            and "chmod 600" in messages[1])
     assert "OPENAI_API_KY" in messages[2] and "OPENAI_API_KEY" in messages[2]
 
 
@@ -6921,7 +7420,8 @@ def test_the_map_in_the_docstring_lists_the_sections():
 
 
 def test_only_the_standard_library_is_imported_and_none_of_its_http_clients():
-    names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
+    names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import)
+             for alias in node.names}
     names |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
     assert not names & {"http.client", "http.server", "urllib.request", "threading", "requests"}
     if hasattr(sys, "stdlib_module_names"):
@@ -6957,10 +7457,14 @@ def test_the_readme_lists_every_setting():
 # ---- README.md, the guide's part
 
 README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
-GUIDE = ["Prerequisites", "Build the Application", "Create Service User", "Install Application Files",
-         "Configure Environment", "Install Launch Daemon", "Load and Start the Service", "Service Management Commands",
-         "Monitoring and Logs", "Health Check", "Firewall Configuration", "Reverse Proxy Setup (Optional)",
-         "Updating the Service", "Troubleshooting", "Security Considerations", "Performance Tuning", "Log Rotation",
+GUIDE = ["Prerequisites", "Build the Application", "Create Service User",
+         "Install Application Files",
+         "Configure Environment", "Install Launch Daemon", "Load and Start the Service",
+         "Service Management Commands",
+         "Monitoring and Logs", "Health Check", "Firewall Configuration",
+         "Reverse Proxy Setup (Optional)",
+         "Updating the Service", "Troubleshooting", "Security Considerations", "Performance Tuning",
+         "Log Rotation",
          "Uninstallation", "Where this differs from the guide", "Comparison: macOS and Linux"]
 
 
@@ -7016,7 +7520,8 @@ def test_the_plist_leaves_more_time_to_end_than_the_program_takes(plist):
 
 @pytest.mark.parametrize("limits", ["SoftResourceLimits", "HardResourceLimits"])
 def test_the_plist_has_descriptors_for_a_thousand_streams_and_limits_nothing_else(plist, limits):
-    assert list(plist[limits]) == ["NumberOfFiles"] and 2 * 1000 + 100 < plist[limits]["NumberOfFiles"] <= 65536
+    assert (list(plist[limits]) == ["NumberOfFiles"]
+            and 2 * 1000 + 100 < plist[limits]["NumberOfFiles"] <= 65536)
 
 
 def test_the_plist_holds_no_secret_and_nothing_of_another_language():
@@ -7035,7 +7540,8 @@ def functions(script):
 
 
 def steps_of_main(script):
-    body = re.search(r"^main\(\) \{.*?\n(.*?)^\}", (ROOT / script).read_text(), re.M | re.S).group(1)
+    body = re.search(r"^main\(\) \{.*?\n(.*?)^\}", (ROOT / script).read_text(),
+                     re.M | re.S).group(1)
     return re.findall(r"^    (\w+)", body, re.M)
 
 
@@ -7053,7 +7559,8 @@ def test_a_script_is_syntactically_right_for_every_shell(script, shell):
 @SCRIPTS
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing(script):
-    result = subprocess.run(["shellcheck", "-s", "sh", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    result = subprocess.run(["shellcheck", "-s", "sh", script], cwd=ROOT,
+                            stdout=subprocess.PIPE, text=True)
     assert result.stdout == ""
 
 
@@ -7070,16 +7577,18 @@ def test_main_is_a_list_of_the_steps_in_the_order_of_the_file(script):
 
 def test_the_guides_steps_are_functions_of_install_sh_in_the_guides_order():
     assert [step for step in steps_of_main("install.sh") if step != "read_options"] == [
-        "check_prerequisites", "build_the_application", "create_service_user", "install_application_files",
-        "configure_environment", "install_launch_daemon", "install_log_rotation", "load_and_start_service",
-        "verify_health", "show_next_steps"]
+        "check_prerequisites", "build_the_application", "create_service_user",
+        "install_application_files",
+        "configure_environment", "install_launch_daemon", "install_log_rotation",
+        "load_and_start_service", "verify_health", "show_next_steps"]
 
 
 def test_install_sh_prints_the_guides_headings(installed):
     assert re.findall("^==> (.*)", (installed.state / "stdout").read_text(), re.M) == [
-        "Prerequisites", "Build the Application", "Create Service User", "Install Application Files",
-        "Configure Environment", "Install Launch Daemon", "Log Rotation", "Load and Start the Service",
-        "Health Check"]
+        "Prerequisites", "Build the Application", "Create Service User",
+        "Install Application Files",
+        "Configure Environment", "Install Launch Daemon", "Log Rotation",
+        "Load and Start the Service", "Health Check"]
 
 
 @SCRIPTS
@@ -7218,7 +7727,8 @@ esac
 """
 
 MOVED = re.compile(r"(?<![\w.%}])/(?=(?:usr/local|opt/homebrew|Library|etc)/|usr/bin/(?:python3|dscl)\b)")
-INSTALLED = ("usr/local/bin/aiapiproxy", "usr/local/etc/aiapiproxy/.env", "etc/newsyslog.d/aiapiproxy.conf",
+INSTALLED = ("usr/local/bin/aiapiproxy", "usr/local/etc/aiapiproxy/.env",
+             "etc/newsyslog.d/aiapiproxy.conf",
              "usr/local/var/log/aiapiproxy/stdout.log", "usr/local/var/log/aiapiproxy/stderr.log",
              "Library/LaunchDaemons/com.aiapiproxy.plist")
 
@@ -7243,7 +7753,8 @@ class Mac:
         for name in STAND_INS:
             (self.tools / name).symlink_to(stand_in)
         self.python("usr/bin/python3")
-        for name in ("install.sh", "uninstall.sh", "com.aiapiproxy.plist", "aiapiproxy.py", "env.example"):
+        for name in ("install.sh", "uninstall.sh", "com.aiapiproxy.plist", "aiapiproxy.py",
+                     "env.example"):
             text = (ROOT / name).read_text()
             (self.checkout / name).write_text(self.moved(text) if name != "aiapiproxy.py" else text)
 
@@ -7262,7 +7773,8 @@ class Mac:
 
     def attributes(self, record):
         path = self.state / record[1:]
-        return {key.name: key.read_text().strip() for key in path.iterdir()} if path.is_dir() else None
+        return ({key.name: key.read_text().strip() for key in path.iterdir()}
+                if path.is_dir() else None)
 
     def python(self, place, fitness=0):
         path = self.disk / place
@@ -7270,15 +7782,20 @@ class Mac:
         path.write_text(PYTHON.format(path=place, fitness=fitness))
         path.chmod(0o755)
 
-    def run(self, script, *arguments, shell=("sh",), cwd="/", kill_at=0, stdin=subprocess.DEVNULL, **environ):
+    def run(self, script, *arguments, shell=("sh",), cwd="/", kill_at=0,
+            stdin=subprocess.DEVNULL, **environ):
         """What the script prints and its exit code; calls() and changes() then tell about this run."""
         for name in ("calls", "changes"):
             (self.state / name).write_text("")
-        environment = {"PATH": f"{self.tools}:{os.environ['PATH']}", "REAL_PATH": os.environ["PATH"],
-                       "MAC": str(self.state), "DISK": str(self.disk), "KILL_AT": str(kill_at), **environ}
+        environment = {"PATH": f"{self.tools}:{os.environ['PATH']}",
+                       "REAL_PATH": os.environ["PATH"],
+                       "MAC": str(self.state), "DISK": str(self.disk),
+                       "KILL_AT": str(kill_at), **environ}
         path = script if "/" in script else f"{self.checkout}/{script}"
-        return subprocess.run([*shell, path, *arguments], cwd=cwd, env=environment, stdin=stdin, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, timeout=60)
+        return subprocess.run([*shell, path, *arguments], cwd=cwd, env=environment,
+                              stdin=stdin, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              start_new_session=True, timeout=60)
 
     def calls(self, beginning=""):
         return self._lines("calls", beginning)
@@ -7294,7 +7811,8 @@ class Mac:
         """Every file of the disk but the interpreters: its mode and content, with paths as on a real Mac."""
         return {str(path.relative_to(self.disk)): (oct(path.stat().st_mode & 0o777),
                                                    path.read_text().replace(str(self.disk), ""))
-                for path in sorted(self.disk.rglob("*")) if path.is_file() and not path.name.startswith("python3")}
+                for path in sorted(self.disk.rglob("*")) if path.is_file()
+                and not path.name.startswith("python3")}
 
     def place(self, name, text, mode=0o644):
         path = self.disk / name
@@ -7357,7 +7875,8 @@ def test_a_fresh_mac_gets_exactly_these_files(installed):
 
 def test_the_files_have_the_modes_of_the_guide(installed):
     files = installed.files()
-    assert [files[name][0] for name in INSTALLED] == ["0o755", "0o600", "0o644", "0o640", "0o640", "0o644"]
+    assert [files[name][0] for name in INSTALLED] == ["0o755", "0o600", "0o644", "0o640",
+                                                      "0o640", "0o644"]
 
 
 def test_the_folders_on_the_way_can_be_entered_even_with_an_administrators_umask(installed):
@@ -7386,25 +7905,29 @@ def test_the_installed_program_differs_from_ours_in_its_first_line_only(installe
 
 
 def test_the_configuration_is_env_example(installed):
-    assert installed.files()["usr/local/etc/aiapiproxy/.env"][1] == (ROOT / "env.example").read_text()
+    assert (installed.files()["usr/local/etc/aiapiproxy/.env"][1]
+            == (ROOT / "env.example").read_text())
 
 
 def test_the_rotation_signals_our_own_process_and_adds_no_line(installed):
     logs = "/usr/local/var/log/aiapiproxy"
     text = installed.files()["etc/newsyslog.d/aiapiproxy.conf"][1]
     assert [line.split() for line in text.splitlines() if not line.startswith("#")] == [
-        [f"{logs}/{name}.log", "_aiapiproxy:_aiapiproxy", "640", "7", "1000", "*", "BJ", f"{logs}/aiapiproxy.pid", "1"]
+        [f"{logs}/{name}.log", "_aiapiproxy:_aiapiproxy", "640", "7", "1000", "*", "BJ",
+         f"{logs}/aiapiproxy.pid", "1"]
         for name in ("stdout", "stderr")]
 
 
 def test_quarantine_is_taken_off_what_launchd_reads_and_runs(installed):
-    stripped = {line.split()[-1].replace(".new", "") for line in installed.calls("xattr -d com.apple.quarantine")}
+    stripped = {line.split()[-1].replace(".new", "")
+                for line in installed.calls("xattr -d com.apple.quarantine")}
     assert {"/usr/local/bin/aiapiproxy", "/Library/LaunchDaemons/com.aiapiproxy.plist"} <= stripped
 
 
 def test_the_account_is_hidden_locked_and_its_own_group(installed):
     assert installed.attributes("/Users/_aiapiproxy") == {
-        "UserShell": "/usr/bin/false", "RealName": "AI API Proxy Service", "NFSHomeDirectory": "/var/empty",
+        "UserShell": "/usr/bin/false", "RealName": "AI API Proxy Service",
+        "NFSHomeDirectory": "/var/empty",
         "Password": "*", "IsHidden": "1", "PrimaryGroupID": "499", "UniqueID": "499"}
 
 
@@ -7422,16 +7945,20 @@ def test_the_user_gets_its_id_last_so_that_half_an_account_is_recognised(install
 TAKEN_IDS = [
     ("an id that a user or a group has is passed over",
      {"/Users/_a": {"UniqueID": 499}, "/Groups/_b": {"PrimaryGroupID": 498}}, ("497", "497")),
-    ("an id of an account that is not listed is found by trying", {"/Users/.a": {"UniqueID": 499}}, ("498", "499")),
-    ("a group that is there keeps its id", {"/Groups/_aiapiproxy": {"PrimaryGroupID": 333}}, ("333", "333")),
+    ("an id of an account that is not listed is found by trying", {"/Users/.a": {"UniqueID": 499}},
+     ("498", "499")),
+    ("a group that is there keeps its id", {"/Groups/_aiapiproxy": {"PrimaryGroupID": 333}},
+     ("333", "333")),
     ("a user that is there keeps its ids",
      {"/Users/_aiapiproxy": {"UniqueID": 444, "PrimaryGroupID": 20}}, ("444", "444")),
     ("what the guide's commands leave behind is completed",
-     {"/Users/_aiapiproxy": {"PrimaryGroupID": 20}, "/Groups/_aiapiproxy": {"PrimaryGroupID": 501}}, ("499", "501")),
+     {"/Users/_aiapiproxy": {"PrimaryGroupID": 20}, "/Groups/_aiapiproxy": {"PrimaryGroupID": 501}},
+     ("499", "501")),
 ]
 
 
-@pytest.mark.parametrize("accounts, want", [row[1:] for row in TAKEN_IDS], ids=[row[0] for row in TAKEN_IDS])
+@pytest.mark.parametrize("accounts, want", [row[1:] for row in TAKEN_IDS],
+                         ids=[row[0] for row in TAKEN_IDS])
 def test_ids(mac, accounts, want):
     for record, attributes in accounts.items():
         mac.account(record, **attributes)
@@ -7458,7 +7985,8 @@ def test_an_update_replaces_the_program_and_restarts_the_service(installed):
     with open(installed.checkout / "aiapiproxy.py", "a") as program:
         program.write("# newer\n")
     result = installed.run("install.sh")
-    assert (re.findall(r"installed  (.*)", result.stdout), (installed.state / "job").read_text()) == (
+    assert (re.findall(r"installed  (.*)", result.stdout),
+            (installed.state / "job").read_text()) == (
         [f"{installed.disk}/usr/local/bin/aiapiproxy"], "1002\n")
 
 
@@ -7474,7 +8002,8 @@ def test_an_env_edited_since_the_start_is_a_reason_to_restart(installed):
     later = (installed.disk / "usr/local/var/log/aiapiproxy/aiapiproxy.pid").stat().st_mtime + 2
     os.utime(path, (later, later))
     installed.run("install.sh")
-    assert "launchctl bootstrap system /Library/LaunchDaemons/com.aiapiproxy.plist" in installed.changes("launchctl")
+    assert ("launchctl bootstrap system /Library/LaunchDaemons/com.aiapiproxy.plist"
+            in installed.changes("launchctl"))
 
 
 def test_an_empty_env_of_an_interrupted_copy_counts_as_missing(mac):
@@ -7495,8 +8024,10 @@ def test_a_log_that_is_a_link_does_not_lead_root_elsewhere(mac):
     ("", "http://127.0.0.1:8082/health"), ("SERVER_PORT=9000", "http://127.0.0.1:9000/health"),
     ("export SERVER_PORT = \"9000\" # mine\r", "http://127.0.0.1:9000/health"),
     ("SERVER_PORT=1\nSERVER_PORT='9000'", "http://127.0.0.1:9000/health"),
-    ("#SERVER_PORT=9000", "http://127.0.0.1:8082/health"), ("SERVER_PORT=", "http://127.0.0.1:8082/health"),
-    ("SERVER_HOST=0.0.0.0", "http://127.0.0.1:8082/health"), ("SERVER_HOST=::", "http://[::1]:8082/health"),
+    ("#SERVER_PORT=9000", "http://127.0.0.1:8082/health"),
+    ("SERVER_PORT=", "http://127.0.0.1:8082/health"),
+    ("SERVER_HOST=0.0.0.0", "http://127.0.0.1:8082/health"),
+    ("SERVER_HOST=::", "http://[::1]:8082/health"),
     ("SERVER_HOST=::1,127.0.0.1", "http://[::1]:8082/health")])
 def test_health_is_asked_where_env_says_that_it_is(mac, setting, url):
     mac.place("usr/local/etc/aiapiproxy/.env", f"A=b\n{setting}\n")
@@ -7510,7 +8041,8 @@ def test_nothing_is_stopped_before_the_new_files_are_proven_and_in_place(install
     (installed.checkout / "com.aiapiproxy.plist").write_text(
         (installed.checkout / "com.aiapiproxy.plist").read_text().replace("<integer>10<", "<integer>11<"))
     installed.run("install.sh")
-    order = [line for line in installed.changes() if line.split()[0] in ("plutil", "mv", "launchctl")]
+    order = [line for line in installed.changes()
+             if line.split()[0] in ("plutil", "mv", "launchctl")]
     daemon = "/Library/LaunchDaemons/com.aiapiproxy.plist"
     assert order[1:] == [f"plutil -lint {daemon}.new", f"mv -f {daemon}.new {daemon}",
                          "launchctl enable system/com.aiapiproxy",
@@ -7538,7 +8070,8 @@ def test_below_macos_11_the_service_is_loaded_and_started(mac):
     mac.set(version="10.15.7")
     mac.run("install.sh")
     assert mac.changes("launchctl") == ["launchctl enable system/com.aiapiproxy",
-                                        "launchctl load -w /Library/LaunchDaemons/com.aiapiproxy.plist",
+                                        "launchctl load -w "
+                                        "/Library/LaunchDaemons/com.aiapiproxy.plist",
                                         "launchctl start com.aiapiproxy"]
 
 
@@ -7570,26 +8103,31 @@ HOMEBREW, INTEL = "opt/homebrew/bin/python3", "usr/local/bin/python3"
 PYTHON_ORG = "Library/Frameworks/Python.framework/Versions/Current/bin/python3"
 PYTHONS = [
     ("Apple's comes first where it can run", True, {HOMEBREW: 0}, {}, "usr/bin/python3"),
-    ("without Command Line Tools Homebrew's is taken", False, {HOMEBREW: 0, PYTHON_ORG: 0}, {}, HOMEBREW),
+    ("without Command Line Tools Homebrew's is taken", False, {HOMEBREW: 0, PYTHON_ORG: 0},
+     {}, HOMEBREW),
     ("on Intel Homebrew lies elsewhere", False, {INTEL: 0}, {}, INTEL),
     ("python.org's is found", False, {PYTHON_ORG: 0}, {}, PYTHON_ORG),
     ("one that is too old is passed over", False, {HOMEBREW: 3, INTEL: 0}, {}, INTEL),
-    ("one without CA certificates only if there is no other", False, {HOMEBREW: 4, INTEL: 0}, {}, INTEL),
+    ("one without CA certificates only if there is no other", False,
+     {HOMEBREW: 4, INTEL: 0}, {}, INTEL),
     ("but then it is taken", False, {HOMEBREW: 4}, {}, HOMEBREW),
-    ("the one asked for comes before all", True, {HOMEBREW: 0}, {"AIAPIPROXY_PYTHON": HOMEBREW}, HOMEBREW),
+    ("the one asked for comes before all", True, {HOMEBREW: 0},
+     {"AIAPIPROXY_PYTHON": HOMEBREW}, HOMEBREW),
     ("if it can be used", True, {HOMEBREW: 3}, {"AIAPIPROXY_PYTHON": HOMEBREW}, "usr/bin/python3"),
     ("a blank in its path is refused, as it would end the first line", True, {"opt/my python3": 0},
      {"AIAPIPROXY_PYTHON": "opt/my python3"}, "usr/bin/python3"),
 ]
 
 
-@pytest.mark.parametrize("tools, pythons, environ, want", [row[1:] for row in PYTHONS], ids=[row[0] for row in PYTHONS])
+@pytest.mark.parametrize("tools, pythons, environ, want", [row[1:] for row in PYTHONS],
+                         ids=[row[0] for row in PYTHONS])
 def test_pythons(mac, tools, pythons, environ, want):
     if not tools:
         (mac.state / "tools").unlink()
     for place, fitness in pythons.items():
         mac.python(place, fitness)
-    result = mac.run("install.sh", "--dry-run", **{name: f"{mac.disk}/{place}" for name, place in environ.items()})
+    result = mac.run("install.sh", "--dry-run",
+                     **{name: f"{mac.disk}/{place}" for name, place in environ.items()})
     assert re.findall(r"sed '1s\|\.\*\|#!(.*?)\|'", result.stdout) == [f"{mac.disk}/{want}"]
 
 
@@ -7607,7 +8145,8 @@ def test_without_any_python_nothing_is_created_and_three_ways_are_named(mac):
     (mac.state / "tools").unlink()
     result = mac.run("install.sh")
     assert (result.returncode, mac.changes(), mac.files()) == (1, [], {})
-    assert all(way in result.stderr for way in ("xcode-select --install", "python.org", "brew install python"))
+    assert all(way in result.stderr for way in ("xcode-select --install", "python.org",
+                                                "brew install python"))
 
 
 def test_the_installed_program_runs_by_its_own_first_line(mac):
@@ -7615,7 +8154,8 @@ def test_the_installed_program_runs_by_its_own_first_line(mac):
     (mac.disk / "usr/bin/python3").symlink_to(sys.executable)
     result = mac.run("install.sh")
     assert result.returncode == 0, result.stderr
-    version = subprocess.run([mac.disk / "usr/local/bin/aiapiproxy", "--version"], stdout=subprocess.PIPE, text=True)
+    version = subprocess.run([mac.disk / "usr/local/bin/aiapiproxy", "--version"],
+                             stdout=subprocess.PIPE, text=True)
     assert re.fullmatch(r"aiapiproxy \d+\.\d+\.\d+\n", version.stdout)
 
 
@@ -7628,11 +8168,13 @@ REFUSALS = [
 
 
 @SCRIPTS
-@pytest.mark.parametrize("state, word", [row[1:] for row in REFUSALS], ids=[row[0] for row in REFUSALS])
+@pytest.mark.parametrize("state, word", [row[1:] for row in REFUSALS],
+                         ids=[row[0] for row in REFUSALS])
 def test_it_refuses_with_one_line_before_touching_anything(mac, script, state, word):
     mac.set(**state)
     result = mac.run(script)
-    assert (result.returncode, result.stdout, mac.changes(), result.stderr.count("\n")) == (1, "", [], 1)
+    assert (result.returncode, result.stdout, mac.changes(),
+            result.stderr.count("\n")) == (1, "", [], 1)
     assert word in result.stderr
 
 
@@ -7649,7 +8191,8 @@ def test_an_unknown_option_is_wrong_usage(mac, script):
 
 
 def test_a_dry_run_of_install_sh_prints_what_would_run_and_runs_nothing(mac):
-    printed = re.findall(r"^    \+ (.*)", mac.run("install.sh", "--dry-run").stdout.replace(str(mac.disk), ""), re.M)
+    printed = re.findall(r"^    \+ (.*)",
+                         mac.run("install.sh", "--dry-run").stdout.replace(str(mac.disk), ""), re.M)
     assert (mac.changes("dscl"), mac.changes("launchctl"), mac.files()) == ([], [], {})
     assert [line for line in printed if line.split()[0] in ("dscl", "launchctl", "curl")] == [
         "dscl . -create /Groups/_aiapiproxy",
@@ -7681,7 +8224,8 @@ def test_a_dry_run_of_uninstall_sh_removes_nothing(installed):
 def test_the_checkout_may_lie_in_a_folder_of_any_name(folder, name):
     mac = Mac(folder, checkout=name)
     result = mac.run(f"{name}/install.sh", shell=("sh", "--"), cwd=folder)
-    assert (result.returncode, set(INSTALLED) <= set(mac.files()), (folder / "pwned").exists()) == (0, True, False)
+    assert (result.returncode, set(INSTALLED) <= set(mac.files()),
+            (folder / "pwned").exists()) == (0, True, False)
 
 
 @pytest.mark.parametrize("shell", SHELLS[1:], ids=" ".join)
@@ -7736,7 +8280,8 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("answers, options, kept", [row[1:] for row in ANSWERS], ids=[row[0] for row in ANSWERS])
+@pytest.mark.parametrize("answers, options, kept", [row[1:] for row in ANSWERS],
+                         ids=[row[0] for row in ANSWERS])
 def test_answers(installed, answers, options, kept):
     result = answered_script(installed, "uninstall.sh", answers, *options)
     assert (result.returncode, (installed.disk / ETC).exists(), (installed.disk / LOG).exists(),
@@ -7757,8 +8302,9 @@ def test_uninstalling_twice_is_no_error(installed):
 def test_the_service_is_down_before_its_files_go_and_rotation_before_the_account(installed):
     installed.run("uninstall.sh", "--purge")
     assert [line for line in installed.changes() if not line.startswith("launchctl bootout")] == [
-        "rm -f /Library/LaunchDaemons/com.aiapiproxy.plist", "rm -f /etc/newsyslog.d/aiapiproxy.conf",
-        "rm -f /usr/local/bin/aiapiproxy", f"rm -rf /{ETC}", f"rm -rf /{LOG}",
+        "rm -f /Library/LaunchDaemons/com.aiapiproxy.plist",
+        "rm -f /etc/newsyslog.d/aiapiproxy.conf", "rm -f /usr/local/bin/aiapiproxy",
+        f"rm -rf /{ETC}", f"rm -rf /{LOG}",
         "dscl . -delete /Users/_aiapiproxy", "dscl . -delete /Groups/_aiapiproxy"]
 
 
@@ -7767,12 +8313,14 @@ def test_purging_leaves_the_folders_of_others_and_their_files(installed):
     installed.place("etc/newsyslog.d/other.conf", "mine")
     installed.run("uninstall.sh", "--purge")
     assert set(installed.files()) == {"usr/local/bin/other", "etc/newsyslog.d/other.conf"}
-    assert all((installed.disk / name).is_dir() for name in ("usr/local/bin", "usr/local/etc", "usr/local/var/log"))
+    assert all((installed.disk / name).is_dir()
+               for name in ("usr/local/bin", "usr/local/etc", "usr/local/var/log"))
 
 
 def test_files_that_outlive_the_account_are_given_to_root(installed):
     answered_script(installed, "uninstall.sh", "n\nn\ny\n")
-    assert installed.changes("chown") == [f"chown -R root:wheel /{ETC}", f"chown -R root:wheel /{LOG}"]
+    assert installed.changes("chown") == [f"chown -R root:wheel /{ETC}",
+                                          f"chown -R root:wheel /{LOG}"]
 
 
 def test_an_account_that_may_not_be_deleted_is_explained_and_the_rest_is_gone(installed):
@@ -7829,7 +8377,8 @@ class Scale(NamedTuple):
     lengths: tuple                       # chunks of an answer
 
 
-FULL = Scale(2.5, (1, 10, 100, 1000), 20, 100, 0.5, (KB, 10 * KB, 100 * KB, MB), (100, 1000, 10000, 100000))
+FULL = Scale(2.5, (1, 10, 100, 1000), 20, 100, 0.5, (KB, 10 * KB, 100 * KB, MB),
+             (100, 1000, 10000, 100000))
 TINY = Scale(0.02, (1, 2), 3, 10, 0.01, (KB, 10 * KB), (10, 100))
 
 
@@ -7928,8 +8477,10 @@ def work(asked, size, kind, chunks=1, interval=0, delay=0):
     """The request as `size` bytes of JSON, for an answer of this kind; times in ms."""
     model = f"bench-{kind}-{chunks}-{interval}-{delay}"
     body = filled({**asked, "model": model, "stream": kind != "plain"}, size)
-    before, after = (b"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-                     b"X-Api-Key: x\r\nAnthropic-Version: 2023-06-01\r\nContent-Length: %d\r\n\r\n%b"
+    before, after = (b"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: "
+                     b"application/json\r\n"
+                     b"X-Api-Key: x\r\nAnthropic-Version: 2023-06-01\r\nContent-Length: "
+                     b"%d\r\n\r\n%b"
                      % (len(body), body)).split(NUMBER)
     mark, end = MARKS[kind]
     return Work(before, after, mark, chunks, end)
@@ -7956,7 +8507,8 @@ def conversation(turns):
 
 def claude_code():
     """What Claude Code sends: 24 tools, 54 KB; a system prompt, 15 KB; 19 messages, of which 9 call tools."""
-    options = {f"option_{number}": {"type": "string", "description": CODE[:75]} for number in range(8)}
+    options = {f"option_{number}": {"type": "string", "description": CODE[:75]}
+               for number in range(8)}
     schema = {"type": "object", "properties": options, "required": ["option_0"],
               "additionalProperties": False}
     tools = [tool(f"Tool{number}", schema, description=CODE * 11) for number in range(24)]
@@ -7990,7 +8542,8 @@ def event_chunk(data):
     """One event of the upstream in a chunk of its own, with all the members that OpenAI sends."""
     if isinstance(data, dict):
         data = {"id": "chatcmpl-CXyzabcdefghijklmnopqrstuv", "object": "chat.completion.chunk",
-                "created": 1790000000, "model": "gpt-4o-2024-08-06", "service_tier": "default", **data}
+                "created": 1790000000, "model": "gpt-4o-2024-08-06",
+                "service_tier": "default", **data}
     event = sse([data])
     return b"%x\r\n%b\r\n" % (len(event), event)
 
@@ -8006,7 +8559,8 @@ def upstream_answer(kind, chunks):
     pattern = event_chunk(ctext(text % 0) if is_text else frag(0, None, None, text % 0))
     before, after = pattern.split(b"00000000 ")
     pieces = [b"%b%08d %b" % (before, number, after) for number in range(chunks)]
-    opening = [ROLE] if is_text else [ROLE, frag(0, "call_1", "Edit", ""), frag(0, None, None, '{"text": "')]
+    opening = [ROLE] if is_text else [ROLE, frag(0, "call_1", "Edit", ""),
+                                      frag(0, None, None, '{"text": "')]
     closing = [cend("stop")] if is_text else [frag(0, None, None, '"}'), cend("tool_calls")]
     pieces[0] = STREAM_HEAD + b"".join(map(event_chunk, opening)) + pieces[0]
     pieces[-1] += b"".join(map(event_chunk, [*closing, cuse(PROMPT, chunks), DONE])) + b"0\r\n\r\n"
@@ -8031,7 +8585,8 @@ class BenchUpstream(asyncio.Protocol):
         kind, *numbers = MODEL.search(self.heard)[1].decode().split("-")
         chunks, interval, delay = map(int, numbers)
         self.heard.clear()
-        pieces = iter(upstream_answer(kind, chunks) if interval else [upstream_answer_at_once(kind, chunks)])
+        pieces = iter(upstream_answer(kind, chunks) if interval
+                      else [upstream_answer_at_once(kind, chunks)])
         due = self.loop.time() + delay / 1000
         if delay:
             self.loop.call_at(due, self.send, pieces, interval / 1000, due)
@@ -8129,7 +8684,8 @@ class Bench:
         async with connections(self.port, at_once) as clients:
             await asyncio.gather(*(self.ask(client, asked) for client in clients))
             end = time.perf_counter() + seconds
-            return await asyncio.wait_for(self.watched(*map(repeated, clients)), seconds + ANSWERS_LIMIT)
+            return await asyncio.wait_for(self.watched(*map(repeated, clients)),
+                                          seconds + ANSWERS_LIMIT)
 
     async def paced(self, asked, at_once, spread):
         """The request once on each of `at_once` connections, begun evenly over `spread` seconds."""
@@ -8145,7 +8701,8 @@ class Bench:
         """Median ms to the first token through the proxy, less those without it; both are asked in turn."""
         direct = asked._replace(mark=b'"content":"word', end=event_chunk(DONE) + b"0\r\n\r\n")
         times = []
-        async with connections(self.port, 1) as (through,), connections(self.upstream_port, 1) as (past,):
+        async with connections(self.port,
+                               1) as (through,), connections(self.upstream_port, 1) as (past,):
             end = time.perf_counter() + seconds
             while not times or time.perf_counter() < end:
                 times.append([(await self.ask(client, which)).first
@@ -8257,7 +8814,8 @@ def is_serving(process, port):
 def process_memory(pid, name):
     """Resident MB of a process, from the line `name` of its status or from ps."""
     with contextlib.suppress(OSError, TypeError):            # a Mac; a process that has ended
-        return int(re.search(rf"{name}:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]) / KB
+        return int(re.search(rf"{name}:\s+(\d+)",
+                             pathlib.Path(f"/proc/{pid}/status").read_text())[1]) / KB
     return float(output_of("ps", "-o", "rss=", "-p", str(pid)) or "nan") / KB
 
 
@@ -8294,7 +8852,8 @@ async def measure_speed(bench, scale, row):
     row("Start, to the first answer", figure(bench.start, "{:.2f} s"))
     row("Memory when idle", figure(bench.idle_memory, "{:.1f} MB"))
     for name, asked, at_once in (("Requests of 1 KB, 32 at once", work(small, KB, "plain"), 32),
-                                 ("Requests of 100 KB, 8 at once", work(large, 100 * KB, "plain"), 8)):
+                                 ("Requests of 100 KB, 8 at once",
+                                  work(large, 100 * KB, "plain"), 8)):
         found = await bench.load(asked, at_once, scale.seconds)
         count = len(found.answers)
         row(name, figure(count / found.seconds, "{:,.0f} a second"),
@@ -8318,12 +8877,14 @@ async def measure_streams(bench, scale, row):
     row("")
     row(f"Streams at once ({scale.chunks} chunks, {scale.interval} ms apart)", "slowest, ideal",
         "CPU per 1,000", "memory")
-    asked, costs = work(req(conversation(0)), KB, "text", scale.chunks, scale.interval, scale.interval), []
+    asked, costs = work(req(conversation(0)), KB, "text", scale.chunks, scale.interval,
+                        scale.interval), []
     for count in scale.streams:
         found = await bench.paced(asked, count, scale.spread)
         costs.append(found.cpu)
         row(f"{count:,}", f"{max(answer.seconds for answer in found.answers):.2f}, {ideal:.2f} s",
-            figure(found.cpu / count / scale.chunks * 1e6, "{:.0f} ms"), figure(found.memory, "{:.1f} MB"))
+            figure(found.cpu / count / scale.chunks * 1e6, "{:.0f} ms"),
+            figure(found.memory, "{:.1f} MB"))
     row(growth("streams", scale.streams, "CPU", costs))
 
 
@@ -8358,7 +8919,8 @@ def growth(name, work_done, cost_name, costs):
 
 def test_the_requests_of_the_benchmark_have_the_size_that_they_claim():
     large = filled(claude_code(), 100 * KB)
-    for size, body in [(100 * KB, large), *((size, filled(grown(size), size)) for size in FULL.sizes)]:
+    for size, body in [(100 * KB, large),
+                       *((size, filled(grown(size), size)) for size in FULL.sizes)]:
         filler = json.loads(body)["messages"][0]["content"]
         assert len(body) == size and len(filler) < TURN + KB
     asked = json.loads(large)
@@ -8372,7 +8934,8 @@ def test_every_measurement_of_the_benchmark_works_against_the_program():
         asyncio.run(measure(bench, TINY, lambda *cells: rows.append(cells)))
     assert bench.wrong == []
     if not CPU_LEAST:
-        assert rows[-1][0].startswith("2 times as many streams: ") and not any("-" in cells for cells in rows)
+        assert (rows[-1][0].startswith("2 times as many streams: ")
+                and not any("-" in cells for cells in rows))
 
 
 @table([
@@ -8382,7 +8945,8 @@ def test_every_measurement_of_the_benchmark_works_against_the_program():
     ("no end", lambda answer: answer[:-7] + b"\n", False),
 ], "spoil, want")
 def test_the_benchmark_tells_a_wrong_answer(spoil, want):
-    asked = work(req(conversation(0)), KB, "text", 3)._replace(mark=WORD, end=event_chunk(DONE) + b"0\r\n\r\n")
+    asked = work(req(conversation(0)), KB, "text",
+                 3)._replace(mark=WORD, end=event_chunk(DONE) + b"0\r\n\r\n")
     assert asked.is_right(spoil(upstream_answer_at_once("text", 3))) == want
 
 
