@@ -1,11 +1,12 @@
-"""aiapiproxy, said in tables: what goes in, what has to come out.
+"""The requirements of aiapiproxy as tables: an input, and the output that it has to give.
 
     python3 -m pytest -q
-    python3 test_aiapiproxy.py --bench       measures the proxy on this machine, in 40 s and without pytest
+    python3 test_aiapiproxy.py --bench       measures the proxy here, in 40 s, without pytest
 
-A row is (sentence, given, want); the sentence is the requirement and the name of the test.  Section 0 holds
-the notation, the sections after it are numbered as the program's own.  Nothing here leaves this machine:
-the upstream is `FakeUpstream`, a real server on a free port that plays a script and records what it is sent.
+A row is (sentence, given, want); the sentence is the requirement and the name of the test.  Section
+0 has the notation and the helpers of several sections.  The sections after it have the numbers and
+the order of the program's own.  Nothing here leaves this machine: the upstream is `FakeUpstream`, a
+real server on a free port that plays a script and records the requests.
 """
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ from unittest import mock
 import aiapiproxy
 
 if __name__ == "__main__":
-    pytest = mock.MagicMock()            # --bench does without: here are no tests, and what marks them does nothing
+    # The benchmark runs without pytest: no test is collected then, so the marks need no effect.
+    pytest = mock.MagicMock()
 else:
     import pytest
 
@@ -60,9 +62,10 @@ ROOT = pathlib.Path(__file__).resolve().parent
 # 0. NOTATION
 # ============================================================================
 #
-# Builders have short names, because the tables are long.  req makes a request; usr, asst and sysm make
-# messages of either API; txt, use, res and tool make Anthropic's blocks and tools; msg, tmsg, part, call
-# and fn make OpenAI's shapes; ctext, creason, frag, cend and cuse make chunks of a stream.
+# Builders have short names, because the tables are long.  req makes a request; usr, asst and sysm
+# make messages of either API; txt, use, res and tool make Anthropic's blocks and tools; msg, tmsg,
+# part, call and fn make OpenAI's shapes; ctext, creason, frag, cend and cuse make chunks of a
+# stream.
 
 
 def table(rows, names="given, want"):
@@ -112,10 +115,12 @@ def usr(content): return {"role": "user", "content": content}
 def asst(content): return {"role": "assistant", "content": content}
 def sysm(content, **members): return {"role": "system", "content": content, **members}
 def txt(text): return {"type": "text", "text": text}
-def use(id, name="f", input=None): return {"type": "tool_use", "id": id, "name": name,
-                                           "input": input or {}}
 def think(text, signature): return {"type": "thinking", "thinking": text, "signature": signature}
 def doc(source, **members): return {"type": "document", "source": source, **members}
+
+
+def use(id, name="f", input=None):
+    return {"type": "tool_use", "id": id, "name": name, "input": input or {}}
 
 
 def res(id, *content, **members):
@@ -138,8 +143,10 @@ def call(id, name="f", arguments="{}", **members):
             "function": {"name": name, "arguments": arguments}, **members}
 
 
-def msg(text, calls, **members): return {"role": "assistant", "content": text,
-                                         "tool_calls": calls, **members}
+def msg(text, calls, **members):
+    return {"role": "assistant", "content": text, "tool_calls": calls, **members}
+
+
 def tmsg(id, text): return {"role": "tool", "tool_call_id": id, "content": text}
 def part(text): return {"type": "text", "text": text}
 def compact(value): return json.dumps(value, separators=(",", ":"))
@@ -154,8 +161,8 @@ ADAPTIVE, DISABLED = {"type": "adaptive"}, {"type": "disabled"}
 OMITTED = {"type": "adaptive", "display": "omitted"}
 WEB_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
 STRICT = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"],
-          "additionalProperties": False}  # qualifies as strict
-LOOSE = without(STRICT, "required")  # does not
+          "additionalProperties": False}
+LOOSE = without(STRICT, "required")  # OpenAI does not accept it as strict
 
 
 def enabled(budget): return {"type": "enabled", "budget_tokens": budget}
@@ -169,21 +176,21 @@ def response_format(schema, strict):
 
 
 def sent(asked, host="openai", session_id=""):
-    """What goes upstream, as the upstream reads it; checked for what must hold of every request."""
+    """The body as the upstream reads it, checked for the rules that hold for every request."""
     before = copy.deepcopy(asked)
     translation = aiapiproxy.checked_translation(asked, SETTINGS[host], session_id)
     assert asked == before, "the client's own objects are never changed"
     body = json.loads(aiapiproxy.json_bytes(translation.body).decode("ascii"))
     check_conversation(body["messages"])
-    read = aiapiproxy.request_value(json.dumps(asked))  # as the server does it
+    read = aiapiproxy.request_value(json.dumps(asked))  # as the server parses it
     again = aiapiproxy.checked_translation(read, SETTINGS[host], session_id)
     assert json.loads(aiapiproxy.json_bytes(again.body)) == body
     return body
 
 
 def check_conversation(messages):
-    """The promises about neighbours, whatever the client sent."""
-    owed = []  # ids of calls that still want their tool message
+    """Checks the order and the roles of messages, which hold for every request of a client."""
+    owed = []  # ids of calls without their tool message so far
     for before, message in zip([{"role": None}] + messages, messages):
         role = message["role"]
         if role == "tool":
@@ -193,8 +200,7 @@ def check_conversation(messages):
             continue
         assert not owed, "every call has its tool message before anything else follows"
         assert role != before["role"], "neighbours of one role are one message"
-        assert (role != "system"
-                or before["role"] is None), "a system message stands first, or nowhere"
+        assert role != "system" or before["role"] is None, "only the first message is the system's"
         calls = message.get("tool_calls", [])
         assert message["content"] or calls, "no message is empty"
         assert calls or "tool_calls" not in message
@@ -213,20 +219,22 @@ def completion(message=None, finish="stop", usage=None, **choice):
     return answer if usage is None else {**answer, "usage": usage}
 
 
-def calling(*calls, content=None, **members): return {"content": content, "tool_calls": list(calls),
-                                                      **members}
-def used(prompt, generated, **more): return {"prompt_tokens": prompt,
-                                             "completion_tokens": generated, **more}
+def calling(*calls, content=None, **members):
+    return {"content": content, "tool_calls": list(calls), **members}
+
+
+def used(prompt, generated, **more):
+    return {"prompt_tokens": prompt, "completion_tokens": generated, **more}
 
 
 def new_ids():
-    """In place of chance: every id is another, and the same in each run."""
+    """Ids in place of random ones: all different, and the same in each run."""
     count = itertools.count(1)
     return lambda length: str(next(count)).zfill(length)
 
 
 def readable(made):
-    """An id or a signature that the proxy made, its chance left out and its payload decoded."""
+    """An id or a signature of the proxy, without its random part and with its payload decoded."""
     if re.fullmatch(r"toolu_\d{24}", made):
         return "toolu_new"
     carried = re.fullmatch(r"toolu_([rx])[A-Za-z0-9]{6}_(.+)|aap1\.([crdn])\.(.*)", made)
@@ -269,8 +277,10 @@ def creason(text): return chunk({"reasoning_content": text})
 def frag(*each): return chunk({"tool_calls": [entry(*each)]})
 def frags(*entries): return chunk({"tool_calls": [entry(*each) for each in entries]})
 def cend(reason): return chunk({}, reason)
-def cuse(prompt, generated, **more): return {"choices": [],
-                                             "usage": used(prompt, generated, **more)}
+
+
+def cuse(prompt, generated, **more):
+    return {"choices": [], "usage": used(prompt, generated, **more)}
 
 
 DONE = "[DONE]"
@@ -286,9 +296,9 @@ def sse(chunks):
 # ---- Streams: events out
 #
 #   MS message_start    0+text block start    0t".." text    0h".." thinking    0s".." signature
-#   0j`..` input JSON   0- block stop    MD(reason) message_delta    ME message_stop    ERR(type) error
+#   0j`..` input JSON   0- block stop   MD(reason) message_delta   ME message_stop   ERR(type) error
 #
-# The ping after message_start is always there and is not written; a later one would be PING.
+# The ping after message_start is always sent and is not written here; a later one would be PING.
 
 DELTAS = {"text_delta": ("text", "text", "t"), "thinking_delta": ("thinking", "thinking", "h"),
           "signature_delta": ("thinking", "signature", "s"),
@@ -298,7 +308,7 @@ LAST_DELTAS = {"text": ["text_delta"], "thinking": ["signature_delta"],
 
 
 def events(raw):
-    """The data of each event.  Strict about the bytes: two lines, LF, ASCII, an empty line."""
+    """The data of each event, which has to be two lines of ASCII with LF, and an empty line."""
     *pieces, rest = raw.decode("ascii").split("\n\n")
     assert rest == "", "the last event is complete"
     found = []
@@ -311,19 +321,17 @@ def events(raw):
 
 
 def check_order(found):
-    """What every stream must keep to: the SDKs lose text, or crash, where it does not."""
+    """Checks the order of events: the SDKs lose text, or crash, where a stream breaks it."""
     kinds = [event["type"] for event in found]
     assert kinds[:2] == ["message_start", "ping"] and kinds.count("message_start") == 1
     message = found[0]["message"]
     assert (re.fullmatch(r"msg_[A-Za-z0-9]{24}", message["id"])
             and message["usage"]["input_tokens"] >= 1)
     assert without(message, "id", "model") == {
-        "type": "message", "role": "assistant", "content": [], "stop_reason": None,
-        "stop_sequence": None,
-        "stop_details": None, "usage": {"input_tokens": message["usage"]["input_tokens"],
-                                        "output_tokens": 0,
-                                        "cache_creation_input_tokens": 0,
-                                        "cache_read_input_tokens": 0}}
+        "type": "message", "role": "assistant", "content": [],
+        "stop_reason": None, "stop_sequence": None, "stop_details": None,
+        "usage": {"input_tokens": message["usage"]["input_tokens"], "output_tokens": 0,
+                  "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}}
     if kinds[-1] == "error":
         assert "message_delta" not in kinds and "message_stop" not in kinds
         assert kinds.count("error") == 1 and found[-1]["error"].keys() == {"type", "message"}
@@ -372,9 +380,9 @@ def notation(event):
                                      json.dumps(readable(text) if letter == "s" else text,
                                                 ensure_ascii=False))
     if kind == "message_delta":
-        hit = event["delta"]["stop_sequence"]
-        return f"MD({event['delta']['stop_reason']}" + (")" if hit is None
-                                                        else f",{json.dumps(hit)})")
+        found = event["delta"]["stop_sequence"]
+        sequence = "" if found is None else f",{json.dumps(found)}"
+        return f"MD({event['delta']['stop_reason']}{sequence})"
     return {"message_start": "MS", "content_block_stop": f"{index}-", "message_stop": "ME",
             "ping": "PING", "error": f"ERR({event.get('error', {}).get('type')})"}[kind]
 
@@ -385,7 +393,7 @@ def printed(raw):
 
 
 def streamed(pieces, translation):
-    """The events of a stream that arrives in these pieces; one that never began is its HTTP status."""
+    """The events of a stream that arrives in these pieces, or the HTTP status of an early error."""
     translator = aiapiproxy.StreamTranslator(translation, new_ids())
     out = []
     try:
@@ -395,20 +403,18 @@ def streamed(pieces, translation):
         if not translator.done:
             out.append(translator.finish())
     except aiapiproxy.ProxyError as error:
-        assert (not translator.started
-                and not b"".join(out)), "once it has begun, an error is an event"
+        assert not translator.started and not b"".join(out), "after the start an error is an event"
         return f"HTTP {error.status} {error.kind}"
     assert translator.started and translator.done
     return b"".join(out)
 
 
 ODD = [None, True, 0, -1, 1.5, "", "x", [], {}, [None], {"type": None}, {"type": "text"},
-       {"x": [{}]}, "\ud83d",
-       [{"type": "text", "text": 5}], 10 ** 30]
+       {"x": [{}]}, "\ud83d", [{"type": "text", "text": 5}], 10 ** 30]
 
 
 def spoiled(value, dice):
-    """A copy with one member, somewhere, replaced by something that nobody expects there, or gone."""
+    """A copy in which one member, at any depth, is missing or has a value of the wrong kind."""
     value = copy.deepcopy(value)
     places = [(parent, key) for parent in containers(value) for key in (
         parent if isinstance(parent, dict) else range(len(parent)))]
@@ -429,7 +435,7 @@ def containers(value):
 
 
 def every_split(raw):
-    """The same bytes as they may arrive: whole, one by one, and cut in two at every place."""
+    """The ways in which bytes may arrive: whole, one by one, and cut in two at every place."""
     yield [raw]
     yield [raw[at:at + 1] for at in range(len(raw))]
     for at in range(1, len(raw)):
@@ -441,17 +447,18 @@ def check_stream(raw, want, asked, host="openai"):
     seen = None
     for pieces in every_split(raw):
         out = streamed(pieces, translation)
-        if out != seen:  # printing is dear: only what is new is looked at
-            assert ((out if isinstance(out, str) else printed(out))
-                    == want), f"in {len(pieces)}: {pieces[0]!r}"
+        if out != seen:  # printed() is slow: once for equal bytes
+            found = out if isinstance(out, str) else printed(out)
+            assert found == want, f"in {len(pieces)}: {pieces[0]!r}"
         seen = out
+
 
 # ---- Usage and chunks that several sections need
 
 def usage(input, generated, read=0, written=0, tier=None, **details):
     return {"input_tokens": input, "cache_creation_input_tokens": written,
-            "cache_read_input_tokens": read,
-            "output_tokens": generated, "service_tier": tier, **details}
+            "cache_read_input_tokens": read, "output_tokens": generated, "service_tier": tier,
+            **details}
 
 
 def cached(count, **more): return {"prompt_tokens_details": {"cached_tokens": count, **more}}
@@ -471,16 +478,17 @@ SIMPLE = sse([ROLE, ctext("Hel"), ctext("lo"), cend("stop"), cuse(5, 3), DONE])
 
 
 def blocks_of(raw):
-    """The content of the message that a client puts together from the events."""
+    """The content of the message that a client makes of the events."""
     blocks, texts = [], []
     for event in events(raw):
         if event["type"] == "content_block_start":
             blocks.append(dict(event["content_block"]))
-        elif event["type"] == "content_block_delta" and event["delta"]["type"] == "input_json_delta":
-            texts.append(event["delta"]["partial_json"])
         elif event["type"] == "content_block_delta":
             member = DELTAS[event["delta"]["type"]][1]
-            blocks[-1][member] += event["delta"][member]
+            if member == "partial_json":
+                texts.append(event["delta"][member])
+            else:
+                blocks[-1][member] += event["delta"][member]
         elif event["type"] == "content_block_stop" and blocks[-1]["type"] == "tool_use":
             blocks[-1]["input"], texts = json.loads("".join(texts) or "{}"), []
     return blocks
@@ -505,8 +513,8 @@ EXTRA = {"google": {"thought_signature": "sig"}}
 
 
 def conversation_with(id):
-    return [usr("a"), asst([use(id)]),
-            usr([res(id, "ok")])], [usr("a"), msg(None, [call(id)]), tmsg(id, "ok")]
+    return ([usr("a"), asst([use(id)]), usr([res(id, "ok")])],
+            [usr("a"), msg(None, [call(id)]), tmsg(id, "ok")])
 
 
 SEARCH_RESULT = {"type": "search_result", "title": "T", "source": "S",
@@ -516,20 +524,20 @@ SEARCH_RESULT = {"type": "search_result", "title": "T", "source": "S",
 def inside(schema): return {"type": "object", "properties": {"a": schema}}
 
 
-SESSION = {  # the first turn of a session: attribution, a system message after the user's, deferred tools
+# The first request of a Claude Code session: an attribution header, a system message after the
+# user's, and deferred tools.
+SESSION = {
     "model": "claude-opus-5-5", "max_tokens": 128000, "stream": True,
-    "thinking": {"type": "adaptive",
-                 "display": "updates"},
+    "thinking": {"type": "adaptive", "display": "updates"},
     "system": [billing("cc_version=2.1.154.d3f; cc_entrypoint=cli; cch=0a1b2;"),
                {**txt("You are the client."), "cache_control": {"type": "ephemeral"}},
                {**txt("Work well."), "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
     "messages": [usr([txt("<system-reminder>\nContext.\n</system-reminder>"),
-                    {**txt("Read it."), "cache_control": {"type": "ephemeral"}}]),
+                      {**txt("Read it."), "cache_control": {"type": "ephemeral"}}]),
                  sysm([txt("Be careful.")], output_config={"effort": "medium"})],
     "tools": [tool("Read", {"$schema": "https://json-schema.org/draft/2020-12/schema", **STRICT}),
               tool("ToolSearch"), deferred("DeferredToolPlaceholder"), deferred("WebFetch"),
-              deferred("TaskCreate"),
-              tool("Bash", eager_input_streaming=True)],
+              deferred("TaskCreate"), tool("Bash", eager_input_streaming=True)],
     "metadata": {"user_id": "{\"device\":\"d\"}"}, "output_config": {"effort": "high"},
     "safeguards": [{"type": "x"}],
     "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
@@ -537,7 +545,7 @@ SESSION = {  # the first turn of a session: attribution, a system message after 
 
 
 class Exactly(dict):
-    """The whole body; a plain dict names some of its members, None standing for "not sent"."""
+    """All members of a body; a plain dict has some of them, and None stands for "not sent"."""
 
 
 def check_body(body, want):
@@ -564,20 +572,21 @@ JSON_ERROR = {"error": {"message": "bad", "type": "invalid_request_error"}}
 
 # ---- The upstream as a server, and clients of the proxy
 #
-# `FakeUpstream` plays replies, one a request, the last one again and again.  The parts of a reply's body are
-# bytes to send, gates (asyncio.Event) to wait for, and at last how it ends.
-# No test sleeps: it waits for a fact.
+# `FakeUpstream` plays one reply for each request, and the last one for all further requests.  The
+# parts of a reply's body are bytes to send, gates (asyncio.Event) to wait for, and at last its end:
+# complete, by a reset of the connection, too early, or never.  Tests don't sleep for a fixed time:
+# they wait until something is true.
 
-END, RESET, CUT, HANG = "END", "RESET", "CUT", "HANG"  # properly; by a reset; too early; never
+END, RESET, CUT, HANG = "END", "RESET", "CUT", "HANG"
 
 
 def run(coroutine):
-    """The result of a test that waits, or a failure after 5 s."""
+    """The result of a coroutine, or a failure after 5 s."""
     return asyncio.run(asyncio.wait_for(coroutine, 5))
 
 
 class Reply:
-    """What the upstream says to one request."""
+    """The upstream's answer to one request."""
 
     def __init__(self, status, headers, parts, length=None):
         framing = "transfer-encoding: chunked" if length is None else f"content-length: {length}"
@@ -589,8 +598,8 @@ class Reply:
 
 def reply(status, body, content_type="application/json", **headers):
     """A whole body: JSON, text or bytes."""
-    raw = body if isinstance(body, bytes) else body.encode() if isinstance(body,
-                                                                           str) else json.dumps(body).encode()
+    raw = (body if isinstance(body, bytes) else body.encode() if isinstance(body, str)
+           else json.dumps(body).encode())
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     return Reply(status, {"content-type": content_type, **headers}, [raw, END], len(raw))
 
@@ -607,8 +616,8 @@ class Heard:
 
     def __init__(self, head, body):
         self.line, *fields = head.decode("latin-1").rstrip().split("\r\n")
-        self.headers = {name.lower(): value.strip() for name, _,
-                        value in (field.partition(":") for field in fields)}
+        self.headers = {name.lower(): value.strip()
+                        for name, _, value in (field.partition(":") for field in fields)}
         self.body = json.loads(body)
 
 
@@ -632,14 +641,14 @@ class FakeUpstream:
         await asyncio.gather(*self.connections)
 
     async def serve(self, reader, writer):
-        """One connection: request, reply, request, reply ..., watched all the time for its end."""
+        """Serves one connection, and notes at once when it ends."""
         self.connections.add(asyncio.current_task())
         watch = asyncio.ensure_future(reader.read(1))
         try:
             while await watch:
                 head = watch.result() + await reader.readuntil(b"\r\n\r\n")
-                body = await reader.readexactly(int(re.search(rb"(?i)content-length: *(\d+)",
-                                                              head).group(1)))
+                length = int(re.search(rb"(?i)content-length: *(\d+)", head).group(1))
+                body = await reader.readexactly(length)
                 self.requests.append(Heard(head, body))
                 self.asked.set()
                 watch = asyncio.ensure_future(reader.read(1))
@@ -704,13 +713,10 @@ class Asking:
         self.port, self.read = port, b""
         raw = (b"" if body is None else body if isinstance(body, bytes)
                else json.dumps(body).encode())
-        fields = {"host": f"127.0.0.1:{port}", "connection": "close",
-                  "content-length": len(raw), **{
-            name.replace("_", "-"): value for name, value in headers.items()}}
-        self.request = (f"{method} {path} HTTP/1.1\r\n"
-                        + "".join(f"{name}: {value}\r\n" for name, value in
-                                  fields.items())
-                        + "\r\n").encode() + raw
+        fields = {"host": f"127.0.0.1:{port}", "connection": "close", "content-length": len(raw),
+                  **{name.replace("_", "-"): value for name, value in headers.items()}}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        self.request = f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + raw
 
     async def __aenter__(self):
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -731,8 +737,8 @@ class Asking:
         self.read += await self.reader.read(-1)
         head, _, body = self.read.partition(b"\r\n\r\n")
         line, *fields = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _,
-                   value in (field.partition(":") for field in fields)}
+        headers = {name.lower(): value.strip()
+                   for name, _, value in (field.partition(":") for field in fields)}
         if headers.get("transfer-encoding") == "chunked":
             body = unchunked(body)
         return int(line.split(" ")[1]), headers, body
@@ -756,18 +762,17 @@ async def ask(port, method="POST", path="/v1/messages", body=None, **headers):
 
 
 def said(answer):
-    """An answer of the proxy in one word or line; errors with their envelope checked."""
+    """An answer of the proxy as a message or a line; the envelope of an error is checked."""
     status, headers, body = answer
     if headers["content-type"].startswith("text/event-stream"):
         return printed(body)
     found = json.loads(body)
     if found["type"] != "error":
         return found
-    assert found["request_id"] == headers["request-id"] and re.fullmatch(r"req_[A-Za-z0-9]{24}",
-                                                                         found["request_id"])
-    assert headers["content-type"] == "application/json" and found["error"].keys() <= {"type",
-                                                                                       "message",
-                                                                                       "details"}
+    assert found["request_id"] == headers["request-id"]
+    assert re.fullmatch(r"req_[A-Za-z0-9]{24}", found["request_id"])
+    assert headers["content-type"] == "application/json"
+    assert found["error"].keys() <= {"type", "message", "details"}
     return f"{status} {found['error']['type']}: {found['error']['message']}"
 
 
@@ -787,8 +792,8 @@ def refusal(message, param=None, code=None, status=400):
 
 # ---- Clients that send any bytes
 #
-# `Wire` is a client that sends any bytes and reads answers one by one.  `bare` is the proxy without an
-# upstream.  Behind each hostile request stands SMUGGLED, which must never be answered.
+# `Wire` is a client that sends any bytes and reads answers one by one.  `bare` is the proxy without
+# an upstream.  Each hostile request is followed by SMUGGLED, which must never be answered.
 
 def within(seconds, coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, seconds))
@@ -913,13 +918,14 @@ def descriptors():
 
 # ---- An upstream that sends any bytes
 #
-# `RawUpstream` answers by bytes, however wrong.
+# `RawUpstream` answers with any bytes, also with such that break HTTP.
 
 class RawUpstream:
-    """A server on 127.0.0.1: the n-th request of a connection gets the n-th of its answers, byte by byte.
+    """A server on 127.0.0.1 that sends the n-th answer of a script to the n-th request.
 
-    `scripts` has a list of answers for each connection, the last one for all that follow.  An answer is
-    bytes, or a list of bytes, gates and endings; behind the last answer the connection closes.
+    `scripts` has a list of answers for each connection, the last one for all further connections.
+    An answer is bytes, or a list of bytes, gates and endings.  The connection is closed after its
+    last answer.
     """
 
     def __init__(self, *scripts, tls=None):
@@ -1003,7 +1009,7 @@ KEPT = raw_answer(FINE)
 
 
 def shown(answer):
-    """The text of a message however it came, or the status and words of an error."""
+    """The text of a message, streamed or not, or the status and message of an error."""
     status, headers, body = answer
     if headers["content-type"].startswith("text/event-stream"):
         return "".join(event["delta"].get("text", "") for event in events(body)
@@ -1018,7 +1024,7 @@ def shown(answer):
 
 @contextlib.contextmanager
 def packet_hole():
-    """The URL of a host that swallows packets: its backlog is full."""
+    """The URL of a host that drops packets, because its backlog is full."""
     with contextlib.ExitStack() as stack:
         hole, *fillers = [stack.enter_context(socket.socket()) for _ in range(5)]
         hole.bind(("127.0.0.1", 0))
@@ -1031,26 +1037,25 @@ def packet_hole():
 
 # ---- The program as a process
 #
-# `Program` starts it with a clean environment in an empty folder and reads what it writes, line by line.
-# One that hangs is killed after 20 s, so that nothing waits for ever.
+# `Program` starts it with a clean environment in an empty folder and reads its output line by line.
+# A process that hangs is killed after 20 s, so no test waits forever.
 
 PATCHED = "import sys, aiapiproxy; {}; sys.exit(aiapiproxy.main(sys.argv[1:]))"
 
 
 class Program:
-    """A process of the proxy; `patch` changes constants of it first."""
+    """A process of the proxy; `patch` is code that first changes its constants."""
 
     def __init__(self, folder, *arguments, patch="", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                 before=None,
-                 **environ):
+                 before=None, **environ):
         path = os.path.abspath(aiapiproxy.__file__)
         command = [sys.executable, "-c", PATCHED.format(patch)] if patch else [sys.executable, path]
         environ = {"PATH": os.environ["PATH"], "PYTHONPATH": os.path.dirname(path),
-                   "PYTHONDONTWRITEBYTECODE": "1",
-                   "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:1/v1", **environ}
+                   "PYTHONDONTWRITEBYTECODE": "1", "OPENAI_API_KEY": KEY,
+                   "OPENAI_BASE_URL": "http://127.0.0.1:1/v1", **environ}
         self.process = subprocess.Popen([*command, *arguments], cwd=str(folder), env=environ,
-                                        stdout=stdout,
-                                        stderr=stderr, stdin=subprocess.DEVNULL, preexec_fn=before)
+                                        stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL,
+                                        preexec_fn=before)
         self.timer = threading.Timer(20, self.process.kill)
         self.timer.start()
         self.lines, self.port = [], 0
@@ -1085,7 +1090,7 @@ class Program:
         self.process.send_signal(number)
 
     def end(self):
-        """(exit code, what is left of stdout and stderr)."""
+        """(exit code, the rest of stdout, the rest of stderr)."""
         out, err = self.process.communicate()
         return self.process.returncode, (out or b"").decode(), (err or b"").decode()
 
@@ -1138,17 +1143,18 @@ def hanging_upstream():
 
 
 def wait_for(fact):
-    """Waits until something outside of this process is so; 10 s at most."""
+    """Waits until something outside of this process is true, 10 s at most."""
     end = time.monotonic() + 10
     while not fact():
-        assert time.monotonic() < end, "it does not come"
+        assert time.monotonic() < end, "it is not true after 10 s"
         threading.Event().wait(0.01)
 
 
 def free_port():
-    """A port that nobody has, below those that the system gives to outgoing connections."""
+    """A free port, below those that the system gives to outgoing connections."""
     while True:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(20000, 30000))) as free:
+        address = ("127.0.0.1", random.randrange(20000, 30000))
+        with contextlib.suppress(OSError), socket.create_server(address) as free:
             return free.getsockname()[1]
 
 
@@ -1202,8 +1208,8 @@ def test_tools_that_came_before_are_read_as_the_first_time(text):
 def test_tools_that_differ_in_the_type_of_a_number_are_other_tools():
     for value in ("1", "true", "1.0", '"1"', "1", "true"):
         text = '{"tools":' + MANY.replace('"x"', value) + "}"
-        found = aiapiproxy.request_value(text)["tools"][3]["input_schema"]["properties"]["a"]["default"]
-        assert compact(found) == value
+        (*_, last) = aiapiproxy.request_value(text)["tools"]
+        assert compact(last["input_schema"]["properties"]["a"]["default"]) == value
 
 
 @table([
@@ -1321,12 +1327,10 @@ EFFORTS = [  # model, request members, reasoning_effort
     ("between_tools is disabled", "gpt-5.1", {"thinking": {"type": "between_tools"}}, "none"),
     *[(f"effort {asked} for {model}", model, effort(asked), want) for model, asked, want in (
         ("o3", "max", "high"), ("gpt-5.1", "max", "high"), ("gpt-5.2", "max", "xhigh"),
-        ("gpt-5.6", "max", "max"),
-        ("gpt-5.6", "xhigh", "xhigh"), ("gpt-6", "max", "max"), ("gpt-5-pro", "low", "high"),
-        ("gpt-5-codex", "max", "high"), ("gpt-5.10", "max", "max"), ("gpt-4o", "max", None),
-        ("o1-mini", "high", None),
-        ("gpt-5-chat-latest", "high", None), ("gpt-5.1", "huge", None),
-        ("grok-3-mini", "medium", "low"))],
+        ("gpt-5.6", "max", "max"), ("gpt-5.6", "xhigh", "xhigh"), ("gpt-6", "max", "max"),
+        ("gpt-5-pro", "low", "high"), ("gpt-5-codex", "max", "high"), ("gpt-5.10", "max", "max"),
+        ("gpt-4o", "max", None), ("o1-mini", "high", None), ("gpt-5-chat-latest", "high", None),
+        ("gpt-5.1", "huge", None), ("grok-3-mini", "medium", "low"))],
     ("from gpt-5.4 on without tools", "gpt-5.4", effort("high"), "high"),
     ("from gpt-5.4 on tools forbid effort", "gpt-5.4",
      {**effort("high"), "tools": [tool("f")]}, "none"),
@@ -1523,15 +1527,14 @@ EVERY_FIELD = {
     **req(), "system": [txt("s")], "stream": False, "temperature": 0.5, "top_p": 0.5, "top_k": 5,
     "stop_sequences": ["a"], "metadata": {"user_id": "u"}, "service_tier": "auto",
     "tools": [{**tool("f"), "description": "d", "strict": True,
-               "cache_control": {"type": "ephemeral"},
-               "input_examples": [{}], "type": "custom", "defer_loading": False}, WEB_SEARCH],
+               "cache_control": {"type": "ephemeral"}, "input_examples": [{}], "type": "custom",
+               "defer_loading": False}, WEB_SEARCH],
     "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
     "thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"},
     "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": STRICT}},
     "output_format": {"type": "json_schema", "schema": STRICT}, "container": "c", "mcp_servers": [],
     "context_management": {"edits": []}, "betas": ["b"], "speed": "fast", "inference_geo": "us",
-    "thread": None,
-    "cache_control": {"type": "ephemeral"}, "fallbacks": [], "diagnostics": {},
+    "thread": None, "cache_control": {"type": "ephemeral"}, "fallbacks": [], "diagnostics": {},
     "user_profile_id": "u"}
 
 
@@ -1793,9 +1796,8 @@ def test_a_result_without_its_call_keeps_its_image():
 TURNS = [usr("a"), sysm("be careful"),
          asst([think("t", "aap1.c."), txt("x"), use("call_1"), use("call:2", "my.tool")]),
          usr([res("call:2", [txt("2"), img]), res("call_1", "1"), txt("go on")]), asst("y"),
-         usr([txt("c"), img]),
-         asst([use("call_1")]), usr([res("call_1", "", is_error=True)]), sysm("still careful"),
-         asst("z"), usr("d")]
+         usr([txt("c"), img]), asst([use("call_1")]), usr([res("call_1", "", is_error=True)]),
+         sysm("still careful"), asst("z"), usr("d")]
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -1921,8 +1923,7 @@ def test_strict_is_sent_only_where_it_is_known():
 
 
 EDITOR = {"command": "string", "path": "string", "file_text": "string", "old_str": "string",
-          "new_str": "string",
-          "insert_line": "integer", "view_range": "array"}
+          "new_str": "string", "insert_line": "integer", "view_range": "array"}
 SCREEN = {"action": "string", "coordinate": "array", "start_coordinate": "array", "text": "string",
           "scroll_direction": "string", "scroll_amount": "integer", "duration": "number",
           "region": "array"}
@@ -2224,8 +2225,8 @@ def test_result(given, want):
 
 @pytest.mark.parametrize("id",
                          ["call_1", "functions.get:0", "x" * 65, "toolu_r123456_abc",
-                          "toolu_xyz", "\u00e9",
-                          "a b", "chatcmpl-tool-" + "0" * 32, "toolu_01A09q90qw90lq917835lq9"])
+                          "toolu_xyz", "\u00e9", "a b", "chatcmpl-tool-" + "0" * 32,
+                          "toolu_01A09q90qw90lq917835lq9"])
 def test_an_id_comes_back_to_the_upstream_as_it_was(id):
     translation = aiapiproxy.checked_translation(req(), SETTINGS["local"])
     answer = completion({"content": None,
@@ -2323,8 +2324,8 @@ FIELDS = [
     ("a null field is absent", "openai",
      req(stream=None, system=None, tools=None, thinking=None, metadata=None,
                                            stop_sequences=None, tool_choice=None,
-                                           output_config=None,
-                                           compaction=None, mcp_servers=None), Exactly(PLAIN)),
+                                           output_config=None, compaction=None,
+                                           mcp_servers=None), Exactly(PLAIN)),
     ("an answer of up to 8192 tokens is not streamed", "openai", req(max_tokens=8192),
      {"stream": None}),
     ("a longer one is, to see that it lives", "openai", req(max_tokens=8193), {"stream": True}),
@@ -2335,9 +2336,8 @@ FIELDS = [
     *[(f"{name} takes max_completion_tokens", host, req(model=name),
        {"model": name, "max_completion_tokens": 100, "max_tokens": None})
       for host, name in (("openai", "gpt-5"), ("openai", "gpt-5-chat-latest"),
-                         ("local", "openai/gpt-5-mini"),
-                         ("openai", "codex-mini-latest"), ("openai", "gpt-5.1:floor"),
-                         ("openai", "ft:o4-mini:me"))],
+                         ("local", "openai/gpt-5-mini"), ("openai", "codex-mini-latest"),
+                         ("openai", "gpt-5.1:floor"), ("openai", "ft:o4-mini:me"))],
     *[(f"{name} takes max_tokens", "openai", req(model=name),
        {"max_tokens": 100, "max_completion_tokens": None})
       for name in ("gpt-4.1", "gpt-4o-mini", "olmo-2", "my-gpt-5")],
@@ -2352,10 +2352,9 @@ FIELDS = [
     *[(f"the cap of {name} is {cap}", "openai", req(model=name, max_tokens=200000),
        {"max_tokens": cap})
       for name, cap in (("gpt-4o-2024-05-13", 4096), ("chatgpt-4o-latest", 16384),
-                        ("gpt-4.1", 32768),
-                        ("gpt-4-turbo", 4096), ("gpt-3.5-turbo", 4096), ("gpt-4", 4096),
-                        ("gpt-4-0613", 4096),
-                        ("gpt-4-32k", 8192), ("openai/gpt-4o", 16384), ("llama", 200000))],
+                        ("gpt-4.1", 32768), ("gpt-4-turbo", 4096), ("gpt-3.5-turbo", 4096),
+                        ("gpt-4", 4096), ("gpt-4-0613", 4096), ("gpt-4-32k", 8192),
+                        ("openai/gpt-4o", 16384), ("llama", 200000))],
     *[(f"the cap of {name} is {cap}", "openai", req(model=name, max_tokens=200000),
        {"max_completion_tokens": cap})
       for name, cap in (("gpt-5-chat-latest", 16384), ("gpt-5.2", 128000), ("o1-mini", 65536),
@@ -2388,13 +2387,12 @@ FIELDS = [
      req(cache_control={"type": "ephemeral"}, container="c1", inference_geo="us", diagnostics={},
          speed="fast",
        context_management={"edits": [{"type": "clear_thinking_20251015"}]}, safeguards=[{}],
-       betas=["x"],
-       anthropic_version="y", foo=1, fallbacks=[], user_profile_id="u", workspace_id="w", top_k=1,
-       output_config={"task_budget": {"tokens": 1}}), Exactly(PLAIN)),
+       betas=["x"], anthropic_version="y", foo=1, fallbacks=[], user_profile_id="u",
+       workspace_id="w", top_k=1, output_config={"task_budget": {"tokens": 1}}), Exactly(PLAIN)),
     ("an OpenAI field of the client is not passed", "openai",
      req(n=2, user="u", seed=1, logprobs=True, store=True, verbosity="low", functions=[],
-       reasoning_effort="high",
-       response_format={"type": "json_object"}, max_completion_tokens=7, stop="x"), Exactly(PLAIN)),
+       reasoning_effort="high", response_format={"type": "json_object"}, max_completion_tokens=7,
+       stop="x"), Exactly(PLAIN)),
     ("no MCP servers", "openai", req(mcp_servers=[]), Exactly(PLAIN)),
 ]
 
@@ -2490,8 +2488,8 @@ def test_the_request_for_a_title():
 # 8. BLOCKS
 # ============================================================================
 #
-# A row is (sentence, chunks, events).  Thinking is adaptive, so reasoning shows.  Each stream is read whole,
-# byte by byte and cut in two at every place, and has to give the same events.
+# A row is (sentence, chunks, events).  Thinking is adaptive, so reasoning shows.  Each stream is
+# read whole, byte by byte and cut in two at every place, and has to give the same events.
 
 EMPTY_TOOL = TOOL + " 0- MD(tool_use) ME"
 PARTS = '0j`{"a"` 0j`:1}`'
@@ -2507,8 +2505,8 @@ TEXTS = [
     ("text after the finish reason", [chunk({"content": "Hel"}, "stop"), ctext("lo"), DONE], HELLO),
     ("what says nothing",
      [{"choices": [], "prompt_filter_results": []}, {"choices": None}, {"id": "x"}, chunk(None),
-      chunk({}), chunk({"content": None, "tool_calls": None}), ctext(""),
-      chunk({"tool_calls": []}), chunk({"content": "x"}, usage=None), chunk({}, ""),
+      chunk({}), chunk({"content": None, "tool_calls": None}), ctext(""), chunk({"tool_calls": []}),
+      chunk({"content": "x"}, usage=None), chunk({}, ""),
       chunk({"annotations": [{}], "audio": {}, "new": 1})] + STOP, ONE_X),
     ("a list of parts",
      [chunk({"content": [txt("Hel"), {"type": "new"}]}), chunk({"content": [txt("lo")]})] + STOP,
@@ -2583,8 +2581,8 @@ CALLS = [
      TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,g) 1j`{"b"` 1j`:2}` 1- MD(tool_use) ME'),
     ("two in turns: the second waits",
      [frags((0, "call_1", "f", ""), (1, "call_2", "g", "")), frag(0, None, None, '{"a"'),
-      frag(1, None, None, '{"b"'),
-      frag(0, None, None, ":1}"), frag(1, None, None, ":2}")] + ARGS_DONE,
+      frag(1, None, None, '{"b"'), frag(0, None, None, ":1}"),
+      frag(1, None, None, ":2}")] + ARGS_DONE,
      f'{TOOL} {PARTS} 0- 1+tool(call_2,g) 1j`{{"b"` 1j`:2}}` 1- MD(tool_use) ME'),
     ("what has waited is one delta",
      [frag(0, "call_1", "f", '{"a"'), frag(1, "call_2", "g", '{"b"'), frag(1, None, None, ":2}"),
@@ -2755,13 +2753,11 @@ def test_what_comes_goes_at_once(steps):
 
 
 CHUNKS = [ROLE, ctext("x"), ctext("\n"), ctext("END"), ctext("\ud83d"), creason("r"), WHOLE,
-          BEGIN, REST, frag(1, "call_2", "g", '{"b":'),
-          frag(1, None, None, "2}"), frag(None, None, "h", "{}"), frag(None, None, None, " "),
-          frag(0, None, "f", None),
-          frags((2, "call_3", "f", "{"), (3, "call_4", "f", "[1]")),
-          chunk({"refusal": "No."}), cuse(5, 3), cend("stop"),
-          cend("length"), cend("tool_calls"), chunk({"reasoning_details": DETAILS}),
-          chunk({"function_call": {"name": "f"}}),
+          BEGIN, REST, frag(1, "call_2", "g", '{"b":'), frag(1, None, None, "2}"),
+          frag(None, None, "h", "{}"), frag(None, None, None, " "), frag(0, None, "f", None),
+          frags((2, "call_3", "f", "{"), (3, "call_4", "f", "[1]")), chunk({"refusal": "No."}),
+          cuse(5, 3), cend("stop"), cend("length"), cend("tool_calls"),
+          chunk({"reasoning_details": DETAILS}), chunk({"function_call": {"name": "f"}}),
           {"error": {"message": "m", "code": 529}}, DONE, chunk({"content": "<think>a</think>"}),
           ctext(" x")]
 
@@ -3245,8 +3241,8 @@ CONTENTS = [  # request members, upstream message, content blocks
     ("a refusal", {}, {"content": None, "refusal": "No."}, [txt("No.")]),
     ("a refusal after text", {}, {"content": "x", "refusal": "No."}, [txt("xNo.")]),
     ("null and empty fields", {}, {"content": "x", "refusal": None, "tool_calls": [],
-                                   "function_call": None,
-                                   "reasoning_content": None, "annotations": [{}], "audio": None},
+                                   "function_call": None, "reasoning_content": None,
+                                   "annotations": [{}], "audio": None},
      [only_x]),
     ("the old function_call", {},
      {"content": None, "function_call": {"name": "f", "arguments": '{"a":1}'}},
@@ -3371,8 +3367,8 @@ def test_an_answer_that_is_none(given, status, kind, message):
 
 def test_an_odd_answer_is_a_message_or_an_error():
     message = calling(call("call_1", "f", '{"a":1}', extra_content=EXTRA),
-                      content=[txt("x"), think("t", "s")],
-                      refusal="No.", reasoning_details=DETAILS, reasoning="r", annotations=[{}])
+                      content=[txt("x"), think("t", "s")], refusal="No.", reasoning_details=DETAILS,
+                      reasoning="r", annotations=[{}])
     whole = completion(message, usage=used(9, 9, total_tokens=18, **cached(2)), stop_reason="END",
                        matched_stop=7)
     dice, asked = random.Random(1), req(thinking=ADAPTIVE, stop_sequences=["END"])
@@ -3609,9 +3605,9 @@ OVERFLOWS = [  # upstream's message or error, its numbers for the client
     *[(words, 8, 6) for words in (
         "Your input exceeds the context window of this model.", "This exceeds the context length.",
         "It exceeds the model's context.", "Input is too long for requested model.",
-        "Prompt is too long",
-        "Please reduce the length of the messages.", "Too many tokens in the prompt",
-        "Context size has been exceeded.", "model_max_prompt_tokens_exceeded", "n_keep >= n_ctx",
+        "Prompt is too long", "Please reduce the length of the messages.",
+        "Too many tokens in the prompt", "Context size has been exceeded.",
+        "model_max_prompt_tokens_exceeded", "n_keep >= n_ctx",
         "the number of tokens to keep from the initial prompt is greater than the context length",
         "Range of input length is exceeded", "no user query found in messages")],
     (error_like("context_length_exceeded")["error"], 8, 6),
@@ -3677,9 +3673,8 @@ def test_a_redirect_names_its_host():
 
 def test_rate_limits_are_told_on_a_success_too():
     for script in (reply(200, completion(TEXT), x_ratelimit_limit_requests=500,
-                         x_ratelimit_remaining_requests=499,
-                         x_ratelimit_reset_requests="6m0s", x_request_id="upstreams",
-                         set_cookie="c=1"),
+                         x_ratelimit_remaining_requests=499, x_ratelimit_reset_requests="6m0s",
+                         x_request_id="upstreams", set_cookie="c=1"),
                    stream(*X_ONLY,
                           **{"x-ratelimit-limit-requests": 500,
                              "x-ratelimit-remaining-requests": 499,
@@ -3712,9 +3707,7 @@ HISTORY = ASKED + [usr([res("call_1", "ok"), txt("b")])]
 
 
 def unsupported(name): return refusal(f"Unsupported parameter: '{name}' is not supported with this "
-                                      f"model.",
-                                      name,
-                                      "unsupported_parameter")
+                                      f"model.", name, "unsupported_parameter")
 
 
 LEARNED = [  # refusal, request, members of the request sent then and from then on
@@ -3751,8 +3744,7 @@ LEARNED = [  # refusal, request, members of the request sent then and from then 
      req(model="gpt-5.2", tools=[tool("f")], **effort("high")), {"reasoning_effort": "none"}),
     ("the efforts there are",
      refusal("Unsupported value: 'reasoning_effort' does not support 'xhigh' with this model. "
-             "Supported values are: 'low', 'medium', and 'high'.",
-             "reasoning_effort",
+             "Supported values are: 'low', 'medium', and 'high'.", "reasoning_effort",
              "unsupported_value"),
      req(model="gpt-5.2", **effort("xhigh")), {"reasoning_effort": "high"}),
     ("no effort at all", unsupported("reasoning_effort"), req(model="gpt-5.2", **effort("high")),
@@ -4649,8 +4641,7 @@ RAW_ANSWERS = [  # the upstream's bytes, what the client gets: the text x, or an
     ("100,000 levels", raw_answer(b"[" * 100000 + b"]" * 100000), "502: "),
     *((f"{value!r}", raw_answer(json.dumps(value).encode()), "502: ") for value in (
         None, 1, "x", [], {}, [[]], {"choices": None}, {"choices": {}}, {"choices": [None]},
-        {"choices": [[]]},
-        {"choices": "x"})),
+        {"choices": [[]]}, {"choices": "x"})),
 ]
 
 
@@ -4688,9 +4679,8 @@ def test_a_redirect_leads_nobody_elsewhere_and_names_its_host():
 def test_nothing_of_the_upstreams_headers_reaches_the_client():
     async def scenario(streaming):
         fields = ["Set-Cookie: a=b", "Access-Control-Allow-Origin: *", "Location: /x", "Server: s",
-                  "X-Powered-By: p",
-                  "Strict-Transport-Security: max-age=1", "request-id: req_upstream",
-                  "Connection: close", "Via: v"]
+                  "X-Powered-By: p", "Strict-Transport-Security: max-age=1",
+                  "request-id: req_upstream", "Connection: close", "Via: v"]
         body = FINE_SSE if streaming else FINE
         async with facing(raw_answer(body, *fields)) as (_, server):
             return (await ask(server.port, body=req(stream=streaming)))[1]
@@ -4924,8 +4914,8 @@ def test_a_large_request_that_is_cancelled_in_the_turn_that_its_connection_dies_
 
 # ---- TLS and outgoing proxies
 #
-# The certificates are for these tests alone: a CA and four that stand for localhost and upstream.example,
-# or fail to, all with the same key.
+# The certificates are for these tests alone: a CA and four that stand for localhost and
+# upstream.example, or fail to, all with the same key.
 
 CERTIFICATE = """\
 -----BEGIN EC PRIVATE KEY-----
@@ -5087,8 +5077,7 @@ def test_TLS(certificate, host, want, tmp_path):
             is_odd = certificate in ("plain", "cut", "silent")
             port = server.sockets[0].getsockname()[1] if is_odd else upstream.port
             async with bare(OPENAI_BASE_URL=f"https://{host}:{port}/v1",
-                            SSL_CERT_FILE=str(tmp_path / "ca.pem"),
-                            REQUEST_TIMEOUT="0.5") as proxy:
+                            SSL_CERT_FILE=str(tmp_path / "ca.pem"), REQUEST_TIMEOUT="0.5") as proxy:
                 answers = [await ask(proxy.port, body=req()) for _ in range(2)]
             assert upstream.opened <= 1 or want != "x"
         server.close()
@@ -5334,8 +5323,8 @@ def test_expect(head, body, want):
 
 
 @table([(path, path) for path in ("/health", "/health/live", "/health/ready", "/metrics",
-                                  "/v1/models", "/",
-                                  "/v1/models/claude-opus-5-5", "/x", "/v1/messages", "/status")],
+                                  "/v1/models", "/", "/v1/models/claude-opus-5-5", "/x",
+                                  "/v1/messages", "/status")],
        "path")
 def test_HEAD_is_GET_without_a_body(path):
     async def scenario():
@@ -5513,8 +5502,7 @@ def test_a_hundred_streams_half_of_whose_clients_leave_leave_nothing_behind():
             before, tasks = descriptors(), len(asyncio.all_tasks())
             async with contextlib.AsyncExitStack() as stack:
                 clients = [await stack.enter_async_context(Asking(server.port, "POST",
-                                                                  "/v1/messages",
-                                                                  req(stream=True)))
+                                                                  "/v1/messages", req(stream=True)))
                            for _ in range(100)]
                 await asyncio.gather(*[client.until(b"text_delta") for client in clients])
                 assert server.app.in_flight == 100
@@ -5544,8 +5532,7 @@ def test_one_request_more_than_MAX_CONCURRENT_REQUESTS_is_told_at_once():
                 for _ in range(5):                            # connections and unfinished heads do not count
                     await (await stack.enter_async_context(Wire(server.port))).send(b"POST /v1/messages HT")
                 clients = [await stack.enter_async_context(Asking(server.port, "POST",
-                                                                  "/v1/messages",
-                                                                  req(stream=True)))
+                                                                  "/v1/messages", req(stream=True)))
                            for _ in range(2)]
                 for client in clients:
                     await client.until(b"text_delta")
@@ -5611,13 +5598,11 @@ BAD_VALUES = {
     "SERVER_HOST": "a/b", "SERVER_PORT": "0", "OPENAI_API_KEY": "a b", "OPENAI_BASE_URL": "ftp://a",
     "CLAUDE_HAIKU_MODEL": "a\x01", "CLAUDE_SONNET_MODEL": "a\x01", "CLAUDE_OPUS_MODEL": "a\x01",
     "REQUEST_TIMEOUT": "0", "STREAM_TIMEOUT": "x", "LOG_LEVEL": "loud", "RUST_LOG": "loud",
-    "LOG_FORMAT": "xml",
-    "API_KEY_HEADER": "a b", "PROXY_API_KEY": "a b", "MAX_REQUEST_SIZE": "-1",
-    "MAX_CONCURRENT_REQUESTS": "0",
-    "WORKERS": "0", "TOKIO_WORKER_THREADS": "1.5", "HTTPS_PROXY": "socks5://a",
-    "HTTP_PROXY": "https://a",
-    "https_proxy": "http://a:b", "http_proxy": "http://", "UPSTREAM_HEADERS": "a",
-    "RUST_BACKTRACE": "2", "SSL_CERT_FILE": "a\x01", "SSL_CERT_DIR": "a\x01", "PID_FILE": "a\x01",
+    "LOG_FORMAT": "xml", "API_KEY_HEADER": "a b", "PROXY_API_KEY": "a b", "MAX_REQUEST_SIZE": "-1",
+    "MAX_CONCURRENT_REQUESTS": "0", "WORKERS": "0", "TOKIO_WORKER_THREADS": "1.5",
+    "HTTPS_PROXY": "socks5://a", "HTTP_PROXY": "https://a", "https_proxy": "http://a:b",
+    "http_proxy": "http://", "UPSTREAM_HEADERS": "a", "RUST_BACKTRACE": "2",
+    "SSL_CERT_FILE": "a\x01", "SSL_CERT_DIR": "a\x01", "PID_FILE": "a\x01",
 }
 
 
@@ -5626,8 +5611,7 @@ BAD_VALUES = {
            *(("SERVER_PORT", text) for text in ("65536", "80a", "-1", "8e3", "\u0661")),
            *(("REQUEST_TIMEOUT", text) for text in ("nan", "inf", "-1", "1e9", "1s")),
            *(("OPENAI_BASE_URL", text) for text in ("a", "http://", "http://a:x", "http://a:99999",
-                                                    "http://a b",
-                                                    "http://u:p@a", "http://[::1")),
+                                                    "http://a b", "http://u:p@a", "http://[::1")),
            *(("UPSTREAM_HEADERS", text) for text in ("a b: c", "Host: a", "a: \xe4",
                                                      "Content-Length: 1",
                                                      "a:b\rc: d"))]], "name, text")
@@ -5680,8 +5664,7 @@ def test_SIGHUP_opens_the_logs_anew(workers, tmp_path):
     out, err = tmp_path / "out.log", tmp_path / "err.log"
     with out.open("ab") as stdout, err.open("ab") as stderr:
         program = Program(tmp_path, "--port", "0", stdout=stdout, stderr=stderr, PID_FILE="p.pid",
-                          WORKERS=workers,
-                          patch="aiapiproxy.ROTATION_CHECK = 999")
+                          WORKERS=workers, patch="aiapiproxy.ROTATION_CHECK = 999")
     with program:
         wait_for(lambda: out.exists() and b"started" in out.read_bytes())
         program.port = int(json.loads(out.read_text().splitlines()[0])["address"].rpartition(":")[2])
@@ -5823,8 +5806,7 @@ def test_nothing_forges_a_line_of_the_log_a_metric_or_a_header(caplog):
             for asked in (req(model=FORGED), req(model=FORGED, stream=True),
                           req(model=FORGED.upper())):
                 answer = await ask(server.port, body=asked, x_request_id="a\tb{}\x80\"",
-                                   user_agent="\xa0\x85",
-                                   x_claude_code_session_id="\x85\"" * 200)
+                                   user_agent="\xa0\x85", x_claude_code_session_id="\x85\"" * 200)
                 assert "forged" not in str(answer[1]) and answer[0] != 500
             await ask(server.port, "GET", "/%0d%0aforged%1b[31m" + "x" * 500)
             return (await ask(server.port, "GET", "/metrics"))[2]
@@ -6143,9 +6125,8 @@ HOSTS_ASKED = [  # Host, settings, whether GET is served, whether POST is
         "localhost", "localhost:8082", "LOCALHOST", "a.localhost", "127.0.0.1",
         "127.1.2.3:99", "[::1]", "[::1]:80")),
     *((host, host, {}, False, False) for host in (
-        "evil.example", "evil.example:8082", "localhost.evil.example",
-        "127.0.0.1.evil.example", "10.0.0.1",
-        "192.168.1.5:8082", "0.0.0.0", "[::2]", "[fe80::1]", "128.0.0.1", "2130706433",
+        "evil.example", "evil.example:8082", "localhost.evil.example", "127.0.0.1.evil.example",
+        "10.0.0.1", "192.168.1.5:8082", "0.0.0.0", "[::2]", "[fe80::1]", "128.0.0.1", "2130706433",
         "mymac.local", "mymac", "x.", "a_b")),
     ("a single letter, for a program's POST alone", "x", {}, False, True),
     ("a listed one", "proxy.example:1", {"ALLOWED_HOSTS": "a.example, Proxy.Example"}, True, True),
@@ -6164,13 +6145,11 @@ def test_the_Host_of_a_request(host, more, get, post):
             key = "Authorization: Bearer proxy-key-1"
             return [await one(server.port, GET("/v1/models", key, host=f"Host: {host}")),
                     await one(server.port, POST(key, f"Content-Length: {len(HI)}", body=HI,
-                                                path="/v1/messages",
-                                                host=f"Host: {host}")),
+                                                path="/v1/messages", host=f"Host: {host}")),
                     await one(server.port, GET(f"http://{host}/v1/models", key)),
                     await one(server.port, POST(key, f"Content-Length: {len(HI)}",
-                                                "Origin: http://localhost",
-                                                body=HI, path="/v1/messages",
-                                                host=f"Host: {host}"))]
+                                                "Origin: http://localhost", body=HI,
+                                                path="/v1/messages", host=f"Host: {host}"))]
 
     answers = run(scenario())
     assert [answer[0] for answer in answers] == [200 if is_served else 403
@@ -6184,8 +6163,7 @@ def test_the_Host_of_a_request(host, more, get, post):
     *((host, {}, True) for host in ("127.0.0.1", "::1", "[::1]", "localhost", "127.0.0.1,::1",
                                     "127.3.2.1")),
     *((host, {}, False) for host in ("0.0.0.0", "::", "[::]", "192.168.1.2", "mymac.local",
-                                     "127.0.0.1,0.0.0.0",
-                                     "::ffff:1.2.3.4")),
+                                     "127.0.0.1,0.0.0.0", "::ffff:1.2.3.4")),
     ("0.0.0.0", PROXY, True), ("0.0.0.0", {"OPENAI_API_KEY": ""}, True),
     ("::", {"OPENAI_API_KEY": "", **PROXY}, True),
 ]])
@@ -6238,8 +6216,7 @@ def test_a_stream():
 @table([
     ("a client's headers are not passed on",
      {"x_stainless_os": "Linux", "anthropic_version": "2023-06-01",
-      "x_api_key": "sk-ant-1", "cookie": "c=1",
-      "x_app": "cli"}),
+      "x_api_key": "sk-ant-1", "cookie": "c=1", "x_app": "cli"}),
     ("old and new clients are served alike",
      {"anthropic_version": "2026-10-21", "authorization": "Bearer x"}),
 ], "headers")
@@ -6252,8 +6229,7 @@ def test_headers_of_a_client(headers):
     status, heard = run(scenario())
     assert status == 200 and heard["authorization"] == f"Bearer {KEY}"
     assert heard.keys() <= {"host", "content-length", "content-type", "accept", "accept-encoding",
-                            "user-agent",
-                            "authorization", "connection"}
+                            "user-agent", "authorization", "connection"}
 
 
 @pytest.mark.parametrize("streamed_too", [False, True])
@@ -6642,12 +6618,10 @@ def test_an_end_that_comes_in_the_moment_of_the_shutdown_is_sent_whole(monkeypat
 
 FUZZ_SECONDS = float(os.environ.get("AIAPIPROXY_FUZZ_SECONDS", "2"))
 PIECES = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b",", b";", b"0", b"-1", b"5\r\n",
-          b"0\r\n\r\n", b"\r\n\r\n", b"\xff",
-          b"HTTP/1.1", b"Host: a", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
-          b"Expect: 100-continue\r\n",
-          b"Connection: close\r\n", b"\xef\xbb\xbf", b"{", b"}", b"[", b'"', b"\\",
-          b"1e999", b"\\ud83d", b"null",
-          b"data: ", b"event: error\n", b"[DONE]", b"18446744073709551616", b"a" * 300]
+          b"0\r\n\r\n", b"\r\n\r\n", b"\xff", b"HTTP/1.1", b"Host: a", b"Content-Length: 5\r\n",
+          b"Transfer-Encoding: chunked\r\n", b"Expect: 100-continue\r\n", b"Connection: close\r\n",
+          b"\xef\xbb\xbf", b"{", b"}", b"[", b'"', b"\\", b"1e999", b"\\ud83d", b"null", b"data: ",
+          b"event: error\n", b"[DONE]", b"18446744073709551616", b"a" * 300]
 
 
 def mutated(raw, dice):
@@ -6789,8 +6763,7 @@ def test_list_of_models(query, ids, more):
 def model(id, name, line):
     return {"type": "model", "id": id, "display_name": name, "created_at": "1970-01-01T00:00:00Z",
             "lifecycle": "active", "line": line, "max_input_tokens": None, "max_tokens": None,
-            "capabilities": None,
-            "deprecated_at": None, "retires_at": None}
+            "capabilities": None, "deprecated_at": None, "retires_at": None}
 
 
 GETS = [  # path, answer
@@ -7036,8 +7009,8 @@ def test_check(answer, code, words, tmp_path):
     async def scenario():
         async with RawUpstream([answer]) as upstream:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, aiapiproxy.__file__, "--check", "--port", "1",
-                cwd=str(tmp_path), stdout=-1, stderr=-1,
+                sys.executable, aiapiproxy.__file__, "--check", "--port", "1", cwd=str(tmp_path),
+                stdout=-1, stderr=-1,
                 env={"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, **MODELS})
             return (*await process.communicate(), process.returncode, upstream.heads)
 
@@ -7458,14 +7431,12 @@ def test_the_readme_lists_every_setting():
 
 README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
 GUIDE = ["Prerequisites", "Build the Application", "Create Service User",
-         "Install Application Files",
-         "Configure Environment", "Install Launch Daemon", "Load and Start the Service",
-         "Service Management Commands",
-         "Monitoring and Logs", "Health Check", "Firewall Configuration",
-         "Reverse Proxy Setup (Optional)",
+         "Install Application Files", "Configure Environment", "Install Launch Daemon",
+         "Load and Start the Service", "Service Management Commands", "Monitoring and Logs",
+         "Health Check", "Firewall Configuration", "Reverse Proxy Setup (Optional)",
          "Updating the Service", "Troubleshooting", "Security Considerations", "Performance Tuning",
-         "Log Rotation",
-         "Uninstallation", "Where this differs from the guide", "Comparison: macOS and Linux"]
+         "Log Rotation", "Uninstallation", "Where this differs from the guide",
+         "Comparison: macOS and Linux"]
 
 
 def test_every_section_of_the_guide_is_in_the_readme_in_its_order():
@@ -7578,17 +7549,15 @@ def test_main_is_a_list_of_the_steps_in_the_order_of_the_file(script):
 def test_the_guides_steps_are_functions_of_install_sh_in_the_guides_order():
     assert [step for step in steps_of_main("install.sh") if step != "read_options"] == [
         "check_prerequisites", "build_the_application", "create_service_user",
-        "install_application_files",
-        "configure_environment", "install_launch_daemon", "install_log_rotation",
-        "load_and_start_service", "verify_health", "show_next_steps"]
+        "install_application_files", "configure_environment", "install_launch_daemon",
+        "install_log_rotation", "load_and_start_service", "verify_health", "show_next_steps"]
 
 
 def test_install_sh_prints_the_guides_headings(installed):
     assert re.findall("^==> (.*)", (installed.state / "stdout").read_text(), re.M) == [
         "Prerequisites", "Build the Application", "Create Service User",
-        "Install Application Files",
-        "Configure Environment", "Install Launch Daemon", "Log Rotation",
-        "Load and Start the Service", "Health Check"]
+        "Install Application Files", "Configure Environment", "Install Launch Daemon",
+        "Log Rotation", "Load and Start the Service", "Health Check"]
 
 
 @SCRIPTS
@@ -7788,14 +7757,13 @@ class Mac:
         for name in ("calls", "changes"):
             (self.state / name).write_text("")
         environment = {"PATH": f"{self.tools}:{os.environ['PATH']}",
-                       "REAL_PATH": os.environ["PATH"],
-                       "MAC": str(self.state), "DISK": str(self.disk),
-                       "KILL_AT": str(kill_at), **environ}
+                       "REAL_PATH": os.environ["PATH"], "MAC": str(self.state),
+                       "DISK": str(self.disk), "KILL_AT": str(kill_at),
+                       **environ}
         path = script if "/" in script else f"{self.checkout}/{script}"
         return subprocess.run([*shell, path, *arguments], cwd=cwd, env=environment,
-                              stdin=stdin, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              start_new_session=True, timeout=60)
+                              stdin=stdin, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, start_new_session=True, timeout=60)
 
     def calls(self, beginning=""):
         return self._lines("calls", beginning)
@@ -7927,8 +7895,8 @@ def test_quarantine_is_taken_off_what_launchd_reads_and_runs(installed):
 def test_the_account_is_hidden_locked_and_its_own_group(installed):
     assert installed.attributes("/Users/_aiapiproxy") == {
         "UserShell": "/usr/bin/false", "RealName": "AI API Proxy Service",
-        "NFSHomeDirectory": "/var/empty",
-        "Password": "*", "IsHidden": "1", "PrimaryGroupID": "499", "UniqueID": "499"}
+        "NFSHomeDirectory": "/var/empty", "Password": "*", "IsHidden": "1", "PrimaryGroupID": "499",
+        "UniqueID": "499"}
 
 
 def test_the_group_has_the_user_as_its_member(installed):
@@ -8304,8 +8272,8 @@ def test_the_service_is_down_before_its_files_go_and_rotation_before_the_account
     assert [line for line in installed.changes() if not line.startswith("launchctl bootout")] == [
         "rm -f /Library/LaunchDaemons/com.aiapiproxy.plist",
         "rm -f /etc/newsyslog.d/aiapiproxy.conf", "rm -f /usr/local/bin/aiapiproxy",
-        f"rm -rf /{ETC}", f"rm -rf /{LOG}",
-        "dscl . -delete /Users/_aiapiproxy", "dscl . -delete /Groups/_aiapiproxy"]
+        f"rm -rf /{ETC}", f"rm -rf /{LOG}", "dscl . -delete /Users/_aiapiproxy",
+        "dscl . -delete /Groups/_aiapiproxy"]
 
 
 def test_purging_leaves_the_folders_of_others_and_their_files(installed):
@@ -8349,11 +8317,12 @@ def test_an_uninstallation_that_is_killed_again_and_again_is_finished_all_the_sa
 # THE BENCHMARK: python3 test_aiapiproxy.py --bench
 # ============================================================================
 #
-# Three processes: this one asks, the proxy is the program as its users start it, and a fork of this one is
-# the upstream, whose answers are made beforehand.  The name of the model says what it answers:
-# bench-KIND-CHUNKS-INTERVAL-DELAY, times in ms.  Every answer is checked, and no two requests and no two
-# chunks of an answer are alike.  On fewer than three cores the three take time from each other, so the
-# proxy can do more than is shown; CPU is the proxy's alone.  WORKERS goes on to the proxy.
+# Three processes: this one asks, the proxy is the program as its users start it, and a fork of this
+# one is the upstream, whose answers are made beforehand.  The name of the model says what it
+# answers: bench-KIND-CHUNKS-INTERVAL-DELAY, times in ms.  Every answer is checked, and no two
+# requests and no two chunks of an answer are alike.  On fewer than three cores the three take time
+# from each other, so the proxy can do more than is shown; CPU is the proxy's alone.  WORKERS goes
+# on to the proxy.
 
 KB = 1024                                # bytes
 MB = 1024 * KB
@@ -8451,8 +8420,7 @@ MESSAGE_STOP = b'event: message_stop\ndata: {"type":"message_stop"}\n\n\r\n0\r\n
 CODE = 'def total(prices, rate):\n    """With tax."""\n    return sum(prices) * (1 + rate)  # "0.19"\n\n'
 TURN = 3125                              # bytes
 MARKS = {                                # kind of answer -> (what each chunk's event has, what the end is)
-    "plain": (b'"text":"Hello"', b"}"),
-    "text": (b'"text_delta","text":"word', MESSAGE_STOP),
+    "plain": (b'"text":"Hello"', b"}"), "text": (b'"text_delta","text":"word', MESSAGE_STOP),
     "tool": (b'"input_json_delta","partial_json":"word', MESSAGE_STOP),
 }
 
@@ -8542,8 +8510,8 @@ def event_chunk(data):
     """One event of the upstream in a chunk of its own, with all the members that OpenAI sends."""
     if isinstance(data, dict):
         data = {"id": "chatcmpl-CXyzabcdefghijklmnopqrstuv", "object": "chat.completion.chunk",
-                "created": 1790000000, "model": "gpt-4o-2024-08-06",
-                "service_tier": "default", **data}
+                "created": 1790000000, "model": "gpt-4o-2024-08-06", "service_tier": "default",
+                **data}
     event = sse([data])
     return b"%x\r\n%b\r\n" % (len(event), event)
 
