@@ -206,11 +206,20 @@ class ProtocolError(ProxyError):
 
 
 class UpstreamError(ProxyError):
-    """The upstream failed or refused.  `upstream_status` is its own status, 0 when it gave none."""
+    """The upstream failed.  `upstream_status` is its own status, 0 where it gave none.
+
+    `log_message`: the text for the log, because an upstream's own words may quote the prompt.
+    """
 
     outcome = "upstream_error"
-    upstream_status = 0
-    is_context_overflow = False
+
+    def __init__(self, status: int, message: str, *, headers: Optional[Dict[str, str]] = None,
+                 upstream_status: int = 0, is_context_overflow: bool = False,
+                 log_message: str = "") -> None:
+        super().__init__(status, message, headers=headers)
+        self.upstream_status = upstream_status
+        self.is_context_overflow = is_context_overflow
+        self.log_message = log_message or message
 
 
 class ConnectionLost(UpstreamError):
@@ -2616,118 +2625,171 @@ def fragment_arguments(entry: Json) -> str:
 # 13. UPSTREAM ERRORS
 # ============================================================================
 #
-# Every server words its errors in its own way; clients act on the status, the type
-# and a few exact wordings.  `upstream_error` finds the facts and gives the error
-# that makes a client do the right thing.  [Anthropic: errors] [OpenAI: error codes]
+# Every server words its errors in its own way; clients act on the status, the type and a few exact
+# wordings.  First the facts are read from wherever a server put them; then one error is built from
+# them that makes a client do the right thing.  [Anthropic: errors] [OpenAI: error codes]
 
-# ---- 13.1 facts ------------------------------------------------------------
+# ---- 13.1 one error from the facts -----------------------------------------
 
-@dataclass(eq=False, repr=False)
+def upstream_error(status: int, headers: Mapping[str, str], body: bytes, translation: Translation,
+                   now: float) -> UpstreamError:
+    """The error for an upstream's answer that is not 2xx.  `now`: seconds since 1970."""
+    value = error_value(body)
+    facts = replace(error_facts(status, value), headers=headers)
+    if not facts.message:
+        summary = response_summary(status, body if value is None else b"")
+        facts = replace(facts, message=summary, has_own_words=False)
+    return error_from_facts(facts, translation, now)
+
+
+def error_from_object(value: Any, translation: Translation) -> UpstreamError:
+    """The error for an error object that an upstream sent with status 200, or inside a stream."""
+    facts = error_facts(0, value)
+    message = facts.message or "The upstream sent an error without a message"
+    facts = replace(facts, status=status_of_object(value, facts), message=message)
+    return error_from_facts(facts, translation, 0)
+
+
+def error_from_facts(facts: ErrorFacts, translation: Translation, now: float) -> UpstreamError:
+    """The error that the client sees: a context overflow first, then quota, then by status.
+
+    The log gets codes and types only, each a plain word: a sentence may quote the prompt.
+    """
+    overflow = context_overflow(facts)
+    if overflow is not None:
+        status, message = 400, overflow_message(overflow, translation.input_estimate())
+    else:
+        status = 402 if is_out_of_quota(facts, translation.profile) else client_status(facts.status)
+        message = client_message(status, facts, translation)
+    codes = re.findall(r"(?<!\S)[a-z0-9_.-]{1,40}(?!\S)", facts.codes)
+    logged = redacted(" ".join(codes), translation.secrets)[:100]
+    return UpstreamError(status, message, headers=client_headers(status, facts, now),
+                         upstream_status=facts.status, is_context_overflow=overflow is not None,
+                         log_message=f"the upstream answered {facts.status} {logged}".rstrip())
+
+
+def reached_output_limit(status: int, body: bytes) -> bool:
+    """Whether max_tokens was used up before the first visible token: then the answer is empty.
+
+    OpenAI's reasoning models answer that with a 400.
+    """
+    return status == 400 and OUTPUT_LIMIT in body
+
+
+OUTPUT_LIMIT = b"Could not finish the message because max_tokens or model output limit"
+
+
+# ---- 13.2 facts ------------------------------------------------------------
+
+@dataclass(frozen=True, eq=False, repr=False)
 class ErrorFacts:
-    """The facts of an upstream's error, wherever it put them."""
-    status: int
+    """The facts of an upstream's error, wherever the upstream put them."""
+    status: int                              # HTTP status, or the object's code
     message: str = ""
-    param: str = ""
-    words: str = ""                      # code, type and status words, lower case, joined by blanks
-    fields: Json = field(default_factory=dict)
+    param: str = ""                          # the field that the error is about
+    codes: str = ""                          # code, type, status: lower case
+    fields: Json = field(default_factory=dict)               # of the innermost error object
+    headers: Optional[Mapping[str, str]] = None              # None: an object in a 200
+    has_own_words: bool = True               # False: we made the message
 
-    def names_field(self, name: str) -> bool:
-        """Whether the refusal is about the request's field of this name."""
-        if self.param == name or self.param.startswith((name + ".", name + "[")):
-            return True
-        word = re.escape(name)
-        camel = re.sub(r"_(\w)", lambda match: match[1].upper(), name)        # xAI: reasoningEffort
-        word = word if camel == name else f"(?:{word}|{camel})"
-        if re.search(rf"[\"'`]{word}[\"'`]", self.message):
-            return True
-        return bool((re.search(UNKNOWN_FIELD, self.words) or re.search(UNKNOWN_FIELD, self.message, re.I))
-                    and re.search(rf"(?<![\w-]){word}(?![\w-])", self.message))
-
-    def matches(self, pattern: str) -> Optional[Match[str]]:
+    def search(self, pattern: str) -> Optional[Match[str]]:
+        """The first match of a pattern in the message, in capitals or small letters."""
         return re.search(pattern, self.message, re.I | re.S)
 
+    def matches(self, pattern: str) -> bool:
+        return self.search(pattern) is not None
 
-UNKNOWN_FIELD = (r"unsupported|unrecognized|unknown|not permitted|not supported|extra_forbidden|does not support|"
-                 r"incompatible|not allowed|not accepted|does not accept|not available")
+    def says_unknown(self) -> bool:
+        """Whether the error says that the model does not know or support something."""
+        return self.matches(UNKNOWN_FIELD) or re.search(UNKNOWN_FIELD, self.codes) is not None
+
+    def names_field(self, name: str) -> bool:
+        """Whether the error is about the body's field of this name.
+
+        It is named by `param`, in quotes, or as a plain word of a sentence about unknown fields.
+        xAI writes the name in camel case: reasoningEffort.
+        """
+        if self.param == name or self.param.startswith((name + ".", name + "[")):
+            return True
+        camel = re.sub(r"_(\w)", lambda match: match[1].upper(), name)
+        if re.search(rf"[\"'`](?:{name}|{camel})[\"'`]", self.message):
+            return True
+        is_word = re.search(rf"(?<![\w-])(?:{name}|{camel})(?![\w-])", self.message)
+        return bool(is_word) and self.says_unknown()
+
+
+UNKNOWN_FIELD = (
+    r"unsupported|unrecognized|unknown|not permitted|not supported|extra_forbidden|incompatible|"
+    r"does not support|not allowed|not accepted|does not accept|not available")
+
+
+def error_value(body: bytes) -> Any:
+    """The JSON value of an error's body; None where the body is not JSON."""
+    try:
+        return _upstream_decoder.decode(body.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def error_facts(status: int, value: Any) -> ErrorFacts:
-    """The Refusal in a JSON body or chunk."""
+    """The facts in a JSON body or chunk.  Gemini puts its error object into a list."""
     if isinstance(value, list):
         value = value[0] if value else {}
     if not is_object(value):
         return ErrorFacts(status)
-    error = value.get("error")
-    inner = error if is_object(error) else value
-    words = [str(holder[key]).lower() for holder in (inner, value) for key in ("code", "type", "status", "error_type")
+    inner = value["error"] if is_object(value.get("error")) else value
+    codes = [str(holder[key]).lower() for holder in (inner, value) for key in ERROR_CODES
              if isinstance(holder.get(key), (str, int))]
-    return ErrorFacts(status, error_message(value), str(inner.get("param") or ""), " ".join(words), inner)
+    param = str(inner.get("param") or "")
+    return ErrorFacts(status, error_message(value), param, " ".join(codes), inner)
 
 
-def error_message(value: Json) -> str:
-    """An upstream's own words, wherever they stand; "" where it has none."""
-    error = value.get("error")
-    if is_object(error) and is_name(error.get("message")):
-        metadata = error.get("metadata")
-        raw = metadata.get("raw") if is_object(metadata) else None          # OpenRouter: the vendor's words
-        return error["message"] + (f": {raw}" if is_name(raw) else "")
-    for facts in (error, value.get("error_message"), value.get("message"), value.get("detail")):
-        if is_name(facts):
-            return facts
-    if is_object(value.get("message")):                                      # Mistral: FastAPI's body inside
-        return error_message(value["message"])
-    detail, errors = value.get("detail"), value.get("errors")
-    if isinstance(detail, list) and detail and is_object(detail[0]):         # FastAPI's validation
-        place = ".".join(map(str, detail[0].get("loc") or ()))
-        return ": ".join(filter(None, (place, str(detail[0].get("msg") or ""))))
-    if isinstance(errors, list) and errors:
-        return str(errors[0].get("message") or "") if is_object(errors[0]) else str(errors[0])
-    return json.dumps(error) if is_object(error) and error else ""
+ERROR_CODES = ("code", "type", "status", "error_type")
 
 
 def is_error_object(value: Json) -> bool:
     """Whether an object in a 200 body or a stream is an error and not an answer."""
-    return value.get("error") is not None or value.get("object") == "error" or value.get("type") == "error" \
-        or "error_type" in value or "error_message" in value or ("detail" in value and "choices" not in value)
+    return (value.get("error") is not None               # OpenAI, OpenRouter, llama.cpp, Ollama
+            or "error" in (value.get("object"), value.get("type"))     # Mistral, vLLM; gateways
+            or "error_type" in value or "error_message" in value       # text-generation-inference
+            or ("detail" in value and "choices" not in value))         # FastAPI
 
 
-# ---- 13.2 errors -----------------------------------------------------------
-
-def upstream_error(status: int, headers: Mapping[str, str], body: bytes, translation: Translation,
-                   now: float) -> UpstreamError:
-    """The error for an upstream's answer that is not 2xx.  `now` is the time, in seconds since 1970."""
-    try:
-        value = _upstream_decoder.decode(body.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        value = None
-    facts = error_facts(status, value)
-    has_words = facts.message != ""
-    if not has_words:
-        facts.message = response_summary(status, headers, body if value is None else b"")
-    error = error_from_facts(facts, translation)
-    if 300 <= status < 400:
-        host = location_host(headers.get("location", ""))
-        error.message = f"The upstream answered {status} and points to {host}: check OPENAI_BASE_URL " \
-                        "(redirects are not followed, the key would go with them)"
-    if status == 404 and error.status == 404:
-        error.message = f"{error.message} (model {translation.requested_model} is mapped to {translation.profile.model})" \
-            if has_words else f"{translation.target.hostname} has no {translation.target.path}: check OPENAI_BASE_URL"
-    error.headers = {**retry_headers(error.status, headers, facts, now), **ratelimit_headers(headers, now),
-                     **error.headers}
-    if error.headers.get("x-should-retry") == "false":
-        error.headers.pop("retry-after", None)
-    return error
+def error_message(value: Json) -> str:
+    """An upstream's own words, from the first place that has some; "" where none has."""
+    text = stated_message(value)
+    while not text and is_object(value.get("message")):      # Mistral: FastAPI's body inside
+        value = value["message"]
+        text = stated_message(value)
+    detail, errors, error = map(value.get, ("detail", "errors", "error"))
+    if not text and isinstance(detail, list) and detail and is_object(detail[0]):
+        # FastAPI's validation: the place and the message of the first error.
+        place = detail[0].get("loc")
+        path = ".".join(map(str, place)) if isinstance(place, list) else ""
+        text = ": ".join(filter(None, (path, str(detail[0].get("msg") or ""))))
+    if not text and isinstance(errors, list) and errors:     # Cloudflare
+        text = str(errors[0].get("message") or "" if is_object(errors[0]) else errors[0])
+    return text or (json.dumps(error) if is_object(error) and error else "")
 
 
-def location_host(location: str) -> str:
-    try:
-        return redacted(urlsplit(location).hostname or "", ())[:200] or "another address"
-    except ValueError:
-        return "another address"
+def stated_message(value: Json) -> str:
+    """The message where servers put it on purpose.
+
+    OpenAI and most others: `error.message`.  Ollama and text-generation-inference: `error` is the
+    text.  Mistral: `message`.  FastAPI, on which vLLM and SGLang are built: `detail`.
+    """
+    error = value.get("error")
+    if is_object(error) and is_name(error.get("message")):
+        # OpenRouter: its own message is general, and the metadata holds the vendor's words.
+        metadata = error.get("metadata")
+        raw = metadata.get("raw") if is_object(metadata) else None
+        return error["message"] + (f": {raw}" if is_name(raw) else "")
+    texts = (error, *map(value.get, ("error_message", "message", "detail")))
+    return next(filter(is_name, texts), "")
 
 
-def response_summary(status: int, headers: Mapping[str, str], body: bytes) -> str:
-    """What can be said of an answer that has no message of its own."""
+def response_summary(status: int, body: bytes) -> str:
+    """Our message for an answer without one: its status, and the title or the text of its page."""
     try:
         phrase = " " + HTTPStatus(status).phrase
     except ValueError:
@@ -2736,29 +2798,54 @@ def response_summary(status: int, headers: Mapping[str, str], body: bytes) -> st
     title = re.search(r"<title[^>]*>(.*?)</title", text, re.I | re.S)
     if title is None:
         text = re.sub(r"(?is)<(script|style).*?(</\1>|$)|<[^>]*(>|$)", " ", text)
-    words = " ".join((title[1] if title else text).split())[:200]
-    return f"The upstream answered {status}{phrase}" + (f": {words}" if words else "")
+    shown = " ".join((title[1] if title else text).split())[:200]
+    return f"The upstream answered {status}{phrase}" + (f": {shown}" if shown else "")
 
 
-def error_from_object(value: Any, translation: Translation) -> UpstreamError:
-    """The error for an error object that came with status 200, or inside a stream."""
-    facts = error_facts(0, value)
-    code = value if is_object(value) else {}
-    inner = facts.fields
-    for number in (inner.get("code"), inner.get("status_code"), inner.get("http_status"), inner.get("status"),
-                   code.get("status_code"), code.get("code")):
+# ---- 13.3 status and message for the client --------------------------------
+
+def client_message(status: int, facts: ErrorFacts, translation: Translation) -> str:
+    """The upstream's words, and beside them the fact that a user needs to mend the cause."""
+    message, target = redacted(facts.message, translation.secrets), translation.target
+    if 300 <= facts.status < 400:
+        host = location_host((facts.headers or {}).get("location", ""))
+        return (f"The upstream answered {facts.status} and points to {host}: check OPENAI_BASE_URL "
+                "(redirects are not followed, the key would go with them)")
+    if status == 402:
+        # On Anthropic's own wording clients show Anthropic's billing page.
+        return re.sub("credit balance is too low", "upstream credit exhausted", message, flags=re.I)
+    if "array_above_max_length" in facts.codes and facts.names_field("tools"):
+        sent = len(translation.body.get("tools", ()))
+        message += "" if str(sent) in message else f" ({sent} tools were sent)"
+    if status == 401 and target.uses_own_key:
+        return "The upstream rejected OPENAI_API_KEY: " + message
+    if status != 404 or facts.headers is None:
+        return message
+    if not facts.has_own_words:
+        return f"{target.hostname} has no {target.path}: check OPENAI_BASE_URL"
+    return f"{message} (model {translation.requested_model} is mapped to {target.model})"
+
+
+def location_host(location: str) -> str:
+    """The host that a redirect points to."""
+    try:
+        return redacted(urlsplit(location).hostname or "", ())[:200] or "another address"
+    except ValueError:
+        return "another address"
+
+
+def status_of_object(value: Any, facts: ErrorFacts) -> int:
+    """The HTTP status that an error object stands for: by a number in it, else by a word."""
+    outer = value if is_object(value) else {}
+    for number in (*map(facts.fields.get, ("code", "status_code", "http_status", "status")),
+                   *map(outer.get, ("status_code", "code"))):
         if isinstance(number, (int, str)) and re.fullmatch(r"[45]\d\d", str(number)):
-            facts.status = int(number)
-            break
-    else:
-        facts.status = next((status for pattern, status in ERROR_WORDS if re.search(pattern, facts.words)), 500)
-    facts.message = facts.message or "The upstream sent an error without a message"
-    error = error_from_facts(facts, translation)
-    error.headers = {**retry_headers(error.status, {}, facts, 0), **error.headers}
-    return error
+            return int(number)
+    return next((status for pattern, status in CODE_STATUS if re.search(pattern, facts.codes)), 500)
 
 
-ERROR_WORDS = (                          # words in an error's code, type or status -> the status they stand for
+# Words of an error's code, type or status, and the HTTP status that they stand for.
+CODE_STATUS = (
     (r"insufficient_quota|billing|credit|spend_limit", 402),
     (r"rate_limit|slow_down|resource_exhausted|too_many_requests", 429),
     (r"overloaded|unavailable", 503),
@@ -2770,75 +2857,37 @@ ERROR_WORDS = (                          # words in an error's code, type or sta
 )
 
 
-def error_from_facts(facts: ErrorFacts, translation: Translation) -> UpstreamError:
-    """Status, kind and message for a refusal: first the special causes, then by status."""
-    message = redacted(facts.message, translation.secrets)
-    overflow = context_overflow(facts)
-    if overflow is not None:
-        error = UpstreamError(400, overflow_message(overflow, translation.input_estimate()))
-        error.is_context_overflow = True
-    elif is_out_of_quota(facts, translation):
-        message = re.sub("credit balance is too low", "upstream credit exhausted", message, flags=re.I)
-        error = UpstreamError(402, message, headers={"x-should-retry": "false"})
-    else:
-        error = UpstreamError(client_status(facts.status), message)
-        if error.status in (401, 402) or can_never_fit(facts):
-            error.headers["x-should-retry"] = "false"
-        if error.status == 401 and translation.target.uses_own_key:
-            error.message = "The upstream rejected OPENAI_API_KEY: " + message
-        if "array_above_max_length" in facts.words and facts.names_field("tools"):
-            sent = len(translation.body.get("tools", ()))
-            error.message += "" if str(sent) in message else f" ({sent} tools were sent)"
-    error.upstream_status = facts.status
-    words = redacted(" ".join(re.findall(PLAIN_WORD, facts.words)), translation.secrets)[:100]
-    error.log_message = f"the upstream answered {facts.status} {words}".rstrip()
-    return error
-
-
-PLAIN_WORD = r"(?<!\S)[a-z0-9_.-]{1,40}(?!\S)"       # a code or a type, not a sentence
-
-
 def client_status(status: int) -> int:
     """The status that makes an Anthropic client do what the upstream's status asks for."""
-    if status in CLIENT_STATUS:
-        return CLIENT_STATUS[status]
-    return 502 if status < 400 else 400 if status < 500 else 500
+    default = 502 if status < 400 else 400 if status < 500 else 500
+    return CLIENT_STATUS.get(status, default)
 
 
+# 520 to 530 are Cloudflare's: it cannot reach the upstream, or does not trust its certificate.
 CLIENT_STATUS = {
-    401: 401, 402: 402, 403: 403, 404: 404, 408: 504, 409: 409, 413: 413, 425: 500, 429: 429, 499: 500,
-    502: 502, 503: 529, 504: 504, 524: 504, 529: 529,
+    401: 401, 402: 402, 403: 403, 404: 404, 408: 504, 409: 409, 413: 413, 425: 500, 429: 429,
+    499: 500, 502: 502, 503: 529, 504: 504, 524: 504, 529: 529,
     **dict.fromkeys((520, 521, 522, 523, 525, 526, 527, 530), 502),
 }
 
 
-def is_out_of_quota(facts: ErrorFacts, translation: Translation) -> bool:
-    """Whether a refusal means that money has run out: waiting will not help."""
+def is_out_of_quota(facts: ErrorFacts, profile: ModelProfile) -> bool:
+    """Whether the error means that money has run out: waiting does not help."""
     if facts.status not in (402, 403, 429):
         return False
-    return facts.status == 402 or bool(re.search(QUOTA_WORDS, facts.words)) or bool(
-        translation.profile.host_class in ("openai", "azure") and facts.matches("exceeded your current quota"))
+    return bool(facts.status == 402 or re.search(QUOTA_CODES, facts.codes) or (
+        profile.host_class in ("openai", "azure") and facts.matches("exceeded your current quota")))
 
 
-QUOTA_WORDS = (r"insufficient_quota|credit_balance_exhausted|billing_hard_limit_reached|"
-               r"(organization|project)_spend_limit_exceeded|organization_usage_limit_exceeded|insufficient_credits")
+QUOTA_CODES = (r"insufficient_quota|credit_balance_exhausted|billing_hard_limit_reached|"
+               r"(organization|project)_spend_limit_exceeded|organization_usage_limit_exceeded|"
+               r"insufficient_credits")
 
 
-def can_never_fit(facts: ErrorFacts) -> bool:
-    """A request that is larger than the limit of a whole minute is refused for ever."""
-    match = facts.status == 429 and facts.matches(r"request too large.*tokens per min.*limit:? ([\d,]+), requested:? ([\d,]+)")
-    return bool(match) and int(match[2].replace(",", "")) > int(match[1].replace(",", ""))
-
-
-def reached_output_limit(status: int, body: bytes) -> bool:
-    """A 400 of reasoning models that means: max_tokens was used up before the first visible token."""
-    return status == 400 and b"Could not finish the message because max_tokens or model output limit" in body
-
-
-# ---- 13.3 context overflow -------------------------------------------------
+# ---- 13.4 context overflow -------------------------------------------------
 
 class ContextOverflow(NamedTuple):
-    """Numbers of tokens that a context error gives; 0 where it does not."""
+    """Numbers of tokens in a context error; 0 for each that the error does not give."""
     prompt: int = 0
     output: int = 0
     total: int = 0
@@ -2846,143 +2895,189 @@ class ContextOverflow(NamedTuple):
 
 
 def context_overflow(facts: ErrorFacts) -> Optional[ContextOverflow]:
-    """What an error says of a prompt that does not fit; None where it is about something else."""
+    """The numbers of an error about a prompt that does not fit; None for any other error.
+
+    A limit of tokens per minute is a rate limit, although its wording is close.
+    """
     if facts.matches(r"tokens per (min|day|hour)|\bTPM\b"):
         return None
     prompt, maximum = facts.fields.get("n_prompt_tokens"), facts.fields.get("n_ctx")
-    if is_integer(prompt) and is_integer(maximum):
+    if is_integer(prompt) and is_integer(maximum):           # llama.cpp has them as fields
         return ContextOverflow(prompt=prompt, maximum=maximum)
     for pattern in OVERFLOW_WORDINGS:
-        match = facts.matches(pattern.replace("#", NUMBER))
+        match = facts.search(pattern.replace("#", NUMBER))
         if match:
-            numbers = {name: int(re.sub(r"[,_]", "", text)) for name, text in match.groupdict().items() if text}
-            return ContextOverflow(numbers.get("N", 0) + numbers.get("A", 0) + numbers.get("F", 0),
-                            numbers.get("O", 0), numbers.get("T", 0), numbers.get("M", 0))
-    return ContextOverflow() if re.search(OVERFLOW_WORDS, facts.words) else None
+            given = {name: plain_number(text) for name, text in match.groupdict().items() if text}
+            prompt = sum(given.get(name, 0) for name in "NAF")
+            return ContextOverflow(prompt, *(given.get(name, 0) for name in "OTM"))
+    return ContextOverflow() if re.search(OVERFLOW_CODES, facts.codes) else None
+
+
+def plain_number(text: str) -> int:
+    """A number of a sentence: 128000, 128,000 or 128_000."""
+    return int(re.sub(r"[,_]", "", text))
 
 
 NUMBER = r"\d[\d,_]*"
-OVERFLOW_WORDS = r"context_length_exceeded|context_window_exceeded|contextwindowexceeded|exceed_context_size|" \
-                 r"model_max_prompt_tokens_exceeded|context_length(?!\w)"
-OVERFLOW_WORDINGS = (        # N prompt, O output, T both, M maximum, A and F parts of the prompt; # is a number
+OVERFLOW_CODES = (
+    r"context_length_exceeded|context_window_exceeded|contextwindowexceeded|exceed_context_size|"
+    r"model_max_prompt_tokens_exceeded|context_length(?!\w)")
+# N prompt, O output, T both, M maximum, A and F the prompt's messages and functions; # is a number.
+OVERFLOW_WORDINGS = (
+    # OpenAI and Azure; the last one is also vLLM's and OpenRouter's
     r"maximum context length is (?P<M>#) tokens.*resulted in (?P<N>#) tokens",
     r"maximum context length is (?P<M>#) tokens.*requested #\ tokens \((?P<A>#) in the messages,"
     r"(?: (?P<F>#) in the functions,)?(?: and)? (?P<O>#) in the completion",
     r"maximum context length is (?P<M>#) tokens.*requested (?P<T>#) tokens",
+    # vLLM, three versions of it
     r"maximum context length is (?P<M>#) tokens.*requested (?P<O>#) output tokens.*"
     r"contains (?:at least )?(?P<N>#) input tokens",
-    r"is too large: (?P<O>#).*maximum context length is (?P<M>#) tokens and your request has (?P<N>#) input tokens",
-    r"passed (?P<N>#) input tokens and requested (?P<O>#) output tokens.*context length is only (?P<M>#) tokens",
+    r"is too large: (?P<O>#).*maximum context length is (?P<M>#) tokens and your request has "
+    r"(?P<N>#) input tokens",
+    r"passed (?P<N>#) input tokens and requested (?P<O>#) output tokens.*"
+    r"context length is only (?P<M>#) tokens",
+    # OpenAI, gpt-5
     r"exceed the configured limit of (?P<M>#) tokens.*resulted in (?P<N>#) tokens",
+    # llama.cpp
     r"request \((?P<N>#) tokens\) exceeds the available context size \((?P<M>#) tokens\)",
     r"input \((?P<N>#) tokens\) is larger than the max context size \((?P<M>#) tokens\)",
+    # LM Studio
     r"keep the first (?P<N>#) tokens.*context length of only (?P<M>#) tokens",
     r"n_keep: ?(?P<N>#) ?>= ?n_ctx: ?(?P<M>#)",
-    r"maximum context length of (?P<M>#) tokens.*total of # tokens: (?P<N>#) tokens from the input messages "
-    r"and (?P<O>#) tokens for the completion",
+    # SGLang
+    r"maximum context length of (?P<M>#) tokens.*total of # tokens: (?P<N>#) tokens from the input "
+    r"messages and (?P<O>#) tokens for the completion",
     r"prompt is too long: (?P<N>#), model maximum context length: (?P<M>#)",
+    # Cohere; Moonshot; Gemini; xAI; Mistral; text-generation-inference: one row each
     r"too many tokens.*cannot exceed (?P<M>#)",
     r"exceed(?:s|ed)? (?:the )?model(?:'s)? token limit:? (?P<M>#)",
     r"input token count \(?(?P<N>#)\)? exceeds the maximum number of tokens allowed \(?(?P<M>#)\)?",
     r"maximum prompt length is (?P<M>#) but the request contains (?P<N>#) tokens",
     r"prompt contains (?P<N>#) tokens.*model with (?P<M>#) maximum context length",
     r"must be <= (?P<M>#)\. Given: (?P<N>#) `inputs` tokens and (?P<O>#) `max_new_tokens`",
+    # Anthropic, behind a gateway
     r"prompt is too long: (?P<N>#) tokens > (?P<M>#) maximum",
     r"input length and `?max_tokens`? exceed context limit: (?P<N>#) \+ (?P<O>#) > (?P<M>#)",
+    # GitHub Copilot
     r"prompt token count of (?P<N>#).*exceeds the limit of (?P<M>#)",
     r"exceeds the limit of (?P<M>#).*prompt token count of (?P<N>#)",
-    r"(?:maximum context length|context length|context window|context size)(?: of the model| for this model)? "
-    r"(?:is|of)(?: only)? (?P<M>#)",
-    r"exceeds? (?:the )?(?:available )?(?:context window|context length|context size|model's (?:maximum )?context)|"
-    r"exceeds the maximum (?:allowed )?(?:input|prompt|context)|input is too long|prompt is too long|"
-    r"prompt too long|reduce the length of the (?:messages|prompt|input)|too many tokens in the prompt|"
-    r"context size has been exceeded|model_max_prompt_tokens_exceeded|n_keep >= n_ctx|"
-    r"tokens to keep from the initial prompt|range of input length|no user query found|"
-    r"longer than the (?:model's )?context|context[_ ](?:length|window)[_ ]exceed|context window exceeds|"
-    r"prompt exceeds (?:the )?max|(?<!requested )exceed(?:s|ed)? (?:the )?model(?:'s)? (?:token )?limit|token length exceed",
+    # any server: the maximum alone, then wordings without a number
+    r"(?:maximum context length|context length|context window|context size)"
+    r"(?: of the model| for this model)? (?:is|of)(?: only)? (?P<M>#)",
+    r"exceeds? (?:the )?(?:available )?"
+    r"(?:context window|context length|context size|model's (?:maximum )?context)|"
+    r"exceeds the maximum (?:allowed )?(?:input|prompt|context)|input is too long|"
+    r"prompt is too long|prompt too long|reduce the length of the (?:messages|prompt|input)|"
+    r"too many tokens in the prompt|context size has been exceeded|n_keep >= n_ctx|"
+    r"model_max_prompt_tokens_exceeded|tokens to keep from the initial prompt|"
+    r"range of input length|no user query found|longer than the (?:model's )?context|"
+    r"context[_ ](?:length|window)[_ ]exceed|context window exceeds|prompt exceeds (?:the )?max|"
+    r"(?<!requested )exceed(?:s|ed)? (?:the )?model(?:'s)? (?:token )?limit|token length exceed",
 )
 
 
 def overflow_message(overflow: ContextOverflow, estimate: int) -> str:
-    """The one wording that makes clients compact the conversation, with numbers that do not contradict."""
+    """The one wording that makes clients compact the conversation.
+
+    The first number has to be the larger one: clients shed as many tokens as the two differ.
+    """
     prompt, output, total, maximum = overflow
     if maximum:
         sizes = (prompt, prompt + output if prompt and output else 0, total)
         size = next((size for size in sizes if size > maximum), max(estimate, maximum + 1))
     else:
         size = prompt or estimate
-        maximum = size * 4 // 5                  # clients take the difference for what they must shed
+        maximum = size * 4 // 5
     return f"prompt is too long: {size} tokens > {maximum} maximum"
 
 
-# ---- 13.4 headers ----------------------------------------------------------
+# ---- 13.5 headers ----------------------------------------------------------
 
-def retry_headers(status: int, headers: Mapping[str, str], facts: ErrorFacts, now: float) -> Dict[str, str]:
-    """retry-after in whole seconds, retry-after-ms, x-should-retry."""
-    kept = {}
+def client_headers(status: int, facts: ErrorFacts, now: float) -> Dict[str, str]:
+    """x-should-retry, retry-after in whole seconds, retry-after-ms, and the rate limits.
+
+    Clients retry a 401 and a 429 on their own: where that is useless, x-should-retry forbids it.
+    """
+    headers, made = facts.headers or {}, {}
     if headers.get("x-should-retry") in ("true", "false"):
-        kept["x-should-retry"] = headers["x-should-retry"]
-    if status not in (429, 500, 502, 504, 529):
-        return kept
-    seconds = retry_after(headers, facts, now)
-    if seconds is not None:
-        kept["retry-after"] = str(max(1, math.ceil(seconds)))
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", headers.get("retry-after-ms", "")) and float(headers["retry-after-ms"]) > 0:
-        kept["retry-after-ms"] = headers["retry-after-ms"]
-    return kept
+        made["x-should-retry"] = headers["x-should-retry"]
+    if status in (401, 402) or can_never_fit(facts):
+        made["x-should-retry"] = "false"
+    if status in (429, 500, 502, 504, 529):
+        seconds, milliseconds = retry_after(facts, now), headers.get("retry-after-ms", "")
+        if seconds is not None and made.get("x-should-retry") != "false":
+            made["retry-after"] = str(max(1, math.ceil(seconds)))
+        if re.fullmatch(SECONDS, milliseconds) and float(milliseconds) > 0:
+            made["retry-after-ms"] = milliseconds
+    return {**made, **ratelimit_headers(headers, now)}
 
 
-def retry_after(headers: Mapping[str, str], facts: ErrorFacts, now: float) -> Optional[float]:
-    """Seconds to wait: from the header, the error's details or message, the reset of a limit that is used up."""
-    text = headers.get("retry-after", "")
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
+SECONDS = r"\d{1,9}(\.\d+)?"
+
+
+def can_never_fit(facts: ErrorFacts) -> bool:
+    """Whether a request is larger than a minute's limit (OpenAI), so that no retry can pass."""
+    match = facts.status == 429 and facts.search(
+        r"request too large.*tokens per min.*limit:? ([\d,]+), requested:? ([\d,]+)")
+    return bool(match) and plain_number(match[2]) > plain_number(match[1])
+
+
+def retry_after(facts: ErrorFacts, now: float) -> Optional[float]:
+    """Seconds to wait, from the first source that tells them; None where none does."""
+    headers, details = facts.headers or {}, facts.fields.get("details")
+    sources = [seconds_until(headers.get("retry-after", ""), now)]
+    # Gemini: a RetryInfo among the details.
+    sources += [parse_duration(entry.get("retryDelay"))
+                for entry in (details if isinstance(details, list) else ()) if is_object(entry)]
+    if facts.status == 429:
+        # OpenAI: the message, else the reset of the limits that are used up.
+        match = facts.search(r"try again in ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)")
+        resets = [parse_duration(headers.get(f"x-ratelimit-reset-{unit}", ""))
+                  for unit in ("requests", "tokens")
+                  if headers.get(f"x-ratelimit-remaining-{unit}") == "0"]
+        reset = max(filter(None, resets), default=None)
+        sources.append(parse_duration(match[1]) if match else reset)
+    return next((seconds for seconds in sources if seconds is not None), None)
+
+
+def seconds_until(text: str, now: float) -> Optional[float]:
+    """The seconds of a retry-after header, which may be a date.  [RFC 9110 10.2.3]"""
+    if re.fullmatch(SECONDS, text):
         return float(text)
-    if text:
-        from email.utils import parsedate_to_datetime        # rarely needed: 1 MB that idles
-        try:
-            return parsedate_to_datetime(text).timestamp() - now
-        except (TypeError, ValueError, IndexError, OverflowError):
-            pass
-    details = facts.fields.get("details")
-    for entry in details if isinstance(details, list) else ():
-        seconds = parse_duration(entry.get("retryDelay")) if is_object(entry) else None
-        if seconds is not None:
-            return seconds
-    if facts.status != 429:
+    if not text:
         return None
-    match = facts.matches(r"try again in ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)")
-    used_up = [parse_duration(headers.get(f"x-ratelimit-reset-{what}", "")) for what in ("requests", "tokens")
-               if headers.get(f"x-ratelimit-remaining-{what}") == "0"]
-    return parse_duration(match[1]) if match else max(filter(None, used_up), default=None)
+    # Imported here, because few servers send a date and the module takes 1 MB of memory.
+    from email.utils import parsedate_to_datetime
+    try:
+        return parsedate_to_datetime(text).timestamp() - now
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
 
 
 def parse_duration(text: Any) -> Optional[float]:
-    """Seconds of a duration such as `6m0s`, `1.5s`, `20ms`, `1h2m` or plain seconds; None for anything else."""
+    """Seconds of `6m0s`, `1.5s`, `20ms`, `1h2m` or a plain number; None for anything else."""
     if not isinstance(text, str) or not re.fullmatch(r"(\d{1,12}(\.\d+)?(ms|[dhms])?)+", text):
         return None
     units = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}
-    return sum(float(amount) * units[unit] for amount, _, unit in re.findall(r"(\d+(\.\d+)?)(ms|[dhms]|)", text))
+    parts = re.findall(r"(\d+(\.\d+)?)(ms|[dhms]|)", text)
+    return sum(float(amount) * units[unit] for amount, _, unit in parts)
 
 
 def ratelimit_headers(headers: Mapping[str, str], now: float) -> Dict[str, str]:
     """Anthropic's rate limit headers from OpenAI's."""
     made: Dict[str, str] = {}
-    if not any([name.startswith("x-ratelimit-") for name in headers]):
-        return made
-    for what in ("requests", "tokens"):
+    for unit in ("requests", "tokens"):
         for part in ("limit", "remaining", "reset"):
-            value = headers.get(f"x-ratelimit-{part}-{what}", "")
+            value = headers.get(f"x-ratelimit-{part}-{unit}", "")
             if part == "reset":
                 value = reset_time(value, now)
-            elif not value.isdecimal():
-                value = ""
-            if value:
-                made[f"anthropic-ratelimit-{what}-{part}"] = value
+            if value and (part == "reset" or value.isdecimal()):
+                made[f"anthropic-ratelimit-{unit}-{part}"] = value
     return made
 
 
 def reset_time(text: str, now: float) -> str:
-    """The moment that a duration or an epoch number stands for, RFC 3339; "" for anything else."""
+    """The time, RFC 3339, for a duration or for an epoch in seconds or ms; "" for anything else."""
     seconds = parse_duration(text)
     if seconds is None or seconds > 10 ** 14:
         return ""
@@ -2997,246 +3092,308 @@ def reset_time(text: str, now: float) -> str:
 # 14. ADJUSTMENTS
 # ============================================================================
 #
-# Some errors are statements about the model rather than about the request, such as
-# "Unsupported parameter: 'max_tokens'".  A row of ADJUSTMENTS recognises one and
-# changes the body, which is then sent again.
+# Some errors are statements about the model rather than about the request, such as "Unsupported
+# parameter: 'max_tokens'".  A row of ADJUSTMENTS recognises one error and changes the body, which
+# is then sent again.  Messages, model and tools are never dropped.
 
-# ---- 14.1 limits -----------------------------------------------------------
+# ---- 14.1 the loop's pure part ---------------------------------------------
 
-def token_field(body: Json) -> str:
-    return "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+def adjustment_for(status: int, body: bytes,
+                   translation: Translation) -> Optional[Tuple[Adjustment, Any]]:
+    """The first adjustment that an error asks for and that changes the body; None where none does.
+
+    The change has been made to the translation's body.  Beside the row stands its argument.
+    """
+    value = error_value(body)
+    text = body[:ERROR_TEXT].decode("utf-8", "replace")
+    facts = ErrorFacts(status, text) if value is None else error_facts(status, value)
+    for adjustment in ADJUSTMENTS:
+        if status in adjustment.statuses:
+            argument = adjustment.finds(facts, translation.body)
+            if argument and adjustment.change(translation.body, argument):
+                translation.token_estimate = 0       # it is counted anew from the changed body
+                return adjustment, argument
+    return None
 
 
-def names_tokens(facts: ErrorFacts) -> bool:
-    """Whether a refusal is about the limit of the answer's tokens, under whatever name."""
-    return bool(facts.matches(r"max_(completion_|output_|new_)?tokens|maximum tokens|maxTokens") or "max_tokens" in facts.param
-                or "max_completion_tokens" in facts.param)
+def apply_adjustments(arguments: Mapping[str, Any], translation: Translation) -> None:
+    """Makes the changes that earlier errors of this model asked for: name -> argument."""
+    for adjustment in ADJUSTMENTS:
+        if adjustment.name in arguments:
+            adjustment.change(translation.body, arguments[adjustment.name])
 
 
-def number_after(pattern: str) -> Callable[[ErrorFacts, Json], Any]:
-    def finds(facts: ErrorFacts, body: Json) -> Any:
-        match = facts.matches(pattern.replace("#", r"[`'\"]?(\d[\d,_]*)")) if names_tokens(facts) else None
-        if match is None or context_overflow(facts) is not None:
-            return None
-        return int(re.sub(r"[,_]", "", match[1]))
-    return finds
+MAX_ADJUSTED_RETRIES = 4                 # for one client request
 
 
-def room_left(facts: ErrorFacts, body: Json) -> Any:
-    """The tokens that are left for the answer when the prompt itself does fit."""
+# ---- 14.2 a row ------------------------------------------------------------
+
+class Adjustment(NamedTuple):
+    """A row of ADJUSTMENTS: an error, and the one change of the body that answers it.
+
+    `finds` gives the argument of the change, or True where the change needs none; anything false
+    means that the error is another one.  `change` makes the change and tells whether it changed
+    anything: a body that would stay the same is not sent again.
+    """
+    name: str                                # in the log and in /metrics
+    finds: Callable[[ErrorFacts, Json], Any]
+    change: Callable[[Json, Any], bool]
+    is_remembered: bool = True               # applied to later requests too
+    statuses: Sequence[int] = (400, 422)     # of the errors that it reads
+
+
+def set_member(holder: Json, name: str, value: Any) -> bool:
+    """Sets a member of an object; True if it had another value."""
+    is_new = holder.get(name) != value
+    holder[name] = value
+    return is_new
+
+
+def drop_members(holders: Iterable[Json], names: Sequence[str]) -> bool:
+    """Removes members from objects; True if there was one with a value."""
+    return any([holder.pop(name, None) is not None for holder in holders for name in names])
+
+
+def functions_in(body: Json) -> List[Json]:
+    """The function of each tool in a body."""
+    return [tool["function"] for tool in body.get("tools", ())]
+
+
+# ---- 14.3 limits and options -----------------------------------------------
+
+def token_limit(facts: ErrorFacts, wordings: str) -> Optional[int]:
+    """The number behind one of the wordings, in an error about the answer's token limit."""
+    is_about_limit = "max_tokens" in facts.param or "max_completion_tokens" in facts.param or \
+        facts.matches(r"max_(completion_|output_|new_)?tokens|maximum tokens|maxTokens")
+    match = facts.search(wordings + r" ?[`'\"]?(\d[\d,_]*)") if is_about_limit else None
+    return plain_number(match[1]) if match and context_overflow(facts) is None else None
+
+
+# Wordings of many servers; those in brackets are DeepSeek's range, [1, 8192], and Anthropic's
+# "9000 > 8192, which is the maximum".
+AT_MOST = (
+    r"(?:at most|<=|less than or equal to|maximum(?: allowed)?(?: value)? (?:is|of)|cannot exceed|"
+    r"up to|\[\d+, ?|between \d+ and|lower than|limit(?: is| of|:)|"
+    r">(?= ?[\d,_]+,? which is the maximum))")
+AT_LEAST = r"(?:at least|>=|greater than or equal to|minimum value (?:is|of)|\[)"
+
+
+def room_left(facts: ErrorFacts, body: Json) -> Optional[int]:
+    """Tokens that are left for the answer, if the prompt alone does fit and enough are left."""
     overflow = context_overflow(facts)
-    if overflow is None or not overflow.output or not overflow.maximum or not overflow.prompt:
+    if overflow is None or not (overflow.output and overflow.maximum and overflow.prompt):
         return None
     room = overflow.maximum - overflow.prompt - 8
-    return room if overflow.prompt <= overflow.maximum and room >= 1024 else None
+    return room if room >= MIN_ROOM else None
+
+
+MIN_ROOM = 1024                          # tokens; a shorter answer is of no use
 
 
 def lower_limit(body: Json, limit: int) -> bool:
-    name = token_field(body)
-    is_lower = 0 < limit < body.get(name, 0)
-    if is_lower:
-        body[name] = limit
-    return is_lower
+    name = limit_field(body)
+    return 0 < limit < body.get(name, 0) and set_member(body, name, limit)
 
 
 def raise_limit(body: Json, limit: int) -> bool:
-    name = token_field(body)
-    is_higher = name in body and body[name] < limit <= 4096
-    if is_higher:
-        body[name] = limit
-    return is_higher
+    name = limit_field(body)
+    return body.get(name, MAX_MINIMUM) < limit <= MAX_MINIMUM and set_member(body, name, limit)
 
 
-def rename_limit(wanted: str) -> Callable[[Json, Any], bool]:
-    def change(body: Json, argument: Any) -> bool:
-        other = {"max_tokens": "max_completion_tokens"}.get(wanted, "max_tokens")
-        if other not in body:
-            return False
-        body[wanted] = body.pop(other)
-        return True
-    return change
+MAX_MINIMUM = 4096                       # tokens; a higher minimum is a misread number
 
 
-# ---- 14.2 options ----------------------------------------------------------
+def limit_field(body: Json) -> str:
+    return "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
 
-def named_option(facts: ErrorFacts, body: Json) -> Any:
-    """The optional fields of the request that a refusal names."""
+
+def rename_field(body: Json, old: str, new: str) -> bool:
+    if old not in body:
+        return False
+    body[new] = body.pop(old)
+    return True
+
+
+def named_options(facts: ErrorFacts, body: Json) -> List[str]:
+    """The optional fields of the body that an error names: the one in `param`, else all."""
     named = [name for name in OPTIONAL_FIELDS if name in body and facts.names_field(name)]
-    return [name for name in named if name == facts.param] or named or None
+    return [name for name in named if name == facts.param] or named
 
 
-OPTIONAL_FIELDS = ("temperature", "top_p", "stop", "parallel_tool_calls", "reasoning_effort", "reasoning", "thinking",
-                   "stream_options", "service_tier", "safety_identifier", "prompt_cache_key")
+OPTIONAL_FIELDS = (
+    "temperature", "top_p", "stop", "parallel_tool_calls", "reasoning_effort", "reasoning",
+    "thinking", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key")
 
 
-def drop_options(body: Json, names: Sequence[str]) -> bool:
-    return any([body.pop(name, None) is not None for name in names])
+def supported_efforts(facts: ErrorFacts, body: Json) -> List[str]:
+    """The efforts that an error lists (OpenAI): Supported values are: 'low' and 'high'."""
+    match = facts.search(r"supported values are:?(.*)")
+    is_listed = match and facts.names_field("reasoning_effort")
+    return re.findall(r"['\"`](\w+)['\"`]", match[1]) if is_listed else []
 
 
-def supported_efforts(facts: ErrorFacts, body: Json) -> Any:
-    match = facts.matches(r"supported values are:?(.*)") if facts.names_field("reasoning_effort") else None
-    return re.findall(r"['\"`](\w+)['\"`]", match[1]) or None if match else None
+EFFORT_NONE = r"set [`'\"]?reasoning_effort[`'\"]? to [`'\"]?none"
 
 
 def take_nearest_effort(body: Json, allowed: Sequence[str]) -> bool:
-    effort = body.get("reasoning_effort")
-    if effort not in EFFORTS:
-        return False
-    body["reasoning_effort"] = nearest_effort(effort, allowed)
-    return body["reasoning_effort"] != effort
+    name, effort = "reasoning_effort", body.get("reasoning_effort")
+    return effort in EFFORTS and set_member(body, name, nearest_effort(effort, allowed))
 
 
-def force_no_effort(body: Json, argument: Any) -> bool:
-    is_new = body.get("reasoning_effort") != "none"
-    body["reasoning_effort"] = "none"
-    return is_new
+# ---- 14.4 tools ------------------------------------------------------------
+
+def is_schema_error(facts: ErrorFacts, body: Json) -> bool:
+    """Whether an upstream rejects the schema of a tool, or cannot make a grammar of it."""
+    return "tools" in body and (
+        "invalid_function_parameters" in facts.codes
+        or re.match(r"tools\[\d+\]\.function\.parameters", facts.param) is not None
+        or facts.matches(SCHEMA_WORDINGS))
 
 
-def stop_streaming(body: Json, argument: Any) -> bool:
-    return any([body.pop(name, None) is not None for name in ("stream", "stream_options")])
+SCHEMA_WORDINGS = (
+    r"invalid schema for function|tools[\[.]\d+\]?\.function\.parameters|"
+    r"(grammar|json[ _]schema).*(pars|conver|unsupported|unrecognized|invalid)|"
+    r"(pars|conver|unsupported|unrecognized|invalid).*(grammar|json[ _]schema)|"
+    r"function_declarations\[\d+\]\.parameters")
 
 
-# ---- 14.3 tools ------------------------------------------------------------
-
-def drop_strict(body: Json, argument: Any) -> bool:
-    return any([tool["function"].pop("strict", None) is not None for tool in body.get("tools", ())])
-
-
-def refuses_schema(facts: ErrorFacts, body: Json) -> Any:
-    return body.get("tools") and (
-        "invalid_function_parameters" in facts.words or re.match(r"tools\[\d+\]\.function\.parameters", facts.param)
-        or facts.matches(r"invalid schema for function|tools[\[.]\d+\]?\.function\.parameters|"
-                      r"(grammar|json[ _]schema).*(pars|conver|unsupported|unrecognized|invalid)|"
-                      r"(pars|conver|unsupported|unrecognized|invalid).*(grammar|json[ _]schema)|"
-                      r"function_declarations\[\d+\]\.parameters")) and True
+def change_schemas(body: Json, changed: Callable[[Any], Any]) -> bool:
+    """Replaces the schema of each tool by `changed(schema)`; True if one is another now."""
+    return any([set_member(function, "parameters", changed(function["parameters"]))
+                for function in functions_in(body)])
 
 
-def unknown_keywords(facts: ErrorFacts, body: Json) -> Any:
-    """Keywords of schemas that a refusal names (Gemini)."""
-    names = re.findall(r"unknown name ['\"](\w+)['\"] at ['\"]tools\S*parameters", facts.message, re.I)
-    return [name for name in dict.fromkeys(names) if name not in ("type", "properties", "items", "required")] or None
+def unknown_keywords(facts: ErrorFacts, body: Json) -> List[str]:
+    """Keywords of schemas that an error calls unknown (Gemini).  No schema can do without four."""
+    pattern = r"unknown name ['\"](\w+)['\"] at ['\"]tools\S*parameters"
+    names = dict.fromkeys(re.findall(pattern, facts.message, re.I))
+    return [name for name in names if name not in ("type", "properties", "items", "required")]
 
 
-def drop_keywords(body: Json, names: Sequence[str]) -> bool:
+def drop_keywords(body: Json, keywords: Sequence[str]) -> bool:
+    """Removes keywords from the schemas of all tools, on every level."""
     def without(schema: Any) -> Any:
         if not is_object(schema):
             return schema
-        return mapped_subschemas({key: value for key, value in schema.items() if key not in names}, without)
-    return change_schemas(without)(body, True)
+        kept = {key: value for key, value in schema.items() if key not in keywords}
+        return mapped_subschemas(kept, without)
+    return change_schemas(body, without)
 
 
-def change_schemas(simplify: Callable[[Json], Any]) -> Callable[[Json, Any], bool]:
-    def change(body: Json, argument: Any) -> bool:
-        has_changed = False
-        for tool in body.get("tools", ()):
-            function = tool["function"]
-            simple = simplify(function["parameters"])
-            has_changed = has_changed or simple != function["parameters"]
-            function["parameters"] = simple
-        return has_changed
-    return change
+# llama.cpp makes a grammar of each schema and cannot take some of these.
+GRAMMAR_KEYWORDS = (
+    "pattern", "format", "propertyNames", "patternProperties", "minLength", "maxLength", "minItems",
+    "maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+    "default")
 
 
-def free_choice(body: Json, argument: Any) -> bool:
-    is_new = body.get("tool_choice", "auto") != "auto"
-    if is_new:
-        body["tool_choice"] = "auto"
-    return is_new
-
-
-def refused_description_length(facts: ErrorFacts, body: Json) -> Any:
-    match = facts.matches(r"maximum length:? (\d+)")
-    is_named = re.search(r"tools[\[.]\d+\]?\.function\.description", facts.param + " " + facts.message)
-    return int(match[1]) if match and is_named else None
+def description_limit(facts: ErrorFacts, body: Json) -> Optional[int]:
+    """The length that a tool's description may have, from an error that names one (OpenAI)."""
+    match = facts.search(r"maximum length:? (\d+)")
+    place = r"tools[\[.]\d+\]?\.function\.description"
+    return int(match[1]) if match and re.search(place, f"{facts.param} {facts.message}") else None
 
 
 def cut_descriptions(body: Json, limit: int) -> bool:
-    long = [tool["function"] for tool in body.get("tools", ()) if len(tool["function"].get("description", "")) > limit]
-    for function in long:
-        function["description"] = function["description"][:limit]
-    return bool(long)
+    return any([set_member(function, "description", function["description"][:limit])
+                for function in functions_in(body) if "description" in function])
 
 
-# ---- 14.4 refused schemas --------------------------------------------------
+# ---- 14.5 rejected schemas -------------------------------------------------
 
 def simple_schema(schema: Json) -> Json:
-    """A schema after an upstream has refused it: no root alternatives, every array with items."""
+    """A schema for servers that reject alternatives at the root or arrays without `items`."""
+    # 1. A root that only refers to a definition is replaced by it.
     root = resolved_root(schema)
-    definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
-    root = complete_array({key: value for key, value in root.items() if key not in ("enum", "not", "const", "$id")})
-    properties = dict(root["properties"]) if is_object(root.get("properties")) else {}
-    required = list(root["required"]) if isinstance(root.get("required"), list) else []
-    for key in ("anyOf", "oneOf", "allOf"):
-        branches = [branch for branch in root.pop(key, None) or () if is_object(branch)]
-        common = [set(branch.get("required") or ()) for branch in branches]
-        for branch in branches:
-            for name, item in (branch.get("properties") or {}).items():
-                properties.setdefault(name, item)
-        shared = set.union(set(), *common) if key == "allOf" else set.intersection(*common) if common else set()
-        required += [name for branch in branches for name in branch.get("required") or ()
-                     if name in shared and name not in required]
+    definitions = {key: root[key] for key in DEFINITIONS if key in root}
+    # 2. Root keywords that say nothing of properties are dropped; arrays get items on every level.
+    root = complete_array({key: value for key, value in root.items() if key not in NOT_AT_ROOT})
+    # 3. The alternatives lend the root their properties, and the names that they require.
+    properties, required = merged_branches(root)
+    root = {key: value for key, value in root.items() if key not in (*BRANCHES, "required")}
     root.update(type="object", properties=properties, **definitions)
-    root.pop("required", None)
-    kept = list(dict.fromkeys(name for name in required if name in properties))
-    if kept:
-        root["required"] = kept
-    return root
+    # 4. Names without a property are not required.
+    known = [name for name in dict.fromkeys(required) if name in properties]
+    return {**root, "required": known} if known else root
+
+
+DEFINITIONS = ("$defs", "definitions")
+BRANCHES = ("anyOf", "oneOf", "allOf")
+NOT_AT_ROOT = ("enum", "not", "const", "$id")
+
+
+def merged_branches(root: Json) -> Tuple[Json, List[str]]:
+    """(properties, required) of a root and its alternatives; the first property of a name wins.
+
+    Of anyOf and oneOf a name is required that every branch requires, of allOf any branch's name.
+    """
+    properties, required = dict(properties_of(root)), required_by(root)
+    for key in BRANCHES:
+        listed = root.get(key)
+        branches = [*filter(is_object, listed)] if isinstance(listed, list) else []
+        for branch in branches:
+            for name, item in properties_of(branch).items():
+                properties.setdefault(name, item)
+        names = [required_by(branch) for branch in branches]
+        takes_all = key == "allOf" or not names
+        shared = set().union(*names) if takes_all else set(names[0]).intersection(*names)
+        required += [name for some in names for name in some if name in shared]
+    return properties, required
+
+
+def properties_of(schema: Json) -> Json:
+    properties = schema.get("properties")
+    return properties if is_object(properties) else {}
+
+
+def required_by(schema: Json) -> List[str]:
+    required = schema.get("required") if isinstance(schema.get("required"), list) else []
+    return [name for name in required if isinstance(name, str)]
 
 
 def resolved_root(schema: Json) -> Json:
-    """A root that is only a reference to one of its own definitions, replaced by that definition."""
+    """A root that only refers to one of its own definitions, replaced by that definition."""
     match = re.fullmatch(r"#/(\$defs|definitions)/([^/]+)", str(schema.get("$ref", "")))
     target = (schema.get(match[1]) or {}).get(match[2]) if match else None
     if not is_object(target):
         return schema
-    return {**{key: schema[key] for key in ("$defs", "definitions") if key in schema}, **target}
+    return {**{key: schema[key] for key in DEFINITIONS if key in schema}, **target}
 
 
 def complete_array(schema: Any) -> Any:
-    """Refused schemas, every level: arrays have `items`, `required` is a filled list, no booleans."""
+    """A schema in which arrays have `items`, `required` is a filled list, and nothing is a boolean.
+
+    `additionalProperties` alone stays a boolean, which every server takes.
+    """
     if isinstance(schema, bool):
         return {} if schema else {"not": {}}
     if not is_object(schema):
         return schema
-    new = {}
-    for key, value in mapped_subschemas(schema, complete_array).items():
-        if key == "additionalProperties":
-            value = schema[key] if isinstance(schema[key], bool) else value
-        if key != "required" or (isinstance(value, list) and value):
-            new[key] = value
-    alternatives = new.get("prefixItems") or (new.get("items") if isinstance(new.get("items"), list) else None)
-    if alternatives:
-        new["items"] = alternatives[0] if len(alternatives) == 1 else {"anyOf": alternatives}
-    elif new.get("type") == "array" and not is_object(new.get("items")):
-        new["items"] = {}
-    return new
+    complete = {**mapped_subschemas(schema, complete_array)}
+    if isinstance(schema.get("additionalProperties"), bool):
+        complete["additionalProperties"] = schema["additionalProperties"]
+    if not (isinstance(complete.get("required"), list) and complete["required"]):
+        complete.pop("required", None)
+    items = complete.get("items")
+    tuple_items = complete.get("prefixItems") or items
+    if isinstance(tuple_items, list) and tuple_items:
+        complete["items"] = tuple_items[0] if len(tuple_items) == 1 else {"anyOf": tuple_items}
+    elif complete.get("type") == "array" and not is_object(items):
+        complete["items"] = {}
+    return complete
 
 
-def plain_schema(schema: Any) -> Any:
-    """A schema without the keywords that grammar-based servers cannot take."""
-    if not is_object(schema):
-        return schema
-    kept = {key: value for key, value in schema.items() if key not in GRAMMAR_KEYWORDS}
-    return mapped_subschemas(kept, plain_schema)
+# ---- 14.6 messages and format ----------------------------------------------
 
-
-GRAMMAR_KEYWORDS = frozenset((
-    "pattern", "format", "propertyNames", "patternProperties", "minLength", "maxLength", "minItems", "maxItems",
-    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "default"))
-
-
-# ---- 14.5 messages and format ----------------------------------------------
-
-def refuses_null_content(facts: ErrorFacts, body: Json) -> Any:
-    return re.search(r"\bcontent\b", facts.message + " " + facts.param) and facts.matches(
-        r"\bnull\b|\bNone\b|expected (a )?string|field required|valid string|missing field") and True
+def is_null_content_error(facts: ErrorFacts, body: Json) -> bool:
+    """Whether an upstream rejects the null content that stands beside tool calls."""
+    return bool(re.search(r"\bcontent\b", f"{facts.message} {facts.param}")) and facts.matches(
+        r"\bnull\b|\bNone\b|expected (a )?string|field required|valid string|missing field")
 
 
 def fill_null_content(body: Json, argument: Any) -> bool:
-    empty = [message for message in body["messages"] if message.get("content", "") is None]
-    for message in empty:
-        message["content"] = ""
-    return bool(empty)
+    return any([set_member(message, "content", "") for message in body["messages"]
+                if message.get("content", "") is None])
 
 
 def separate_tool_results(body: Json, argument: Any) -> bool:
@@ -3246,145 +3403,135 @@ def separate_tool_results(body: Json, argument: Any) -> bool:
         if message["role"] == "user" and messages and messages[-1]["role"] == "tool":
             messages.append({"role": "assistant", "content": "(tool results received)"})
         messages.append(message)
-    has_changed = len(messages) > len(body["messages"])
-    body["messages"] = messages
-    return has_changed
+    return set_member(body, "messages", messages)
 
 
 def shorten_ids(body: Json, argument: Any) -> bool:
-    has_changed = False
-    for message in body["messages"]:
-        for holder, key in [(message, "tool_call_id")] + [(call, "id") for call in message.get("tool_calls", ())]:
-            if key in holder and holder[key] != mistral_id(holder[key]):
-                holder[key] = mistral_id(holder[key])
-                has_changed = True
-    return has_changed
+    """Makes ids of nine letters and digits, the same for a call and its result."""
+    holders = [(message, "tool_call_id") for message in body["messages"]]
+    holders += [(call, "id") for message in body["messages"]
+                for call in message.get("tool_calls", ())]
+    return any([set_member(holder, key, mistral_id(holder[key]))
+                for holder, key in holders if key in holder])
 
 
 def ask_for_json(body: Json, argument: Any) -> bool:
-    """JSON mode and a line in the system text, for servers that know no schemas."""
-    wanted = body.get("response_format", {})
-    if wanted.get("type") != "json_schema":
+    """JSON mode and a line in the system text, for servers that take no schemas."""
+    answer_format = body.get("response_format", {})
+    if answer_format.get("type") != "json_schema":
         return False
-    line = format_instruction(wanted["json_schema"]["schema"])
+    line = format_instruction(answer_format["json_schema"]["schema"])
     first = body["messages"][0]
     if first["role"] == "system":
         first["content"] += "\n\n" + line
     else:
         body["messages"].insert(0, {"role": "system", "content": line})
-    body["response_format"] = {"type": "json_object"}
-    return True
+    return set_member(body, "response_format", {"type": "json_object"})
 
 
 def drop_format(body: Json, argument: Any) -> bool:
+    """Leaves the format out.  The line in the system text stays, or is added."""
     ask_for_json(body, argument)
-    return body.pop("response_format", None) is not None
+    return drop_members([body], ["response_format"])
 
 
-def drop_carried_reasoning(body: Json, argument: Any) -> bool:
-    return any([message.pop(name, None) is not None for message in body["messages"]
-                for name in ("reasoning_content", "reasoning", "reasoning_details")])
+CARRIED_REASONING = ("reasoning_content", "reasoning", "reasoning_details")
 
 
-def refuses_images(facts: ErrorFacts, body: Json) -> Any:
-    return facts.matches(r"(does not have|without|no) vision|(image|vision|multi-?modal).*(not support|unsupported|unknown variant|not available|text[- ]only)|"
-                      r"(not support|unsupported|unknown variant|unknown (content )?type|no endpoints found)"
-                      r".*(image|vision|multi-?modal)|image_url.*invalid|invalid.*image_url") and True
+def is_image_error(facts: ErrorFacts, body: Json) -> bool:
+    """Whether the model takes no images."""
+    return facts.matches(IMAGE_WORDINGS)
+
+
+IMAGE_WORDINGS = (
+    r"(does not have|without|no) vision|"
+    r"(image|vision|multi-?modal).*"
+    r"(not support|unsupported|unknown variant|not available|text[- ]only)|"
+    r"(not support|unsupported|unknown variant|unknown (content )?type|no endpoints found).*"
+    r"(image|vision|multi-?modal)|image_url.*invalid|invalid.*image_url")
 
 
 def drop_images(body: Json, argument: Any) -> bool:
+    """Puts a note in the place of each image, so that the model knows of it."""
     note = text_part("[image omitted: the model does not accept images]")
-    has_changed = False
-    for message in body["messages"]:
-        content = message.get("content")
-        if isinstance(content, list) and any(part["type"] == "image_url" for part in content):
-            message["content"] = [note if part["type"] == "image_url" else part for part in content]
-            has_changed = True
-    return has_changed
+    return any([set_member(message, "content", [note if part["type"] == "image_url" else part
+                                                for part in message["content"]])
+                for message in body["messages"] if isinstance(message.get("content"), list)])
 
 
-# ---- 14.6 the table --------------------------------------------------------
+# ---- 14.7 the table --------------------------------------------------------
 
-class Adjustment(NamedTuple):
-    """One row of LESSONS: a refusal, and the one change that answers it.
-
-    `finds` gives the lesson's argument, or None where the refusal is another; `change` makes the
-    change in the request and says whether anything changed.
-    """
-    name: str
-    finds: Callable[[ErrorFacts, Json], Any]
-    change: Callable[[Json, Any], bool]
-    is_remembered: bool = True                 # remembered for later requests
-    statuses: Tuple[int, ...] = (400, 422)
-
-
-def adjustment_for(status: int, body: bytes, translation: Translation) -> Optional[Tuple[Adjustment, Any]]:
-    """The first lesson of a refusal that changes the request, already applied to it; else None."""
-    try:
-        facts = error_facts(status, _upstream_decoder.decode(body.decode("utf-8", "replace")))
-    except (ValueError, RecursionError):
-        facts = ErrorFacts(status, body[:ERROR_TEXT].decode("utf-8", "replace"))
-    for adjustment in ADJUSTMENTS:
-        argument = adjustment.finds(facts, translation.body) if status in adjustment.statuses else None
-        if argument is not None and argument is not False and adjustment.change(translation.body, argument):
-            translation.token_estimate = 0
-            return adjustment, argument
-    return None
-
-
-def apply_adjustments(learned: Mapping[str, Any], translation: Translation) -> None:
-    """Makes the changes that earlier refusals of this model have taught."""
-    for adjustment in ADJUSTMENTS:
-        if adjustment.name in learned:
-            adjustment.change(translation.body, learned[adjustment.name])
-
-
-ANY_STATUS = tuple(range(400, 600))
-LOCAL_STATUSES = (400, 404, 422, 500, 501)               # servers of local models refuse by 500, routers by 404
-MAX_ADJUSTED_RETRIES = 4                                          # re-sends for one client request
-
-
-def when(test: Callable[[ErrorFacts], Any]) -> Callable[[ErrorFacts, Json], Any]:
-    """A `finds` without an argument to find."""
-    return lambda facts, body: True if test(facts) else None
-
+# Servers of local models answer a grammar that they cannot build with a 500, routers answer with a
+# 404 where no endpoint has the capability.
+LOCAL_STATUSES = (400, 404, 422, 500, 501)
 
 ADJUSTMENTS = (
-    Adjustment("limit_is_max_completion_tokens", when(lambda facts: facts.names_field("max_tokens")
-           and facts.matches("max_completion_tokens")), rename_limit("max_completion_tokens")),
-    Adjustment("limit_is_max_tokens", when(lambda facts: facts.names_field("max_completion_tokens")
-           and (facts.matches(UNKNOWN_FIELD) or re.search(UNKNOWN_FIELD, facts.words))), rename_limit("max_tokens")),
-    Adjustment("limit_at_most", number_after(
-        r"(?:at most|<=|less than or equal to|maximum(?: allowed)?(?: value)? (?:is|of)|cannot exceed|up to|\[\d+, ?|"
-        r"between \d+ and|lower than|limit(?: is| of|:)|>(?= ?[\d,_]+,? which is the maximum)) ?#"), lower_limit),
-    Adjustment("limit_at_least", number_after(
-        r"(?:at least|>=|greater than or equal to|minimum value (?:is|of)|\[) ?#"), raise_limit),
-    Adjustment("room_left", room_left, lower_limit, is_remembered=False, statuses=ANY_STATUS),
-    Adjustment("effort_none", when(lambda facts: facts.matches(r"set [`'\"]?reasoning_effort[`'\"]? to [`'\"]?none")),
-           force_no_effort),
-    Adjustment("effort_nearest", supported_efforts, take_nearest_effort),
-    Adjustment("options_dropped", named_option, drop_options),
-    Adjustment("not_streamed", when(lambda facts: facts.names_field("stream")
-           or facts.matches("stream(ing)? (mode )?is not supported|does not support stream")), stop_streaming),
-    Adjustment("strict_dropped", when(lambda facts: facts.names_field("strict") or facts.matches(r"function\.strict")
-           or facts.param.endswith("function.strict")), drop_strict),
-    Adjustment("keywords_dropped", unknown_keywords, drop_keywords),
-    Adjustment("schemas_simplified", refuses_schema, change_schemas(simple_schema), statuses=LOCAL_STATUSES),
-    Adjustment("schemas_without_keywords", refuses_schema, change_schemas(plain_schema), statuses=LOCAL_STATUSES),
-    Adjustment("tool_choice_auto", when(lambda facts: facts.names_field("tool_choice")), free_choice),
-    Adjustment("content_never_null", refuses_null_content, fill_null_content),
-    Adjustment("assistant_after_tools", when(lambda facts: "3230" in facts.words
-           or facts.matches(r"role ['\"]?user['\"]? after role ['\"]?tool")), separate_tool_results),
-    Adjustment("ids_of_nine", when(lambda facts: facts.matches(r"tool[_ ]call[_ ]id.*(length of 9|9 characters)")), shorten_ids),
-    Adjustment("json_mode", when(lambda facts: facts.names_field("response_format") or facts.matches(
-        r"response_format.*(json_schema|unavailable|not support|must be)")), ask_for_json),
-    Adjustment("format_dropped", when(lambda facts: facts.names_field("response_format") or facts.matches(
-        r"response_format.*(json_object|unavailable|not support|must be)")), drop_format),
-    Adjustment("reasoning_not_returned", when(lambda facts: any(map(facts.names_field, (
-        "reasoning_content", "reasoning", "reasoning_details")))
-        or facts.matches(r"messages?\W.*\breasoning(_content|_details)?\b")), drop_carried_reasoning),
-    Adjustment("descriptions_cut", refused_description_length, cut_descriptions),
-    Adjustment("images_left_out", refuses_images, drop_images, statuses=LOCAL_STATUSES),
+    # Reasoning models reject max_tokens and name the field that they want.  [OpenAI: o-series]
+    Adjustment("limit_is_max_completion_tokens",
+               finds=lambda facts, body: facts.names_field("max_tokens")
+               and facts.matches("max_completion_tokens"),
+               change=lambda body, _: rename_field(body, "max_tokens", "max_completion_tokens")),
+    # Servers that know only the older name.
+    Adjustment("limit_is_max_tokens",
+               finds=lambda facts, body: facts.names_field("max_completion_tokens")
+               and facts.says_unknown(),
+               change=lambda body, _: rename_field(body, "max_completion_tokens", "max_tokens")),
+    # Clients ask for as many tokens as Claude can give.
+    Adjustment("limit_at_most", finds=lambda facts, body: token_limit(facts, AT_MOST),
+               change=lower_limit),
+    # OpenAI's least is 16; Claude Code asks for 1 when it probes a quota.
+    Adjustment("limit_at_least", finds=lambda facts, body: token_limit(facts, AT_LEAST),
+               change=raise_limit),
+    # Prompt and answer together do not fit.  The next prompt has another size.
+    Adjustment("room_left", finds=room_left, change=lower_limit, is_remembered=False,
+               statuses=range(400, 600)),
+    # OpenAI, gpt-5.1 and later with function tools.
+    Adjustment("effort_none", finds=lambda facts, body: facts.matches(EFFORT_NONE),
+               change=lambda body, _: set_member(body, "reasoning_effort", "none")),
+    Adjustment("effort_nearest", finds=supported_efforts, change=take_nearest_effort),
+    Adjustment("options_dropped", finds=named_options,
+               change=lambda body, names: drop_members([body], names)),
+    # The client then gets its events from the whole answer.
+    Adjustment("not_streamed",
+               finds=lambda facts, body: facts.names_field("stream") or facts.matches(
+                   "stream(ing)? (mode )?is not supported|does not support stream"),
+               change=lambda body, _: drop_members([body], ("stream", "stream_options"))),
+    Adjustment("strict_dropped",
+               finds=lambda facts, body: facts.names_field("strict")
+               or facts.matches(r"function\.strict") or facts.param.endswith("function.strict"),
+               change=lambda body, _: drop_members(functions_in(body), ["strict"])),
+    Adjustment("keywords_dropped", finds=unknown_keywords, change=drop_keywords),
+    # Two steps: the second is taken when the first has nothing left to change.
+    Adjustment("schemas_simplified", finds=is_schema_error, statuses=LOCAL_STATUSES,
+               change=lambda body, _: change_schemas(body, simple_schema)),
+    Adjustment("schemas_without_keywords", finds=is_schema_error, statuses=LOCAL_STATUSES,
+               change=lambda body, _: drop_keywords(body, GRAMMAR_KEYWORDS)),
+    # Kimi and DeepSeek take no forced choice while they think.
+    Adjustment("tool_choice_auto", finds=lambda facts, body: facts.names_field("tool_choice"),
+               change=lambda body, _: "tool_choice" in body
+               and set_member(body, "tool_choice", "auto")),
+    Adjustment("content_never_null", finds=is_null_content_error, change=fill_null_content),
+    # Mistral, both rows.
+    Adjustment("assistant_after_tools", change=separate_tool_results,
+               finds=lambda facts, body: "3230" in facts.codes
+               or facts.matches(r"role ['\"]?user['\"]? after role ['\"]?tool")),
+    Adjustment("ids_of_nine", change=shorten_ids, finds=lambda facts, body: facts.matches(
+        r"tool[_ ]call[_ ]id.*(length of 9|9 characters)")),
+    # DeepSeek takes JSON mode; other servers take no format at all.
+    Adjustment("json_mode", change=ask_for_json,
+               finds=lambda facts, body: facts.names_field("response_format") or facts.matches(
+                   r"response_format.*(json_schema|unavailable|not support|must be)")),
+    Adjustment("format_dropped", change=drop_format,
+               finds=lambda facts, body: facts.names_field("response_format") or facts.matches(
+                   r"response_format.*(json_object|unavailable|not support|must be)")),
+    # Servers that know no reasoning in the history.
+    Adjustment("reasoning_not_returned",
+               finds=lambda facts, body: any(map(facts.names_field, CARRIED_REASONING))
+               or facts.matches(r"messages?\W.*\breasoning(_content|_details)?\b"),
+               change=lambda body, _: drop_members(body["messages"], CARRIED_REASONING)),
+    Adjustment("descriptions_cut", finds=description_limit, change=cut_descriptions),
+    Adjustment("images_left_out", finds=is_image_error, change=drop_images,
+               statuses=LOCAL_STATUSES),
 )
 
 
@@ -6899,7 +7046,7 @@ async def whole_message(app: App, translation: Translation, reply: UpstreamRespo
     try:
         completion = _upstream_decoder.decode(body.decode("utf-8", "replace").lstrip("\ufeff").strip())
     except (ValueError, RecursionError):
-        message = response_summary(reply.status, {}, body) if body.lstrip()[:1] == b"<" else ""
+        message = response_summary(reply.status, body) if body.lstrip()[:1] == b"<" else ""
         raise UpstreamError(502, "The upstream's answer is not JSON"
                             + (": " + redacted(message, translation.secrets) if message else "")) from None
     if isinstance(completion, list) and completion and is_object(completion[0]) and is_error_object(completion[0]):
