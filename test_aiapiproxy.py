@@ -3004,7 +3004,8 @@ def test_thinking_in_the_text_however_it_is_cut(asked, want):
 
 def test_a_tag_inside_the_text_is_text():
     asked = req(thinking=ADAPTIVE)
-    for host, texts in (("local", ["a <think>"]), ("local", ["<th", "x"]), ("openai", ["<think>x"])):
+    cases = [("local", ["a <think>"]), ("local", ["<th", "x"]), ("openai", ["<think>x"])]
+    for host, texts in cases:
         raw = sse([ctext(each) for each in texts] + STOP)
         check_stream(raw, f'MS 0+text 0t"{"".join(texts)}" {CLOSED}', asked, host)
 
@@ -3679,7 +3680,7 @@ def unsupported(name):
     return refusal(words, name, "unsupported_parameter")
 
 
-ADJUSTED = [  # the upstream's error, request, members of the body in the retry and in later requests
+ADJUSTED = [  # the upstream's error, request, members of the body in the retry and later
     ("the newer name of max_tokens", NEEDS_OTHER_NAME, req(),
      {"max_tokens": None, "max_completion_tokens": 100}),
     ("the older name", unsupported("max_completion_tokens"), req(model="o3"),
@@ -3768,19 +3769,20 @@ ADJUSTED = [  # the upstream's error, request, members of the body in the retry 
 
 
 OTHER_WORDS = [  # status and error of another server, request, members of the body in the retry
-    ("Groq's limit", 400, {"error": {"message":
-        "`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is "
-        "less than the `context_window` for this model"}},
+    ("Groq's limit", 400, {"error": {
+        "message": "`max_tokens` must be less than or equal to `8192`, the maximum value for "
+                   "`max_tokens` is less than the `context_window` for this model"}},
      req(max_tokens=9000), {"max_tokens": 8192}),
-    ("DeepSeek's limit", 400, {"error": {"message":
-        "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]"}},
+    ("DeepSeek's limit", 400, {"error": {
+        "message": "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]"}},
      req(max_tokens=9000), {"max_tokens": 8192}),
-    ("Bedrock's limit", 400, {"message":
-        "The maximum tokens you requested exceeds the model limit of 4096. Try again with a "
-        "maximum tokens value that is lower than 4096."},
+    ("Bedrock's limit", 400, {
+        "message": "The maximum tokens you requested exceeds the model limit of 4096. Try again "
+                   "with a maximum tokens value that is lower than 4096."},
      req(max_tokens=9000), {"max_tokens": 4096}),
-    ("Anthropic's limit", 400, {"error": {"message":
-        "max_tokens: 9000 > 8192, which is the maximum allowed number of output tokens for m"}},
+    ("Anthropic's limit", 400, {"error": {
+        "message": "max_tokens: 9000 > 8192, which is the maximum allowed number of output tokens "
+                   "for m"}},
      req(max_tokens=9000), {"max_tokens": 8192}),
     ("Mistral's validation inside a message", 422, {"object": "error", "message": {"detail": [
         {"type": "extra_forbidden", "loc": ["body", "top_p"],
@@ -3796,15 +3798,15 @@ OTHER_WORDS = [  # status and error of another server, request, members of the b
     ("Kimi's tool_choice", 400,
      {"error": {"message": "tool_choice 'required' is incompatible with thinking enabled"}},
      req(tools=[tool("f")], tool_choice={"type": "any"}), {"tool_choice": "auto"}),
-    ("Gemini's keyword", 400, [{"error": {"message":
-        "Invalid JSON payload received. Unknown name \"const\" at "
-        "'tools[0].function_declarations[0].parameters.properties[0].value': Cannot find field."}}],
+    ("Gemini's keyword", 400, [{"error": {
+        "message": "Invalid JSON payload received. Unknown name \"const\" at 'tools[0].function_"
+                   "declarations[0].parameters.properties[0].value': Cannot find field."}}],
      req(tools=[tool("f", inside({"type": "string", "const": "x"}))]),
      {"tools": [fn("f", inside({"type": "string"}))]}),
-    ("SGLang's window", 400, {"message":
-        "Requested token count exceeds the model's maximum context length of 32768 tokens. You "
-        "requested a total of 40000 tokens: 8000 tokens from the input messages and 32000 tokens "
-        "for the completion."},
+    ("SGLang's window", 400, {
+        "message": "Requested token count exceeds the model's maximum context length of 32768 "
+                   "tokens. You requested a total of 40000 tokens: 8000 tokens from the input "
+                   "messages and 32000 tokens for the completion."},
      req(max_tokens=32000, stream=True), {"max_tokens": 24760}),
 ]
 
@@ -6589,7 +6591,7 @@ def mutated(raw, dice):
 
 
 async def fuzzed(port, data, dice):
-    """Sends bytes in pieces and reads the whole answer: it has to be HTTP, and no internal error."""
+    """Sends bytes in pieces; the whole answer has to be HTTP and no internal error."""
     async with Wire(port) as wire:
         cut = dice.randrange(len(data) + 1)
         with contextlib.suppress(ConnectionError):
@@ -6840,7 +6842,7 @@ def test_while_it_stops_it_is_not_ready():
     assert run(scenario()) == (503, "not_ready")
 
 
-def test_SIGHUP_reads_the_file_again_and_connections_go_on(tmp_path):
+def test_SIGHUP_reads_the_file_again_and_keeps_connections_open(tmp_path):
     file = tmp_path / ".env"
     file.write_text("CLAUDE_OPUS_MODEL=first\n")
     file.chmod(0o600)
@@ -6868,8 +6870,8 @@ def test_SIGHUP_reads_the_file_again_and_connections_go_on(tmp_path):
         file.unlink()
         program.signal(signal.SIGHUP)
         program.until("reloaded")
-        assert (opus() == "Claude Opus 5.5 (gpt-4)"
-                and json.loads(program.get()[1])["in_flight"] == 1)
+        assert opus() == "Claude Opus 5.5 (gpt-4)"
+        assert json.loads(program.get()[1])["in_flight"] == 1
         running_stream.close()
         kept.close()
 
@@ -6879,9 +6881,9 @@ def test_the_process_loads_nothing_from_its_working_folder_and_is_small_at_idle(
     with Program(tmp_path, "--port", "0") as program:
         program.started()
         assert json.loads(program.get()[1])["pid"] == program.process.pid
-        with contextlib.suppress(FileNotFoundError):         # only Linux has it
-            size = int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(
-                f"/proc/{program.process.pid}/status").read_text())[1])
+        with contextlib.suppress(FileNotFoundError):  # only Linux has /proc
+            status = pathlib.Path(f"/proc/{program.process.pid}/status").read_text()
+            size = int(re.search(r"VmRSS:\s+(\d+)", status)[1])
             assert size < 55_000, "kB at idle"
 
 
@@ -6892,19 +6894,15 @@ def test_the_process_loads_nothing_from_its_working_folder_and_is_small_at_idle(
 def test_an_exchange_is_recorded_and_replayed(tmp_path):
     words = [creason("r"), ctext(f"my key is {KEY}"), frag(0, "call_1", "f", '{"a":1}'),
              cend("tool_calls"), cuse(5, 3), DONE]
-    _, headers, body = run(served_once(stream(*words),
-                                       req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]),
-                                       RECORD_DIR=str(tmp_path / "records")))
+    asked = req(stream=True, thinking=ADAPTIVE, tools=[tool("f")])
+    records = str(tmp_path / "records")
+    (_, headers, body), _ = run(asked_once(stream(*words), asked, RECORD_DIR=records))
     (path,) = (tmp_path / "records").iterdir()
     assert headers["request-id"] in path.name and path.stat().st_mode & 0o777 == 0o600
     assert KEY not in path.read_text()
     replayed = subprocess.run([sys.executable, aiapiproxy.__file__, "--replay", str(path)],
                               stdout=subprocess.PIPE, check=True, timeout=20).stdout
     assert printed(replayed) == printed(body).replace(KEY, f"sk-...{KEY[-4:]}")
-
-
-async def served_once(script, asked, **environ):
-    return (await asked_once(script, asked, **environ))[0]
 
 
 def test_what_is_not_a_record_is_not_replayed(tmp_path, capfd):
@@ -6932,12 +6930,11 @@ def test_old_records_make_room_for_new_ones(tmp_path, monkeypatch):
 # ============================================================================
 
 def models_answer(*names):
-    return raw_answer(json.dumps({"object": "list",
-                                  "data": [{"id": name} for name in names]}).encode(),
-                      "Connection: close")
+    models = {"object": "list", "data": [{"id": name} for name in names]}
+    return raw_answer(json.dumps(models).encode(), "Connection: close")
 
 
-CHECKS = [  # the upstream's answer to GET /models, exit code, what is said
+CHECKS = [  # the upstream's answer to GET /models, exit code, words of the report
     ("all is well", models_answer("gpt-4o", "gpt-4o-mini", "gpt-5.1"), 0,
      ["CLAUDE_OPUS_MODEL gpt-5.1 is there"]),
     ("a model is missing", models_answer("gpt-4o", "gpt-4o-mini"), 1,
@@ -6963,11 +6960,11 @@ def test_check(answer, code, words, tmp_path):
 
     out, err, got, heads = run(scenario())
     text = out.decode()
-    assert ((got, err) == (code, b"") and KEY not in text
-            and all(word in text for word in words)), text
+    assert (got, err) == (code, b"") and all(word in text for word in words), text
+    assert KEY not in text
     assert all(re.match("(ok   |warn |fail ) ", line) for line in text.splitlines())
-    assert (heads[0].startswith("GET /v1/models HTTP/1.1")
-            and f"Authorization: Bearer {KEY}" in heads[0])
+    assert heads[0].startswith("GET /v1/models HTTP/1.1")
+    assert f"Authorization: Bearer {KEY}" in heads[0]
 
 
 # ============================================================================
@@ -6975,15 +6972,14 @@ def test_check(answer, code, words, tmp_path):
 # ============================================================================
 
 def test_the_demo_streams_a_message_and_calls_a_tool(tmp_path):
-    weather = {"name": "get_weather",
-               "input_schema": {"type": "object", "properties": {"city": {"type": "string"}},
-                                 "required": ["city"]}}
+    weather = tool("get_weather", {"type": "object", "properties": {"city": {"type": "string"}},
+                                   "required": ["city"]})
     with Program(tmp_path, "--demo", "--port", "0") as program:
         program.started()
         _, body = program.get("/v1/messages", "POST", json.dumps(req([usr("Hello")], stream=True)))
         assert printed(body).endswith("0- MD(end_turn) ME") and b"demo" in body
-        _, body = program.get("/v1/messages", "POST",
-                              json.dumps(req([usr("Use get_weather")], tools=[weather])))
+        asked = req([usr("Use get_weather")], tools=[weather])
+        _, body = program.get("/v1/messages", "POST", json.dumps(asked))
         call = json.loads(body)["content"][-1]
         assert (call["name"], call["input"]) == ("get_weather", {"city": "demo"})
         result = [usr("Use get_weather"), asst([call]), usr([res(call["id"], "sunny")])]
@@ -6995,7 +6991,7 @@ def test_the_demo_streams_a_message_and_calls_a_tool(tmp_path):
 # 32. STATUS PAGE
 # ============================================================================
 
-def test_the_page_is_for_browsers_and_brings_all_that_it_needs():
+def test_the_page_is_for_browsers_and_loads_nothing_from_elsewhere():
     async def scenario():
         settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY}, server_port=0)
         server = aiapiproxy.Server(settings, aiapiproxy.STATUS_PAGE)
@@ -7009,8 +7005,8 @@ def test_the_page_is_for_browsers_and_brings_all_that_it_needs():
     (status, headers, page), (_, _, plain) = run(scenario())
     assert status == 200 and headers["content-type"] == "text/html; charset=utf-8"
     assert headers["content-security-policy"].startswith("default-src 'none'")
-    assert (re.findall(rb"""(?:src|href)=["']?(?:https?:)?//""", page) == []
-            and b"innerHTML" not in page)
+    assert re.findall(rb"""(?:src|href)=["']?(?:https?:)?//""", page) == []
+    assert b"innerHTML" not in page
     assert json.loads(plain)["name"] == "aiapiproxy"
 
 
@@ -7023,14 +7019,13 @@ def test_a_browser_shows_the_requests_and_runs_nothing_of_them(tmp_path):
     with Program(tmp_path, "--demo", "--port", "0") as program:
         program.started()
         program.get("/v1/messages", "POST", json.dumps({**req([usr("Hello")]), "model": hostile}))
-        page = subprocess.run([
+        command = [
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
             "--no-first-run", "--disable-background-networking", "--disable-component-update",
             "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=3000", "--dump-dom",
-            f"http://127.0.0.1:{program.port}/"], stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=15,
-            check=True).stdout.decode()
+            "--virtual-time-budget=3000", "--dump-dom", f"http://127.0.0.1:{program.port}/"]
+        page = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=15, check=True).stdout.decode()
     assert "Ready" in page and "aiapiproxy-demo" in page and "<title>broken" not in page
     assert "&lt;img src=x" in page and "<img" not in page
 
@@ -7041,11 +7036,10 @@ def test_a_browser_shows_the_requests_and_runs_nothing_of_them(tmp_path):
 
 def total_requests(program):
     _, body = program.get("/metrics")
-    return sum(int(value) for value in re.findall(r'requests_total\{route="other".* (\d+)\n',
-                                                  body.decode()))
+    return sum(map(int, re.findall(r'requests_total\{route="other".* (\d+)\n', body.decode())))
 
 
-def test_workers_share_a_socket_add_up_and_are_replaced(tmp_path):
+def test_workers_share_a_socket_add_up_their_counters_and_are_replaced(tmp_path):
     with Program(tmp_path, "--port", "0", WORKERS="2") as program:
         program.started()
         wait_for(lambda: len(children(program.process.pid)) == 2)
@@ -7053,12 +7047,12 @@ def test_workers_share_a_socket_add_up_and_are_replaced(tmp_path):
         for _ in range(40):
             assert program.get("/x")[0] == 404
         wait_for(lambda: total_requests(program) == 40)
-        threading.Event().wait(0.3)                            # a worker tells the others now and then
+        threading.Event().wait(0.3)  # a worker writes its counters regularly
         killed = min(first)
         os.kill(killed, signal.SIGKILL)
         died = program.until("worker_died", program.process.stderr)
         assert died["level"] == "error" and str(killed) in died["message"]
-        assert program.get()[0] == 200                     # while it is being replaced
+        assert program.get()[0] == 200  # while it is being replaced
         wait_for(lambda: len(children(program.process.pid)) == 2
                  and killed not in children(program.process.pid))
         for _ in range(20):
@@ -7069,12 +7063,12 @@ def test_workers_share_a_socket_add_up_and_are_replaced(tmp_path):
         assert program.end()[0] == 0 and not any(is_alive(pid) for pid in workers)
 
 
-def test_a_worker_that_is_replaced_has_the_settings_of_now(tmp_path):
+def test_a_new_worker_has_the_reloaded_settings(tmp_path):
     file = tmp_path / ".env"
     file.write_text("CLAUDE_OPUS_MODEL=first\n")
     file.chmod(0o600)
-    with Program(tmp_path, "--port", "0", WORKERS="2",
-                 patch="aiapiproxy.WORKER_PAUSE = 0") as program:
+    patch = "aiapiproxy.WORKER_PAUSE = 0"
+    with Program(tmp_path, "--port", "0", WORKERS="2", patch=patch) as program:
         program.started()
         wait_for(lambda: len(children(program.process.pid)) == 2 and program.get()[0] == 200)
         file.write_text("CLAUDE_OPUS_MODEL=second\n")
@@ -7129,32 +7123,31 @@ def test_workers_end_with_their_parent(tmp_path):
 # 34. SPEED
 # ============================================================================
 
-CHUNK_TEXTS = ["the ", "quick", "\n", "\t", '"', "\\", "é", "中", "😀", "\ud83d", "", " ", "{", "}",
-               "/", "\x7f", "\u2028", "a\\nb"]
+CHUNK_TEXTS = ["the ", "quick", "\n", "\t", '"', "\\", "é", "中", "😀", "\ud83d", "", " ", "{",
+               "}", "/", "\x7f", "\u2028", "a\\nb"]
 
 
 @pytest.mark.parametrize("size", [70, 3000, 65536])
 @pytest.mark.parametrize("kind", ["text", "reasoning", "arguments"])
-def test_runs_of_chunks_give_the_same_bytes_as_each_chunk_by_itself(kind, size, monkeypatch):
+def test_runs_of_chunks_give_the_same_bytes_as_single_chunks(kind, size, monkeypatch):
     dice = random.Random(f"{kind} {size}")
     texts = [dice.choice(CHUNK_TEXTS if dice.random() < 0.2 else CHUNK_TEXTS[:2])
              for _ in range(600)]
     if kind == "arguments":
         whole = json.dumps({"a": "".join(texts)}, ensure_ascii=False)
-        cuts = sorted(dice.randrange(len(whole)) for _ in range(400))
-        chunks = [frag(0, "call_1", "f", "")] + [frag(0, "-", "-", whole[start:end])
-                                                 for start, end in zip([0, *cuts], [
-            *cuts, len(whole)])]
+        cuts = [0, *sorted(dice.randrange(len(whole)) for _ in range(400)), len(whole)]
+        chunks = [frag(0, "call_1", "f", ""), *(frag(0, "-", "-", whole[start:end])
+                                                for start, end in zip(cuts, cuts[1:]))]
     else:
         chunks = [ctext(text) if kind == "text" else creason(text) for text in texts]
     raw = sse([*chunks, cend("stop"), DONE])
 
     def events():
-        translator = aiapiproxy.StreamTranslator(aiapiproxy.checked_translation(
-            req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]), SETTINGS["local"]),
-                                                 lambda size: "x" * size)
-        return b"".join(translator.feed(raw[place:place + size])
-                        for place in range(0, len(raw), size)), translator
+        asked = req(stream=True, thinking=ADAPTIVE, tools=[tool("f")])
+        translation = aiapiproxy.checked_translation(asked, SETTINGS["local"])
+        translator = aiapiproxy.StreamTranslator(translation, lambda size: "x" * size)
+        pieces = [raw[place:place + size] for place in range(0, len(raw), size)]
+        return b"".join(map(translator.feed, pieces)), translator
 
     fast, translator = events()
     assert translator.done and translator.error is None
@@ -7176,12 +7169,11 @@ def test_a_port_in_use_is_named(tmp_path):
             assert str(port) in err and f"lsof -i :{port}" in err
 
 
-ONE_LINE = [  # arguments, environment, exit code, what stderr says
-    ("bad values are all named", [], {name: value for name, value in BAD_VALUES.items()
-                                      if name not in ("RUST_LOG", "TOKIO_WORKER_THREADS",
-                                                      "https_proxy", "http_proxy")},
-     78,
-     sorted(set(BAD_VALUES) - {"RUST_LOG", "TOKIO_WORKER_THREADS", "https_proxy", "http_proxy"})),
+ALIASES = ("RUST_LOG", "TOKIO_WORKER_THREADS", "https_proxy", "http_proxy")
+ALL_BAD = {name: value for name, value in BAD_VALUES.items() if name not in ALIASES}
+
+ONE_LINE = [  # arguments, environment, exit code, words on stderr
+    ("bad values are all named", [], ALL_BAD, 78, sorted(ALL_BAD)),
     ("an alias is named", [], {"TOKIO_WORKER_THREADS": "x"}, 78, ["TOKIO_WORKER_THREADS"]),
     ("in JSON, when asked", [], {"SERVER_PORT": "x", "LOG_FORMAT": "json"}, 78, ["SERVER_PORT"]),
     ("beyond loopback", [], {"SERVER_HOST": "0.0.0.0"}, 78, ["SERVER_HOST", "PROXY_API_KEY"]),
@@ -7206,8 +7198,8 @@ ONE_LINE = [  # arguments, environment, exit code, what stderr says
 def test_a_start_that_fails_says_why_in_a_line(arguments, environ, code, words, tmp_path):
     with Program(tmp_path, *arguments, **environ) as program:
         got, out, err = program.end()
-    assert ((got, out) == (code, "") and "Traceback" not in err
-            and all(word in err for word in words)), err
+    assert (got, out) == (code, "") and all(word in err for word in words), err
+    assert "Traceback" not in err
     if code != 2:
         assert err.count("\n") == (1 if len(words) < 5 else len(words)), err
     if environ.get("LOG_FORMAT") == "json":
@@ -7229,7 +7221,7 @@ def test_version(tmp_path):
         assert program.end() == (0, f"aiapiproxy {aiapiproxy.__version__}\n", "")
 
 
-def test_the_file_of_settings_and_what_is_said_about_it(tmp_path):
+def test_the_warnings_about_a_file_of_settings(tmp_path):
     file = tmp_path / "my.env"
     file.write_text("export CLAUDE_OPUS_MODEL='o1' # mine\nwhat\nOPENAI_API_KY=x\nNOISE=1\n")
     file.chmod(0o644)
@@ -7238,19 +7230,19 @@ def test_the_file_of_settings_and_what_is_said_about_it(tmp_path):
         program.signal(signal.SIGTERM)
         code, _, err = program.end()
     messages = [json.loads(line)["message"] for line in err.splitlines()]
-    assert (code == 0 and len(messages) == 3 and "line 2" in messages[0]
-            and "chmod 600" in messages[1])
+    assert code == 0 and len(messages) == 3
+    assert "line 2" in messages[0] and "chmod 600" in messages[1]
     assert "OPENAI_API_KY" in messages[2] and "OPENAI_API_KEY" in messages[2]
 
 
-def test_a_folder_that_is_gone_is_no_reason_not_to_start(tmp_path):
+def test_it_starts_in_a_folder_that_was_removed(tmp_path):
     folder = tmp_path / "gone"
     folder.mkdir()
     with Program(folder, "--port", "0", before=lambda: os.rmdir(str(folder))) as program:
         assert program.started().get()[0] == 200
 
 
-def test_env_prints_what_points_a_client_here(tmp_path):
+def test_env_prints_the_variables_for_a_client(tmp_path):
     with Program(tmp_path, "--env", "--port", "8099") as program:
         code, out, err = program.end()
     assert (code, err) == (0, "") and KEY not in out
@@ -7261,7 +7253,7 @@ def test_env_prints_what_points_a_client_here(tmp_path):
 # FILES
 # ============================================================================
 #
-# What stands beside the program: its map, env.example, the README, and the scripts for macOS.
+# The files beside the program, and the map in its docstring.
 
 PROGRAM = (ROOT / "aiapiproxy.py").read_text(encoding="utf-8")
 TREE = ast.parse(PROGRAM)
@@ -7291,7 +7283,7 @@ ROOMS = {name: room_of(node.lineno) for node in TREE.body for name in defined_na
 
 
 def used_names(node):
-    """(name, line) of the names that a top-level statement uses: annotations count, locals don't."""
+    """(name, line) of the names that a statement of the module uses, without its locals."""
     own = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)
            and not isinstance(name.ctx, ast.Load)}
     own |= {argument.arg for argument in ast.walk(node) if isinstance(argument, ast.arg)}
@@ -7348,8 +7340,10 @@ def test_only_the_standard_library_is_imported_and_none_of_its_http_clients():
         assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
 
 
-FIRST_VARIABLES = """SERVER_HOST SERVER_PORT OPENAI_API_KEY OPENAI_BASE_URL CLAUDE_HAIKU_MODEL CLAUDE_SONNET_MODEL
-CLAUDE_OPUS_MODEL REQUEST_TIMEOUT STREAM_TIMEOUT RUST_LOG LOG_FORMAT ALLOWED_ORIGINS API_KEY_HEADER""".split()
+FIRST_VARIABLES = """
+    SERVER_HOST SERVER_PORT OPENAI_API_KEY OPENAI_BASE_URL CLAUDE_HAIKU_MODEL CLAUDE_SONNET_MODEL
+    CLAUDE_OPUS_MODEL REQUEST_TIMEOUT STREAM_TIMEOUT RUST_LOG LOG_FORMAT ALLOWED_ORIGINS
+    API_KEY_HEADER""".split()
 
 
 def setting_names():
@@ -7438,8 +7432,8 @@ def test_the_plist_leaves_more_time_to_end_than_the_program_takes(plist):
 
 @pytest.mark.parametrize("limits", ["SoftResourceLimits", "HardResourceLimits"])
 def test_the_plist_has_descriptors_for_a_thousand_streams_and_limits_nothing_else(plist, limits):
-    assert (list(plist[limits]) == ["NumberOfFiles"]
-            and 2 * 1000 + 100 < plist[limits]["NumberOfFiles"] <= 65536)
+    assert list(plist[limits]) == ["NumberOfFiles"]
+    assert 2 * 1000 + 100 < plist[limits]["NumberOfFiles"] <= 65536
 
 
 def test_the_plist_holds_no_secret_and_nothing_of_another_language():
@@ -7458,8 +7452,8 @@ def functions(script):
 
 
 def steps_of_main(script):
-    body = re.search(r"^main\(\) \{.*?\n(.*?)^\}", (ROOT / script).read_text(),
-                     re.M | re.S).group(1)
+    text = (ROOT / script).read_text()
+    body = re.search(r"^main\(\) \{.*?\n(.*?)^\}", text, re.M | re.S).group(1)
     return re.findall(r"^    (\w+)", body, re.M)
 
 
@@ -7509,7 +7503,8 @@ def test_install_sh_prints_the_guides_headings(installed):
 
 @SCRIPTS
 def test_no_command_is_given_an_option_that_only_gnu_knows(script):
-    gnu = r"sed -[ri]\b|readlink -f|realpath|stat -c|date -d|grep -P|cp --|\bmktemp\b|\becho |\[\[ |^ *local |\bpkill\b"
+    gnu = (r"sed -[ri]\b|readlink -f|realpath|stat -c|date -d|grep -P|cp --|\bmktemp\b|\becho |"
+           r"\[\[ |^ *local |\bpkill\b")
     code = re.sub(r"^\s*#.*", "", (ROOT / script).read_text(), flags=re.M)
     assert re.findall(gnu, code, re.M) == []
 
@@ -7523,7 +7518,7 @@ def test_what_is_removed_with_all_its_content_is_named_literally():
 # THE MAC IN A FOLDER
 # ============================================================================
 #
-# The scripts run unchanged but for their absolute paths, which are moved below a scratch folder.
+# The scripts run unchanged, except that their absolute paths are moved into a temporary folder.
 # Every tool that only a Mac has, or that would do harm, is one shell script under many names
 # (STAND_IN): it keeps accounts and the launchd job as small files, writes every call into a log,
 # and can end the whole run by SIGKILL at the n-th call that changes something.
@@ -7531,7 +7526,7 @@ def test_what_is_removed_with_all_its_content_is_named_literally():
 STAND_IN = r"""#!/bin/sh
 name=${0##*/}
 real() { PATH=$REAL_PATH exec "$name" "$@"; }
-changes() {  # the run is killed before its KILL_AT-th change
+changes() {  # ends the run before its KILL_AT-th change
     printf '%s\n' "$name $*" >>"$MAC/changes"
     [ "$KILL_AT" = 0 ] || [ "$(grep -c '' "$MAC/changes")" -lt "$KILL_AT" ] || kill -9 0
 }
@@ -7573,7 +7568,8 @@ dscl)
         esac ;;
     -search)
         for found in "$record"/*/"$4"; do
-            [ ! -f "$found" ] || [ "$(value "$found")" != "$5" ] || printf 'x\t\t%s = (\n    %s\n)\n' "$4" "$5"
+            [ -f "$found" ] && [ "$(value "$found")" = "$5" ] || continue
+            printf 'x\t\t%s = (\n    %s\n)\n' "$4" "$5"
         done ;;
     -create)
         changes "$@"
@@ -7606,10 +7602,16 @@ launchctl)
         [ -f "$MAC/job" ] || exit 113
         if [ -f "$MAC/ending" ]; then
             printf x >>"$MAC/ending"
-            if [ "$(wc -c <"$MAC/ending")" -ge 3 ]; then PATH=$REAL_PATH; rm -f "$MAC/job" "$MAC/ending"; exit 113; fi
+            if [ "$(wc -c <"$MAC/ending")" -ge 3 ]; then
+                PATH=$REAL_PATH
+                rm -f "$MAC/job" "$MAC/ending"
+                exit 113
+            fi
         fi
         case $1 in
-        print) printf 'system/com.aiapiproxy = {\n\tstate = running\n\n\tpid = %s\n}\n' "$(cat "$MAC/job")" ;;
+        print)
+            printf 'system/com.aiapiproxy = {\n\tstate = running\n\n\tpid = %s\n}\n' \
+                "$(cat "$MAC/job")" ;;
         list) printf '{\n\t"PID" = %s;\n}\n' "$(cat "$MAC/job")" ;;
         esac ;;
     bootout | unload)
@@ -7618,10 +7620,11 @@ launchctl)
         exit 36 ;;
     bootstrap | load)
         changes "$@"
-        [ ! -f "$MAC/job" ] || { echo "Bootstrap failed: 5: Input/output error" >&2; exit 5; }
+        failed() { echo "Bootstrap failed: 5: Input/output error" >&2; exit 5; }
+        [ ! -f "$MAC/job" ] || failed
         if [ -s "$MAC/flaky" ]; then
             printf x >>"$MAC/flaky"
-            [ "$(wc -c <"$MAC/flaky")" -ge 4 ] || { echo "Bootstrap failed: 5: Input/output error" >&2; exit 5; }
+            [ "$(wc -c <"$MAC/flaky")" -ge 4 ] || failed
         fi
         printf x >>"$MAC/starts"
         echo "$((1000 + $(wc -c <"$MAC/starts")))" >"$MAC/job"
@@ -7633,7 +7636,7 @@ esac
 STAND_INS = ("uname sw_vers sleep dscacheutil xattr xcode-select id sudo plutil lsof chown chmod "
              "mkdir mv rm curl dscl launchctl").split()
 
-# An interpreter: fit (0), without CA certificates (4) or too old (3).
+# An interpreter whose fitness is 0, or 4 without CA certificates, or 3 if it is too old.
 PYTHON = """#!/bin/sh
 printf '%s\\n' "python {path}" >>"$MAC/calls"
 case "$*" in
@@ -7642,15 +7645,16 @@ case "$*" in
 esac
 """
 
-MOVED = re.compile(r"(?<![\w.%}])/(?=(?:usr/local|opt/homebrew|Library|etc)/|usr/bin/(?:python3|dscl)\b)")
+MOVED = re.compile(r"(?<![\w.%}])/"
+                   r"(?=(?:usr/local|opt/homebrew|Library|etc)/|usr/bin/(?:python3|dscl)\b)")
 INSTALLED = ("usr/local/bin/aiapiproxy", "usr/local/etc/aiapiproxy/.env",
-             "etc/newsyslog.d/aiapiproxy.conf",
-             "usr/local/var/log/aiapiproxy/stdout.log", "usr/local/var/log/aiapiproxy/stderr.log",
+             "etc/newsyslog.d/aiapiproxy.conf", "usr/local/var/log/aiapiproxy/stdout.log",
+             "usr/local/var/log/aiapiproxy/stderr.log",
              "Library/LaunchDaemons/com.aiapiproxy.plist")
 
 
 class Mac:
-    """A scratch Mac: `disk` is its /, `state` its accounts and jobs, `checkout` a copy of ours."""
+    """A Mac in a folder: `disk` is its /, `state` its accounts and job, `checkout` our files."""
 
     def __init__(self, folder, checkout="checkout"):
         self.disk, self.state, self.tools = folder / "disk", folder / "state", folder / "tools"
@@ -7700,13 +7704,12 @@ class Mac:
 
     def run(self, script, *arguments, shell=("sh",), cwd="/", kill_at=0,
             stdin=subprocess.DEVNULL, **environ):
-        """What the script prints and its exit code; calls() and changes() then tell about this run."""
+        """Runs a script; calls() and changes() are those of the last run."""
         for name in ("calls", "changes"):
             (self.state / name).write_text("")
-        environment = {"PATH": f"{self.tools}:{os.environ['PATH']}",
-                       "REAL_PATH": os.environ["PATH"], "MAC": str(self.state),
-                       "DISK": str(self.disk), "KILL_AT": str(kill_at),
-                       **environ}
+        environment = {"PATH": f"{self.tools}:{os.environ['PATH']}", "MAC": str(self.state),
+                       "REAL_PATH": os.environ["PATH"], "DISK": str(self.disk),
+                       "KILL_AT": str(kill_at), **environ}
         path = script if "/" in script else f"{self.checkout}/{script}"
         return subprocess.run([*shell, path, *arguments], cwd=cwd, env=environment,
                               stdin=stdin, text=True, stdout=subprocess.PIPE,
@@ -7723,7 +7726,7 @@ class Mac:
         return [line for line in lines if line.startswith(beginning)]
 
     def files(self):
-        """Every file of the disk but the interpreters: its mode and content, with paths as on a real Mac."""
+        """Mode and content of each file except the interpreters, with the paths of a real Mac."""
         return {str(path.relative_to(self.disk)): (oct(path.stat().st_mode & 0o777),
                                                    path.read_text().replace(str(self.disk), ""))
                 for path in sorted(self.disk.rglob("*")) if path.is_file()
@@ -7738,7 +7741,8 @@ class Mac:
 
 
 @pytest.fixture
-def folder():  # not tmp_path: the first line of the installed program has to stay short
+def folder():
+    """A folder with a short path: the first line of the installed program has it, up to a limit."""
     with tempfile.TemporaryDirectory(prefix="mac") as path:
         yield pathlib.Path(path).resolve()
 
@@ -7750,11 +7754,12 @@ def mac(folder):
 
 @pytest.fixture(scope="module")
 def template():
-    """A Mac on which install.sh has run, that outcome, and a copy of all that it consists of."""
+    """A Mac on which install.sh has run, its outcome, and a copy of the Mac's folder."""
     with tempfile.TemporaryDirectory(prefix="mac") as path:
         folder = pathlib.Path(path).resolve()
         mac = Mac(folder / "mac")
-        result = mac.run("install.sh", shell=("sh", "-c", 'umask 077; exec sh "$0" "$@"'))  # an administrator's
+        # Some administrators have umask 077.
+        result = mac.run("install.sh", shell=("sh", "-c", 'umask 077; exec sh "$0" "$@"'))
         assert result.returncode == 0, result.stdout + result.stderr
         (mac.state / "stdout").write_text(result.stdout)
         shutil.copytree(folder / "mac", folder / "copy", symlinks=True)
@@ -7763,7 +7768,7 @@ def template():
 
 @pytest.fixture
 def installed(template):
-    """The same Mac in its first state: its paths stand in its files, so it stays where it is."""
+    """The template's Mac, restored in its place, because its files contain its path."""
     mac, _, copy = template
     shutil.rmtree(copy.parent / "mac")
     shutil.copytree(copy, copy.parent / "mac", symlinks=True)
@@ -7771,7 +7776,7 @@ def installed(template):
 
 
 def answered_script(mac, script, answers, *arguments):
-    """The run of a script at whose terminal somebody types."""
+    """The run of a script that gets these answers from its terminal."""
     ours, theirs = pty.openpty()
     os.write(ours, answers.encode())
     try:
@@ -7781,8 +7786,7 @@ def answered_script(mac, script, answers, *arguments):
         os.close(theirs)
 
 
-# ---- installing ----------------------------------------------------------------------------------
-
+# ---- Installing
 
 def test_a_fresh_mac_gets_exactly_these_files(installed):
     assert set(installed.files()) == {*INSTALLED, "usr/local/var/log/aiapiproxy/aiapiproxy.pid"}
@@ -7790,8 +7794,8 @@ def test_a_fresh_mac_gets_exactly_these_files(installed):
 
 def test_the_files_have_the_modes_of_the_guide(installed):
     files = installed.files()
-    assert [files[name][0] for name in INSTALLED] == ["0o755", "0o600", "0o644", "0o640",
-                                                      "0o640", "0o644"]
+    modes = ["0o755", "0o600", "0o644", "0o640", "0o640", "0o644"]
+    assert [files[name][0] for name in INSTALLED] == modes
 
 
 def test_the_folders_on_the_way_can_be_entered_even_with_an_administrators_umask(installed):
@@ -7820,8 +7824,8 @@ def test_the_installed_program_differs_from_ours_in_its_first_line_only(installe
 
 
 def test_the_configuration_is_env_example(installed):
-    assert (installed.files()["usr/local/etc/aiapiproxy/.env"][1]
-            == (ROOT / "env.example").read_text())
+    _, text = installed.files()["usr/local/etc/aiapiproxy/.env"]
+    assert text == (ROOT / "env.example").read_text()
 
 
 def test_the_rotation_signals_our_own_process_and_adds_no_line(installed):
@@ -7872,8 +7876,7 @@ TAKEN_IDS = [
 ]
 
 
-@pytest.mark.parametrize("accounts, want", [row[1:] for row in TAKEN_IDS],
-                         ids=[row[0] for row in TAKEN_IDS])
+@table(TAKEN_IDS, "accounts, want")
 def test_ids(mac, accounts, want):
     for record, attributes in accounts.items():
         mac.account(record, **attributes)
@@ -7900,9 +7903,9 @@ def test_an_update_replaces_the_program_and_restarts_the_service(installed):
     with open(installed.checkout / "aiapiproxy.py", "a") as program:
         program.write("# newer\n")
     result = installed.run("install.sh")
-    assert (re.findall(r"installed  (.*)", result.stdout),
-            (installed.state / "job").read_text()) == (
-        [f"{installed.disk}/usr/local/bin/aiapiproxy"], "1002\n")
+    replaced = re.findall(r"installed  (.*)", result.stdout)
+    assert replaced == [f"{installed.disk}/usr/local/bin/aiapiproxy"]
+    assert (installed.state / "job").read_text() == "1002\n"
 
 
 def test_an_edited_env_is_kept_to_the_byte_and_made_private(mac):
@@ -7917,8 +7920,8 @@ def test_an_env_edited_since_the_start_is_a_reason_to_restart(installed):
     later = (installed.disk / "usr/local/var/log/aiapiproxy/aiapiproxy.pid").stat().st_mtime + 2
     os.utime(path, (later, later))
     installed.run("install.sh")
-    assert ("launchctl bootstrap system /Library/LaunchDaemons/com.aiapiproxy.plist"
-            in installed.changes("launchctl"))
+    command = "launchctl bootstrap system /Library/LaunchDaemons/com.aiapiproxy.plist"
+    assert command in installed.changes("launchctl")
 
 
 def test_an_empty_env_of_an_interrupted_copy_counts_as_missing(mac):
@@ -7949,12 +7952,11 @@ def test_health_is_asked_where_env_says_that_it_is(mac, setting, url):
     assert mac.run("install.sh", "--dry-run").stdout.replace("'", "").count(f"+ curl {url}\n") == 1
 
 
-# ---- launchd -------------------------------------------------------------------------------------
-
+# ---- Launchd
 
 def test_nothing_is_stopped_before_the_new_files_are_proven_and_in_place(installed):
-    (installed.checkout / "com.aiapiproxy.plist").write_text(
-        (installed.checkout / "com.aiapiproxy.plist").read_text().replace("<integer>10<", "<integer>11<"))
+    plist = installed.checkout / "com.aiapiproxy.plist"
+    plist.write_text(plist.read_text().replace("<integer>10<", "<integer>11<"))
     installed.run("install.sh")
     order = [line for line in installed.changes()
              if line.split()[0] in ("plutil", "mv", "launchctl")]
@@ -7984,10 +7986,10 @@ def test_a_bootstrap_that_fails_at_first_is_tried_again(mac):
 def test_below_macos_11_the_service_is_loaded_and_started(mac):
     mac.set(version="10.15.7")
     mac.run("install.sh")
-    assert mac.changes("launchctl") == ["launchctl enable system/com.aiapiproxy",
-                                        "launchctl load -w "
-                                        "/Library/LaunchDaemons/com.aiapiproxy.plist",
-                                        "launchctl start com.aiapiproxy"]
+    assert mac.changes("launchctl") == [
+        "launchctl enable system/com.aiapiproxy",
+        "launchctl load -w /Library/LaunchDaemons/com.aiapiproxy.plist",
+        "launchctl start com.aiapiproxy"]
 
 
 def test_a_service_that_does_not_answer_is_a_failure_that_shows_its_log(mac):
@@ -8012,7 +8014,7 @@ def test_a_port_that_somebody_else_holds_is_named_before_anything_is_stopped(mac
     assert "port 8082 is taken by process 77" in result.stderr
 
 
-# ---- interpreters --------------------------------------------------------------------------------
+# ---- Interpreters
 
 HOMEBREW, INTEL = "opt/homebrew/bin/python3", "usr/local/bin/python3"
 PYTHON_ORG = "Library/Frameworks/Python.framework/Versions/Current/bin/python3"
@@ -8034,15 +8036,14 @@ PYTHONS = [
 ]
 
 
-@pytest.mark.parametrize("tools, pythons, environ, want", [row[1:] for row in PYTHONS],
-                         ids=[row[0] for row in PYTHONS])
+@table(PYTHONS, "tools, pythons, environ, want")
 def test_pythons(mac, tools, pythons, environ, want):
     if not tools:
         (mac.state / "tools").unlink()
     for place, fitness in pythons.items():
         mac.python(place, fitness)
-    result = mac.run("install.sh", "--dry-run",
-                     **{name: f"{mac.disk}/{place}" for name, place in environ.items()})
+    paths = {name: f"{mac.disk}/{place}" for name, place in environ.items()}
+    result = mac.run("install.sh", "--dry-run", **paths)
     assert re.findall(r"sed '1s\|\.\*\|#!(.*?)\|'", result.stdout) == [f"{mac.disk}/{want}"]
 
 
@@ -8074,7 +8075,7 @@ def test_the_installed_program_runs_by_its_own_first_line(mac):
     assert re.fullmatch(r"aiapiproxy \d+\.\d+\.\d+\n", version.stdout)
 
 
-# ---- refusals, dry runs, odd places --------------------------------------------------------------
+# ---- Refusals, dry runs, odd places
 
 REFUSALS = [
     ("without root", {"uid": 501}, "sudo ./"),
@@ -8083,14 +8084,12 @@ REFUSALS = [
 
 
 @SCRIPTS
-@pytest.mark.parametrize("state, word", [row[1:] for row in REFUSALS],
-                         ids=[row[0] for row in REFUSALS])
+@table(REFUSALS, "state, word")
 def test_it_refuses_with_one_line_before_touching_anything(mac, script, state, word):
     mac.set(**state)
     result = mac.run(script)
-    assert (result.returncode, result.stdout, mac.changes(),
-            result.stderr.count("\n")) == (1, "", [], 1)
-    assert word in result.stderr
+    assert (result.returncode, result.stdout, mac.changes()) == (1, "", [])
+    assert word in result.stderr and result.stderr.count("\n") == 1
 
 
 @SCRIPTS
@@ -8106,8 +8105,8 @@ def test_an_unknown_option_is_wrong_usage(mac, script):
 
 
 def test_a_dry_run_of_install_sh_prints_what_would_run_and_runs_nothing(mac):
-    printed = re.findall(r"^    \+ (.*)",
-                         mac.run("install.sh", "--dry-run").stdout.replace(str(mac.disk), ""), re.M)
+    text = mac.run("install.sh", "--dry-run").stdout.replace(str(mac.disk), "")
+    printed = re.findall(r"^    \+ (.*)", text, re.M)
     assert (mac.changes("dscl"), mac.changes("launchctl"), mac.files()) == ([], [], {})
     assert [line for line in printed if line.split()[0] in ("dscl", "launchctl", "curl")] == [
         "dscl . -create /Groups/_aiapiproxy",
@@ -8139,8 +8138,8 @@ def test_a_dry_run_of_uninstall_sh_removes_nothing(installed):
 def test_the_checkout_may_lie_in_a_folder_of_any_name(folder, name):
     mac = Mac(folder, checkout=name)
     result = mac.run(f"{name}/install.sh", shell=("sh", "--"), cwd=folder)
-    assert (result.returncode, set(INSTALLED) <= set(mac.files()),
-            (folder / "pwned").exists()) == (0, True, False)
+    assert result.returncode == 0 and set(INSTALLED) <= set(mac.files())
+    assert not (folder / "pwned").exists()
 
 
 @pytest.mark.parametrize("shell", SHELLS[1:], ids=" ".join)
@@ -8160,7 +8159,7 @@ def test_a_run_that_was_killed_is_made_good_by_the_next(folder, template):
         assert (mac.run("install.sh").returncode, *outcome(mac)) == (0, *template[1]), kill_at
 
 
-def test_runs_that_are_killed_again_and_again_arrive_all_the_same(mac, template):
+def test_an_installation_that_is_killed_again_and_again_is_finished_all_the_same(mac, template):
     codes = [-9]
     while codes[-1] == -9:
         codes.append(mac.run("install.sh", kill_at=len(codes)).returncode)
@@ -8172,7 +8171,7 @@ def test_an_update_that_was_killed_before_the_restart_is_restarted_by_the_next_r
         program.write("# newer\n")
     pid_file = installed.disk / "usr/local/var/log/aiapiproxy/aiapiproxy.pid"
     os.utime(pid_file, (pid_file.stat().st_mtime - 2,) * 2)
-    changes = 6  # up to the first of launchctl
+    changes = 6  # before the first change by launchctl
     assert installed.run("install.sh", kill_at=changes).returncode == -9
     while not installed.changes("launchctl"):
         changes += 1
@@ -8181,7 +8180,7 @@ def test_an_update_that_was_killed_before_the_restart_is_restarted_by_the_next_r
     assert (installed.state / "job").read_text() == "1002\n"
 
 
-# ---- uninstalling --------------------------------------------------------------------------------
+# ---- Uninstalling
 
 ETC, LOG = "usr/local/etc/aiapiproxy", "usr/local/var/log/aiapiproxy"
 ANSWERS = [
@@ -8195,8 +8194,7 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("answers, options, kept", [row[1:] for row in ANSWERS],
-                         ids=[row[0] for row in ANSWERS])
+@table(ANSWERS, "answers, options, kept")
 def test_answers(installed, answers, options, kept):
     result = answered_script(installed, "uninstall.sh", answers, *options)
     assert (result.returncode, (installed.disk / ETC).exists(), (installed.disk / LOG).exists(),
@@ -8214,7 +8212,7 @@ def test_uninstalling_twice_is_no_error(installed):
     assert (result.returncode, installed.changes()) == (0, [])
 
 
-def test_the_service_is_down_before_its_files_go_and_rotation_before_the_account(installed):
+def test_the_service_ends_before_its_files_and_rotation_before_the_account(installed):
     installed.run("uninstall.sh", "--purge")
     assert [line for line in installed.changes() if not line.startswith("launchctl bootout")] == [
         "rm -f /Library/LaunchDaemons/com.aiapiproxy.plist",
@@ -8264,33 +8262,35 @@ def test_an_uninstallation_that_is_killed_again_and_again_is_finished_all_the_sa
 # THE BENCHMARK: python3 test_aiapiproxy.py --bench
 # ============================================================================
 #
-# Three processes: this one asks, the proxy is the program as its users start it, and a fork of this
-# one is the upstream, whose answers are made beforehand.  The name of the model says what it
-# answers: bench-KIND-CHUNKS-INTERVAL-DELAY, times in ms.  Every answer is checked, and no two
-# requests and no two chunks of an answer are alike.  On fewer than three cores the three take time
-# from each other, so the proxy can do more than is shown; CPU is the proxy's alone.  WORKERS goes
-# on to the proxy.
+# Three processes take part.  This one is the client, the proxy is the program as its users start
+# it, and a fork of this one is the upstream, whose answers are made beforehand.  The model's name
+# selects the answer: bench-KIND-CHUNKS-INTERVAL-DELAY, with times in ms.  Every answer is checked,
+# and no two requests and no two chunks of an answer are equal.  On fewer than three cores the
+# processes take time from each other, so the proxy can do more than the figures say, but CPU is the
+# proxy's alone.  The variable WORKERS is passed on to the proxy.
 
-KB = 1024                                # bytes
+KB = 1024  # bytes
 MB = 1024 * KB
-BACKLOG = 1024                           # connections that may wait to be accepted: 1,000 come at once
-OPEN_FILES = 4096                        # descriptors; a stream takes two of the proxy's
-ANSWERS_LIMIT = 30.0                     # seconds over its time after which a measurement has failed
-SAMPLE = 0.1                             # seconds between two looks at the memory; on a Mac each starts ps
-HEALTH_LIMIT = 3.0                       # seconds that the proxy gets to say how it is
-HAS_SCHEDSTAT = os.path.exists("/proc/self/schedstat")           # CPU times in ns; else ps, in steps of 10 ms
-CPU_LEAST = 0.0 if HAS_SCHEDSTAT else 0.1                        # seconds; less is mostly rounding: not shown
+BACKLOG = 1024  # connections not yet accepted: 1,000 are opened at once
+OPEN_FILES = 4096  # descriptors; the proxy needs two for a stream
+ANSWERS_LIMIT = 30.0  # seconds; a measurement that takes this much longer has failed
+SAMPLE = 0.1  # seconds between two readings of the memory, each of which starts ps on a Mac
+HEALTH_LIMIT = 3.0  # seconds for an answer of GET /health
+# Linux gives CPU times in ns.  Elsewhere ps gives them in steps of 10 ms, so a time below 0.1 s is
+# mostly a rounding error and not shown.
+HAS_SCHEDSTAT = os.path.exists("/proc/self/schedstat")
+CPU_LEAST = 0.0 if HAS_SCHEDSTAT else 0.1  # seconds
 
 
 class Scale(NamedTuple):
-    """How much is measured."""
-    seconds: float                       # of each measurement that goes on until its time is over
-    streams: tuple                       # how many at once
-    chunks: int                          # of each of those
-    interval: int                        # ms between them
-    spread: float                        # seconds in which they begin, evenly: real ones are not in step
-    sizes: tuple                         # bytes of a request
-    lengths: tuple                       # chunks of an answer
+    """The amount of each measurement.  Streams start evenly over `spread`, as real ones do."""
+    seconds: float    # of a measurement without another end
+    streams: tuple    # numbers of streams at once
+    chunks: int       # of a stream
+    interval: int     # ms between two chunks
+    spread: float     # seconds
+    sizes: tuple      # bytes of a request
+    lengths: tuple    # chunks of an answer
 
 
 FULL = Scale(2.5, (1, 10, 100, 1000), 20, 100, 0.5, (KB, 10 * KB, 100 * KB, MB),
@@ -8299,13 +8299,15 @@ TINY = Scale(0.02, (1, 2), 3, 10, 0.01, (KB, 10 * KB), (10, 100))
 
 
 def bench_main(arguments):
-    """The exit code: 0, 1 if something went wrong, 2 for wrong usage, 130 when interrupted."""
+    """The exit code: 0, 1 after a failure, 2 for wrong usage, 130 after an interrupt."""
     if arguments != ["--bench"]:
         print(__doc__.split("\n\n")[1], file=sys.stderr)
         return 2
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)    # as Ctrl-C: all processes end before this one
-    gc.freeze()                          # the tests' tables are not looked through while times are taken
+        # As after Ctrl-C, the other processes are ended before this one.
+        signal.signal(number, signal.default_int_handler)
+    # The garbage collector would look through the tables of the tests while times are measured.
+    gc.freeze()
     limit = raised_open_files()
     scale = FULL._replace(streams=tuple(count for count in FULL.streams if 2 * count + 100 < limit))
     try:
@@ -8325,7 +8327,7 @@ def machine():
     """One line: the model of the CPU, cores, system, Python."""
     try:
         cpu = re.search(r"model name\s*: (.+)", pathlib.Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):         # no Linux, or one whose CPU has no name
+    except (OSError, TypeError):  # not Linux, or a CPU without a name
         cpu = output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     workers = os.environ.get("WORKERS") or 1
     return (f"{cpu}, {os.cpu_count()} cores, {platform.platform(terse=True)}, "
@@ -8333,7 +8335,7 @@ def machine():
 
 
 def output_of(*command):
-    """What a command prints, or nothing where there is no such command or it fails."""
+    """The output of a command, or nothing if it does not exist or fails."""
     try:
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               check=True).stdout.decode().strip()
@@ -8342,7 +8344,7 @@ def output_of(*command):
 
 
 def raised_open_files():
-    """The limit of open files, raised as far as needed and allowed; the other processes inherit it."""
+    """The limit of open files, raised to OPEN_FILES if allowed; all processes inherit it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return OPEN_FILES
@@ -8358,27 +8360,29 @@ def print_row(*cells):
     print("  ".join([f"{first:<44}", *(f"{cell:>16}" for cell in others)]).rstrip(), flush=True)
 
 
-# ---- what is asked
+# ---- Requests of the benchmark
 
-NUMBER = b"########"                     # where a request has its number, so that none is like another
+NUMBER = b"########"  # the place of a request's number, which makes it different from all others
 NUMBERS = itertools.count()
-WORD = b"word"                           # in every chunk's text; the first one is the first token
+WORD = b"word"  # in the text of every chunk; the first one is the first token
 MESSAGE_STOP = b'event: message_stop\ndata: {"type":"message_stop"}\n\n\r\n0\r\n\r\n'
-CODE = 'def total(prices, rate):\n    """With tax."""\n    return sum(prices) * (1 + rate)  # "0.19"\n\n'
-TURN = 3125                              # bytes
-MARKS = {                                # kind of answer -> (what each chunk's event has, what the end is)
-    "plain": (b'"text":"Hello"', b"}"), "text": (b'"text_delta","text":"word', MESSAGE_STOP),
+CODE = ('def total(prices, rate):\n    """With tax."""\n'
+        '    return sum(prices) * (1 + rate)  # "0.19"\n\n')
+TURN = 3125  # bytes
+MARKS = {  # kind of answer -> a part of each chunk's event, end of the answer
+    "plain": (b'"text":"Hello"', b"}"),
+    "text": (b'"text_delta","text":"word', MESSAGE_STOP),
     "tool": (b'"input_json_delta","partial_json":"word', MESSAGE_STOP),
 }
 
 
 class Work(NamedTuple):
-    """A request, and by what its answer is known to be right."""
-    before: bytes                        # the request up to its number
-    after: bytes                         # and from there
-    mark: bytes                          # what the answer has
-    count: int                           # so many times
-    end: bytes
+    """A request, and the marks of a right answer."""
+    before: bytes    # the request up to its number
+    after: bytes     # the rest of the request
+    mark: bytes      # a part of the answer
+    count: int       # of this part
+    end: bytes       # of the answer
 
     def request(self):
         return b"%b%08d%b" % (self.before, next(NUMBERS), self.after)
@@ -8392,17 +8396,15 @@ def work(asked, size, kind, chunks=1, interval=0, delay=0):
     """The request as `size` bytes of JSON, for an answer of this kind; times in ms."""
     model = f"bench-{kind}-{chunks}-{interval}-{delay}"
     body = filled({**asked, "model": model, "stream": kind != "plain"}, size)
-    before, after = (b"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: "
-                     b"application/json\r\n"
-                     b"X-Api-Key: x\r\nAnthropic-Version: 2023-06-01\r\nContent-Length: "
-                     b"%d\r\n\r\n%b"
-                     % (len(body), body)).split(NUMBER)
+    head = (b"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            b"X-Api-Key: x\r\nAnthropic-Version: 2023-06-01\r\nContent-Length: %d\r\n\r\n")
+    before, after = (head % len(body) + body).split(NUMBER)
     mark, end = MARKS[kind]
     return Work(before, after, mark, chunks, end)
 
 
 def filled(asked, size):
-    """A request as JSON of `size` bytes: text in its first message takes up what is left."""
+    """A request as JSON of `size` bytes, with a filler in its first message."""
     opening, *others = asked["messages"]
     left = size - len(compact(asked))
     filler = ("Please look at this once more. " * (left // 31 + 1))[:left]
@@ -8410,7 +8412,7 @@ def filled(asked, size):
 
 
 def conversation(turns):
-    """A question, then `turns` times a call and its result, TURN bytes each."""
+    """A question, then pairs of a call and its result with TURN bytes each."""
     said = [usr(NUMBER.decode())]
     for turn in range(turns):
         id = f"toolu_{turn:024d}"
@@ -8421,7 +8423,7 @@ def conversation(turns):
 
 
 def claude_code():
-    """What Claude Code sends: 24 tools, 54 KB; a system prompt, 15 KB; 19 messages, of which 9 call tools."""
+    """A request like Claude Code's: 24 tools (54 KB), a system prompt (15 KB), 19 messages."""
     options = {f"option_{number}": {"type": "string", "description": CODE[:75]}
                for number in range(8)}
     schema = {"type": "object", "properties": options, "required": ["option_0"],
@@ -8432,20 +8434,22 @@ def claude_code():
 
 
 def grown(size):
-    """A request whose conversation grows with its size, and no tools."""
+    """A request without tools whose conversation grows with its size."""
     return req(conversation(max(0, size - KB) // TURN))
 
 
-# ---- the upstream
+# ---- The upstream of the benchmark
 
 LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
-PROMPT = 300_000                         # tokens it says it saw: the proxy warns of fewer than were sent
+# Tokens of the prompt in its usage; of less than it has sent the proxy would warn.
+PROMPT = 300_000
 MODEL = re.compile(rb'"model": ?"bench-(\w+-\d+-\d+-\d+)"')
-STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+               b"Transfer-Encoding: chunked\r\n\r\n")
 
 
 def is_whole(raw):
-    """Whether a message of HTTP has ended: its last chunk is there, or as much as its head says."""
+    """Whether an HTTP message has its last chunk or all bytes of its content length."""
     if raw.endswith(b"\r\n0\r\n\r\n"):
         return True
     end = raw.find(b"\r\n\r\n")
@@ -8454,7 +8458,7 @@ def is_whole(raw):
 
 
 def event_chunk(data):
-    """One event of the upstream in a chunk of its own, with all the members that OpenAI sends."""
+    """One event of the upstream in a chunk of its own, with all members that OpenAI sends."""
     if isinstance(data, dict):
         data = {"id": "chatcmpl-CXyzabcdefghijklmnopqrstuv", "object": "chat.completion.chunk",
                 "created": 1790000000, "model": "gpt-4o-2024-08-06", "service_tier": "default",
@@ -8465,7 +8469,7 @@ def event_chunk(data):
 
 @functools.lru_cache(maxsize=None)
 def upstream_answer(kind, chunks):
-    """The answer in as many pieces as it has chunks, the first with the head, the last with the end."""
+    """One piece for each chunk of the answer, the first with its head, the last with its end."""
     if kind == "plain":
         body = compact(completion({"content": "Hello"}, usage=used(PROMPT, 2))).encode()
         return [b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
@@ -8474,8 +8478,8 @@ def upstream_answer(kind, chunks):
     pattern = event_chunk(ctext(text % 0) if is_text else frag(0, None, None, text % 0))
     before, after = pattern.split(b"00000000 ")
     pieces = [b"%b%08d %b" % (before, number, after) for number in range(chunks)]
-    opening = [ROLE] if is_text else [ROLE, frag(0, "call_1", "Edit", ""),
-                                      frag(0, None, None, '{"text": "')]
+    call_start = [frag(0, "call_1", "Edit", ""), frag(0, None, None, '{"text": "')]
+    opening = [ROLE] if is_text else [ROLE, *call_start]
     closing = [cend("stop")] if is_text else [frag(0, None, None, '"}'), cend("tool_calls")]
     pieces[0] = STREAM_HEAD + b"".join(map(event_chunk, opening)) + pieces[0]
     pieces[-1] += b"".join(map(event_chunk, [*closing, cuse(PROMPT, chunks), DONE])) + b"0\r\n\r\n"
@@ -8488,7 +8492,7 @@ def upstream_answer_at_once(kind, chunks):
 
 
 class BenchUpstream(asyncio.Protocol):
-    """Answers each request as the name of its model says."""
+    """Answers each request by the name of its model."""
 
     def connection_made(self, transport):
         self.transport, self.heard, self.loop = transport, bytearray(), asyncio.get_running_loop()
@@ -8509,7 +8513,7 @@ class BenchUpstream(asyncio.Protocol):
             self.send(pieces, interval / 1000, due)
 
     def send(self, pieces, interval, due):
-        """Writes a piece, due now; the next one is in `interval` seconds, even if this one was late."""
+        """Writes a piece that is due now, and plans the next one `interval` seconds later."""
         piece = next(pieces, None)
         if piece is not None and not self.transport.is_closing():
             self.transport.write(piece)
@@ -8518,7 +8522,7 @@ class BenchUpstream(asyncio.Protocol):
 
 @contextlib.contextmanager
 def bench_upstream():
-    """The port of the upstream, which is a process of its own as long as the block lasts."""
+    """The port of the upstream, a process that is ended with the context."""
     with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listener:
         fork = multiprocessing.get_context("fork")
         process = fork.Process(target=serve_bench, args=(listener,), daemon=True)
@@ -8532,7 +8536,7 @@ def bench_upstream():
 
 
 def serve_bench(listener):
-    """The upstream's process: ends when its parent does, however that ends."""
+    """Serves in the upstream's process until the parent has ended."""
     async def serve():
         parent_ended = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -8540,26 +8544,26 @@ def serve_bench(listener):
         await loop.create_server(BenchUpstream, sock=listener, backlog=BACKLOG)
         await parent_ended.wait()
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is for the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     asyncio.run(serve())
 
 
-# ---- the proxy
+# ---- The proxy of the benchmark
 
 class Bench:
-    """The proxy under load: what is asked of it, what the system knows of it, and its wrong answers."""
+    """The proxy under load: its answers, its memory and its CPU."""
 
     def __init__(self, port, upstream_port, pids, start):
         self.port, self.upstream_port, self.pids, self.start = port, upstream_port, pids, start
         self.idle_memory = self.most_memory = self.memory()
-        self.wrong = []                                      # the beginning of each
+        self.wrong = []  # the first bytes of each wrong answer
 
     def memory(self, name="VmRSS"):
-        """Resident MB of all processes, now or (VmHWM; on a Mac the same) the most so far; nan: not known."""
+        """Resident MB of all processes, now or (VmHWM, Linux only) at the peak, or nan."""
         return sum(process_memory(pid, name) for pid in self.pids)
 
     def cpu(self):
-        """Seconds of CPU that all processes have used; nan: not known."""
+        """Seconds of CPU that all processes have used; nan if not known."""
         return sum(process_cpu(pid) for pid in self.pids)
 
     async def ask(self, client, asked):
@@ -8570,7 +8574,7 @@ class Bench:
         return answer
 
     async def watched(self, *asking):
-        """What the coroutines return, lists of Answers, as one Measured."""
+        """The lists of Answers that the coroutines return, as one Measured."""
         seen = [self.memory()]
 
         async def look():
@@ -8589,7 +8593,7 @@ class Bench:
         return Measured(answers, seconds, cpu if cpu > CPU_LEAST else math.nan, most)
 
     async def load(self, asked, at_once, seconds):
-        """The request again and again, `at_once` at any time; the first of each connection is not counted."""
+        """Repeats the request on `at_once` connections; the first on each is not counted."""
         async def repeated(client):
             answers = []
             while not answers or time.perf_counter() < end:
@@ -8599,25 +8603,25 @@ class Bench:
         async with connections(self.port, at_once) as clients:
             await asyncio.gather(*(self.ask(client, asked) for client in clients))
             end = time.perf_counter() + seconds
-            return await asyncio.wait_for(self.watched(*map(repeated, clients)),
-                                          seconds + ANSWERS_LIMIT)
+            asking = map(repeated, clients)
+            return await asyncio.wait_for(self.watched(*asking), seconds + ANSWERS_LIMIT)
 
     async def paced(self, asked, at_once, spread):
-        """The request once on each of `at_once` connections, begun evenly over `spread` seconds."""
+        """Sends the request once on each of `at_once` connections, evenly over `spread` seconds."""
         async def later(number, client):
             await asyncio.sleep(number / at_once * spread)
             return [await self.ask(client, asked)]
 
         async with connections(self.port, at_once) as clients:
-            return await asyncio.wait_for(self.watched(*itertools.starmap(later, enumerate(clients))),
-                                          ANSWERS_LIMIT)
+            asking = itertools.starmap(later, enumerate(clients))
+            return await asyncio.wait_for(self.watched(*asking), ANSWERS_LIMIT)
 
     async def added(self, asked, seconds):
-        """Median ms to the first token through the proxy, less those without it; both are asked in turn."""
+        """Median ms to the first token through the proxy, minus those of direct requests."""
         direct = asked._replace(mark=b'"content":"word', end=event_chunk(DONE) + b"0\r\n\r\n")
         times = []
-        async with connections(self.port,
-                               1) as (through,), connections(self.upstream_port, 1) as (past,):
+        async with connections(self.port, 1) as (through,), \
+                connections(self.upstream_port, 1) as (past,):
             end = time.perf_counter() + seconds
             while not times or time.perf_counter() < end:
                 times.append([(await self.ask(client, which)).first
@@ -8633,14 +8637,14 @@ class Answer(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What some load came to."""
+    """The result of one measurement."""
     answers: list
     seconds: float
-    cpu: float                           # seconds of the proxy
-    memory: float                        # MB, the most that was seen of the proxy
+    cpu: float       # seconds of the proxy
+    memory: float    # MB of the proxy, the highest of all readings
 
     def median(self):
-        """Seconds from a request to the end of its answer."""
+        """The median of the seconds from a request to the end of its answer."""
         return statistics.median(answer.seconds for answer in self.answers)
 
 
@@ -8662,9 +8666,10 @@ class Client(asyncio.Protocol):
             self.ended.set_exception(error or ConnectionResetError("hung up in an answer"))
 
     async def ask(self, asked):
-        """The Answer; its bytes are in `raw` until the next one."""
+        """The Answer; its bytes stay in `raw` until the next request."""
         self.raw.clear()
-        self.first, self.ended, request = 0.0, asyncio.get_running_loop().create_future(), asked.request()
+        self.first, self.ended = 0.0, asyncio.get_running_loop().create_future()
+        request = asked.request()
         began = time.perf_counter()
         self.transport.write(request)
         return Answer(await self.ended - began, self.first - began)
@@ -8672,11 +8677,12 @@ class Client(asyncio.Protocol):
 
 @contextlib.asynccontextmanager
 async def connections(port, count):
-    """So many Clients, connected."""
-    clients = []
+    """`count` connected Clients."""
+    clients, loop = [], asyncio.get_running_loop()
     try:
         for _ in range(count):
-            clients.append((await asyncio.get_running_loop().create_connection(Client, "127.0.0.1", port))[1])
+            _, client = await loop.create_connection(Client, "127.0.0.1", port)
+            clients.append(client)
         yield clients
     finally:
         for client in clients:
@@ -8685,7 +8691,7 @@ async def connections(port, count):
 
 @contextlib.contextmanager
 def benched():
-    """A Bench whose processes end with the block."""
+    """A Bench whose processes are ended with the context."""
     workers, port = os.environ.get("WORKERS") or "1", free_port()
     with bench_upstream() as upstream_port:
         url, began = f"http://127.0.0.1:{upstream_port}/v1", time.perf_counter()
@@ -8700,7 +8706,7 @@ def benched():
 
 @contextlib.contextmanager
 def bench_proxy(**environ):
-    """The program as a process, in a folder without .env and a session of its own: Ctrl-C is not for it."""
+    """The program as a process, in a folder without .env; Ctrl-C does not reach its session."""
     environ = {"PATH": os.environ["PATH"], "OPENAI_API_KEY": "x", "LOG_LEVEL": "warn",
                "MAX_CONCURRENT_REQUESTS": str(OPEN_FILES), **environ}
     command = [sys.executable, str(ROOT / "aiapiproxy.py")]
@@ -8710,8 +8716,8 @@ def bench_proxy(**environ):
         try:
             yield process
         finally:
-            with contextlib.suppress(OSError):               # it has ended already
-                os.killpg(process.pid, signal.SIGKILL)       # its workers too
+            with contextlib.suppress(OSError):  # it has ended already
+                os.killpg(process.pid, signal.SIGKILL)  # its workers too
 
 
 def is_serving(process, port):
@@ -8728,14 +8734,14 @@ def is_serving(process, port):
 
 def process_memory(pid, name):
     """Resident MB of a process, from the line `name` of its status or from ps."""
-    with contextlib.suppress(OSError, TypeError):            # a Mac; a process that has ended
-        return int(re.search(rf"{name}:\s+(\d+)",
-                             pathlib.Path(f"/proc/{pid}/status").read_text())[1]) / KB
+    with contextlib.suppress(OSError, TypeError):  # a Mac, or a process that has ended
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+        return int(re.search(rf"{name}:\s+(\d+)", status)[1]) / KB
     return float(output_of("ps", "-o", "rss=", "-p", str(pid)) or "nan") / KB
 
 
 def process_cpu(pid):
-    """Seconds of CPU that a process has used: its threads' from the scheduler, or from ps as H:MM:SS."""
+    """Seconds of CPU of a process, from the files of the scheduler or from ps (H:MM:SS)."""
     if HAS_SCHEDSTAT:
         threads = pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat")
         return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
@@ -8745,10 +8751,10 @@ def process_cpu(pid):
     return seconds
 
 
-# ---- what is measured
+# ---- Measurements
 
 async def measure(bench, scale, row):
-    """Both tables, line by line as they come: row(cell, ...)."""
+    """Measures all and gives each line of both tables to row(cell, ...) at once."""
     await measure_speed(bench, scale, row)
     row("")
     row("As the work grows")
@@ -8756,19 +8762,19 @@ async def measure(bench, scale, row):
         chunks: work(req(conversation(0)), KB, "text", chunks) for chunks in scale.lengths})
     await measure_growing(bench, scale, row, "Conversation without tools", "KB", {
         size // KB: work(grown(size), size, "plain") for size in scale.sizes})
-    await measure_streams(bench, scale, row)             # last, for it takes most memory
+    await measure_streams(bench, scale, row)  # last, because it takes the most memory
 
 
 async def measure_speed(bench, scale, row):
-    """Table 1: what one proxy does."""
+    """Measures Table 1, the speed of one proxy."""
     small, large = req(conversation(0)), claude_code()
     row("")
     row("What", "measured", "CPU of the proxy")
     row("Start, to the first answer", figure(bench.start, "{:.2f} s"))
     row("Memory when idle", figure(bench.idle_memory, "{:.1f} MB"))
-    for name, asked, at_once in (("Requests of 1 KB, 32 at once", work(small, KB, "plain"), 32),
-                                 ("Requests of 100 KB, 8 at once",
-                                  work(large, 100 * KB, "plain"), 8)):
+    for name, asked, at_once in (
+            ("Requests of 1 KB, 32 at once", work(small, KB, "plain"), 32),
+            ("Requests of 100 KB, 8 at once", work(large, 100 * KB, "plain"), 8)):
         found = await bench.load(asked, at_once, scale.seconds)
         count = len(found.answers)
         row(name, figure(count / found.seconds, "{:,.0f} a second"),
@@ -8787,13 +8793,13 @@ async def measure_speed(bench, scale, row):
 
 
 async def measure_streams(bench, scale, row):
-    """Table 2: streams at the pace of a model."""
-    ideal = scale.chunks * scale.interval / 1000         # seconds; the first chunk also waits an interval
+    """Measures a part of Table 2, streams as slow as those of a model."""
+    ideal = scale.chunks * scale.interval / 1000  # seconds; an interval before the first chunk too
     row("")
     row(f"Streams at once ({scale.chunks} chunks, {scale.interval} ms apart)", "slowest, ideal",
         "CPU per 1,000", "memory")
-    asked, costs = work(req(conversation(0)), KB, "text", scale.chunks, scale.interval,
-                        scale.interval), []
+    interval, costs = scale.interval, []
+    asked = work(req(conversation(0)), KB, "text", scale.chunks, interval, interval)
     for count in scale.streams:
         found = await bench.paced(asked, count, scale.spread)
         costs.append(found.cpu)
@@ -8804,7 +8810,7 @@ async def measure_streams(bench, scale, row):
 
 
 async def measure_growing(bench, scale, row, name, unit, asked):
-    """Table 2: requests one at a time, larger and larger; `asked` maps their size in units to the Work."""
+    """Measures a part of Table 2, single requests of growing size; `asked`: size -> Work."""
     row("")
     row(f"{name}, {unit}", "ms", "us each", "memory")
     times = []
@@ -8822,7 +8828,7 @@ def figure(value, form):
 
 
 def growth(name, work_done, cost_name, costs):
-    """What the last row cost against the first whose cost is known; nothing if none is."""
+    """The cost of the last row compared to the first known one, as text; "" if none is known."""
     known = [(done, cost) for done, cost in zip(work_done, costs) if not math.isnan(cost)]
     if not known:
         return ""
@@ -8830,12 +8836,12 @@ def growth(name, work_done, cost_name, costs):
     return f"{most / least:,.0f} times as many {name}: {last / first:,.1f} times the {cost_name}"
 
 
-# ---- is it true?
+# ---- Tests of the benchmark
 
 def test_the_requests_of_the_benchmark_have_the_size_that_they_claim():
     large = filled(claude_code(), 100 * KB)
-    for size, body in [(100 * KB, large),
-                       *((size, filled(grown(size), size)) for size in FULL.sizes)]:
+    bodies = [(size, filled(grown(size), size)) for size in FULL.sizes]
+    for size, body in [(100 * KB, large), *bodies]:
         filler = json.loads(body)["messages"][0]["content"]
         assert len(body) == size and len(filler) < TURN + KB
     asked = json.loads(large)
@@ -8849,8 +8855,8 @@ def test_every_measurement_of_the_benchmark_works_against_the_program():
         asyncio.run(measure(bench, TINY, lambda *cells: rows.append(cells)))
     assert bench.wrong == []
     if not CPU_LEAST:
-        assert (rows[-1][0].startswith("2 times as many streams: ")
-                and not any("-" in cells for cells in rows))
+        assert rows[-1][0].startswith("2 times as many streams: ")
+        assert not any("-" in cells for cells in rows)
 
 
 @table([
@@ -8860,8 +8866,8 @@ def test_every_measurement_of_the_benchmark_works_against_the_program():
     ("no end", lambda answer: answer[:-7] + b"\n", False),
 ], "spoil, want")
 def test_the_benchmark_tells_a_wrong_answer(spoil, want):
-    asked = work(req(conversation(0)), KB, "text",
-                 3)._replace(mark=WORD, end=event_chunk(DONE) + b"0\r\n\r\n")
+    end = event_chunk(DONE) + b"0\r\n\r\n"
+    asked = work(req(conversation(0)), KB, "text", 3)._replace(mark=WORD, end=end)
     assert asked.is_right(spoil(upstream_answer_at_once("text", 3))) == want
 
 
@@ -8869,7 +8875,7 @@ def test_an_interrupted_benchmark_leaves_no_process_and_does_without_pytest():
     command = [sys.executable, "-S", os.path.abspath(__file__), "--bench"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as bench:
         try:
-            assert b"cores" in bench.stdout.readline()       # all processes have begun
+            assert b"cores" in bench.stdout.readline()  # all processes have started
             begun = children(bench.pid)
             bench.send_signal(signal.SIGINT)
             assert bench.wait(10) == 130 and len(begun) == 2 and not any(map(is_alive, begun))
