@@ -19,10 +19,10 @@ stands first, its helpers behind it, the tables that they read last.
      4  CONVERSATION            the client's params, checked and read once
      5  CONTENT AND IDS         blocks as text; ids and reasoning that travel through the client
      6  CHAT: THE REQUEST       the conversation as a Chat Completions body
-     8  BLOCKS                  pending blocks, stop reasons, usage, events
-     9  TEXT FILTER             <think>, a repeated prefill, stop sequences
+     8  BLOCKS                  BlockMachine between a reader and EventWriter or MessageWriter
+     9  TEXT FILTER             <think>, a repeated prefill, stop sequences; Reader
     10  SERVER-SENT EVENTS      SSEDecoder
-    11  CHAT: THE ANSWER        reading completions and chunks
+    11  CHAT: THE ANSWER        ChatReader: completions and chunks
     13  UPSTREAM ERRORS         error_facts -> one error that makes a client do the right thing
     14  ADJUSTMENTS             ADJUSTMENTS: changes of the body that upstream errors ask for
     15  TOKEN ESTIMATE          the size of a prompt without a vocabulary
@@ -45,6 +45,7 @@ stands first, its helpers behind it, the tables that they read last.
     30  CHECK                   --check
     31  DEMO                    the upstream of --demo
     32  STATUS PAGE             the page at /
+    34  SPEED                   shortcuts: the same bytes sooner
     35  COMMAND LINE            main, options, signals, workers
 
 Ten words, and nothing else is called by them:
@@ -63,7 +64,7 @@ Ten words, and nothing else is called by them:
 One request as data:
 
     bytes -> Request -> params -> Conversation -> body -> bytes => UPSTREAM
-    UPSTREAM => bytes -> chunk -> pending blocks -> events or one message -> bytes
+    UPSTREAM => bytes -> chunk -> reader -> BlockMachine -> writer -> events or one message -> bytes
 
 What always holds:
   - An answer that looks complete is complete: a broken one ends with an error, never with message_stop.
@@ -114,11 +115,11 @@ from bisect import bisect_left
 from collections import defaultdict, deque
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from json.decoder import scanstring
 from typing import (Any, Awaitable, Callable, Coroutine, Deque, Dict, Iterable, Iterator, List, Mapping, Match,
-                    NamedTuple, Optional, Pattern, Sequence, Set, Tuple, Type, Union)
+                    NamedTuple, Optional, Pattern, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union)
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 __version__ = "1.0.0"
@@ -259,6 +260,16 @@ ERROR_KINDS = {
     413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
     529: "overloaded_error",
 }
+
+
+# ---- 1.4 shortcuts ---------------------------------------------------------
+
+class Shortcuts(NamedTuple):
+    """The doors for faster ways to the same bytes, which stand in section 34; None is the plain way."""
+    chunk_pattern: Optional[Callable[..., Any]] = None       # makes a ChunkPattern for one stream
+
+
+PLAIN = Shortcuts()
 
 
 # ============================================================================
@@ -1766,28 +1777,216 @@ def check_choice(kind: str, name: Any, tools: Tools) -> None:
 # collected in pending blocks, which stand in a queue in the order of their first
 # content.  Only the head of the queue is sent while it grows:
 #
-#     head grows                       -> content_block_start once, then a delta
-#     head complete, another behind it -> content_block_stop; the next is the head
-#     the upstream's end               -> all stopped in order; message_delta, message_stop
+#     head grows                       -> block_start once, then a delta
+#     head complete, another behind it -> block_stop; the next one is the head
+#     the upstream's end               -> all stopped in order; end
 #     an error                         -> error, and nothing after it
 #
-# No I/O, no clock, no parsing of tool arguments.  [Anthropic: streaming]
+# BlockMachine is this queue.  A reader (11) calls it, and it calls a writer: EventWriter
+# makes events of the blocks, MessageWriter one message.  An answer in plain JSON takes the
+# same way, as a stream of one chunk.  No I/O, no clock, no API's words.
+# [Anthropic: streaming]
 
-# ---- 8.1 pending blocks ----------------------------------------------------
+# ---- 8.1 machine -----------------------------------------------------------
+
+class BlockMachine:
+    """The queue of pending blocks of one answer; see the picture above.
+
+    A reader says which content the answer has, in the order of its arrival, and in the end why it
+    stopped.  Raises UpstreamError for an answer that no client should take for a complete one.
+    """
+
+    def __init__(self, translation: Translation, new_id: NewId, writer: Writer) -> None:
+        self.is_whole = False            # not a stream: see `_grow`
+        self.has_begun = False
+        self.has_ended = False
+        self.has_content = False         # a block was started
+        self.has_calls = False           # a tool_use block was started
+        self.stop: Json = {}             # stop_reason and its companions, once ended
+        self.usage: Json = {}
+        self._translation = translation
+        self._new_id = new_id
+        self._writer = writer
+        self._queue: Deque[PendingBlock] = deque()
+        self._has_call = False           # a call has stood in the queue
+        self._call_ids = set(translation.history_call_ids)
+        self._buffered = 0               # characters that wait in memory
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the answer has had no content so far."""
+        return not self._queue and not self.has_content
+
+    @property
+    def open_block(self) -> Optional[PendingBlock]:
+        """The block that all further content would continue; None if anything waits in the queue."""
+        head = self._queue[0] if len(self._queue) == 1 else None
+        if head is None or not head.is_started or head.pending_text or head.high_surrogate:
+            return None
+        return head
+
+    # What a reader tells.
+
+    def begin(self) -> None:
+        """Starts the message, unless that has been done."""
+        if not self.has_begun:
+            self.has_begun = True
+            self._writer.message_start()
+
+    def text(self, text: str) -> None:
+        """Adds visible text: to the last block if that is text, else to a new one."""
+        self._grow(self._last(PendingText), text)
+
+    def thinking(self, text: str, kind: str, details: Any = None) -> None:
+        """Adds reasoning; `kind` and `details` are those of `PendingThinking.note`."""
+        display = self._translation.thinking
+        if display is ThinkingDisplay.HIDDEN:
+            return
+        block = self._last(PendingThinking)
+        block.note(text, kind, details, display, is_fragment=not self.is_whole)
+        self.count_buffered(len(text) if block.keeps_text(display) else 0)
+        self._grow(block, text)
+
+    def open_call(self, call: PendingToolUse) -> None:
+        """Puts a new call into the queue.  Where the client allows one, a later one is never sent."""
+        if self._has_call and self._translation.is_single_call:
+            return
+        self._has_call = True
+        self._queue.append(call)
+        self._advance()
+
+    def arguments(self, call: PendingToolUse, fragment: str) -> None:
+        """Adds a fragment of a call's arguments."""
+        text = call.accept(fragment)
+        if call.is_raw:
+            self.count_buffered(len(fragment))
+        if text and call in self._queue:
+            self._grow(call, text)
+        if call.state is ArgumentsState.CLOSED:
+            self._advance()
+
+    def end(self, ending: Ending, usage: Json) -> None:
+        """Stops all blocks in order and ends the message.
+
+        Raises UpstreamError for a call that was cut off without a reason, or that has no name.
+        """
+        self.begin()
+        is_cut = ending.reason == "max_tokens"
+        while self._queue:
+            block = self._queue[0]
+            self._send_pending(block)
+            if isinstance(block, PendingToolUse):
+                block.check_end(ending.reason)
+            self._stop(block, is_cut)
+            self._queue.popleft()
+        self.has_ended = True
+        self.stop = stop_fields(ending, self.has_calls)
+        self.usage = usage
+        self._writer.end(self.stop, usage)
+
+    def count_buffered(self, size: int) -> None:
+        """Bounds the characters of an answer that wait in memory.  Raises UpstreamError."""
+        self._buffered += size
+        check_buffered(self._buffered)
+
+    # The queue.
+
+    def _last(self, kind: Type[AnyBlock]) -> AnyBlock:
+        """The last block if it is of that kind, else a new one behind it."""
+        last = self._queue[-1] if self._queue else None
+        if isinstance(last, kind):
+            return last
+        block = kind()
+        self._queue.append(block)
+        self._advance()
+        return block
+
+    def _grow(self, block: PendingBlock, text: str) -> None:
+        """Sends text of the head at once; of other blocks, and of a whole answer, it waits.
+
+        A whole answer is sent at its end, each block as one delta: until then an error can still be
+        an HTTP status.
+        """
+        is_head = block is self._queue[0] and not self.is_whole
+        if is_head and block.is_started and not block.pending_text:
+            self._send(block, text)
+            return
+        block.pending_text.append(text)
+        self.count_buffered(len(text))
+        if is_head:
+            self._send_pending(block)
+
+    def _advance(self) -> None:
+        """Stops each head that is complete and has another behind it; sends what the new head has."""
+        while self._queue and not self.is_whole:
+            head = self._queue[0]
+            self._send_pending(head)
+            if len(self._queue) == 1 or not head.is_complete():
+                return
+            self._stop(head, False)
+            self._queue.popleft()
+
+    def _send_pending(self, head: PendingBlock) -> None:
+        if head.pending_text and head.may_start():
+            if not head.is_started:
+                self._start(head)
+            text = "".join(head.pending_text)
+            head.pending_text = []
+            self.count_buffered(-len(text))
+            self._send(head, text)
+
+    def _start(self, block: PendingBlock) -> None:
+        block.is_started = self.has_content = True
+        if isinstance(block, PendingToolUse):
+            self.has_calls = True
+            block.client_id = client_id(block.id, block.extra, self._call_ids, self._new_id)
+            self._call_ids.update(filter(None, (block.id, block.client_id)))
+        self._writer.block_start(block.block(self._translation))
+
+    def _send(self, block: PendingBlock, text: str) -> None:
+        if self._translation.thinking is ThinkingDisplay.OMITTED and isinstance(block, PendingThinking):
+            return
+        if not self.is_whole and (block.high_surrogate or not text.isascii()):
+            text = block.high_surrogate + text
+            block.high_surrogate = ""
+            if "\ud800" <= text[-1] <= "\udbff":         # the next fragment may have its partner
+                block.high_surrogate, text = text[-1], text[:-1]
+        if text:
+            self._writer.delta(text)
+
+    def _stop(self, block: PendingBlock, is_cut: bool) -> None:
+        """Ends a block, after the rest of it; `is_cut`: the answer ends at the token limit."""
+        if isinstance(block, PendingToolUse):
+            rest = block.rest(is_cut)
+            if rest is None:
+                return                                   # half a call must not run
+            if not block.is_started:
+                self._start(block)
+            if rest:
+                self._send(block, rest)
+        if not block.is_started:
+            return                                       # white space alone makes no block
+        if block.high_surrogate:
+            self._writer.delta("\ufffd")
+            block.high_surrogate = ""
+        self._writer.block_stop(block.signature())
+
+
+AnyBlock = TypeVar("AnyBlock", bound="PendingBlock")
+
+
+# ---- 8.2 pending blocks ----------------------------------------------------
 
 class PendingBlock:
-    """A block in the making.  `held` is what cannot be sent yet."""
-
-    delta_type, delta_field = "text_delta", "text"
+    """A block in the making."""
 
     def __init__(self) -> None:
-        self.index = -1                  # of its block; -1 while that has not started
-        self.pending_text: List[str] = []
-        self.high_surrogate = ""                   # a high surrogate that waits for its partner
-        self.prefix = ""                 # its delta events up to the text
+        self.is_started = False
+        self.pending_text: List[str] = []        # cannot be sent yet
+        self.high_surrogate = ""                 # one that waits for its partner
 
     def is_complete(self) -> bool:
-        """Whether it ends as soon as another segment stands behind it."""
+        """Whether it ends as soon as another block stands behind it."""
         return True
 
     def may_start(self) -> bool:
@@ -1797,21 +1996,23 @@ class PendingBlock:
         """The content_block of its start event."""
         raise NotImplementedError
 
+    def signature(self) -> str:
+        """The signature that is sent before its end; "" for none."""
+        return ""
+
 
 class PendingText(PendingBlock):
     """Visible text.  White space alone makes no block."""
 
     def may_start(self) -> bool:
-        return self.index >= 0 or any(not text.isspace() for text in self.pending_text)
+        return self.is_started or any(not text.isspace() for text in self.pending_text)
 
     def block(self, translation: Translation) -> Json:
         return {"type": "text", "text": ""}
 
 
 class PendingThinking(PendingBlock):
-    """Reasoning.  Its signature carries back to the upstream what the client does not see."""
-
-    delta_type, delta_field = "thinking_delta", "thinking"
+    """Reasoning.  Its signature carries back to the upstream the part that the client does not see."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1822,37 +2023,44 @@ class PendingThinking(PendingBlock):
     def block(self, translation: Translation) -> Json:
         return {"type": "thinking", "thinking": "", "signature": ""}
 
-    def keeps_text(self, thinking: ThinkingDisplay) -> bool:
+    def keeps_text(self, display: ThinkingDisplay) -> bool:
         """Whether the text has to wait for the signature."""
-        return self._kind == "d" or (thinking is ThinkingDisplay.OMITTED and self._kind in ("c", "r"))
+        return self._kind == "d" or (display is ThinkingDisplay.OMITTED and self._kind in ("c", "r"))
 
-    def note(self, kind: str, text: str, details: Any, thinking: ThinkingDisplay) -> None:
+    def note(self, text: str, kind: str, details: Any, display: ThinkingDisplay, is_fragment: bool) -> None:
+        """Collects the signature: `kind` as in `carrier_signature`, `details` the entries of kind d.
+
+        Fragments of details are joined; the details of a whole answer stay as they are.
+        """
         self._kind = kind
-        if thinking is ThinkingDisplay.OMITTED and kind in ("c", "r"):
+        if display is ThinkingDisplay.OMITTED and kind in ("c", "r"):
             self._hidden.append(text)
-        for entry in details if isinstance(details, list) and kind == "d" else ():
-            if is_object(entry):
+        if kind != "d" or not isinstance(details, list):
+            return
+        if is_fragment:
+            for entry in filter(is_object, details):
                 join_detail(self._details, entry)
+        else:
+            self._details += details
 
     def signature(self) -> str:
-        payload = json_text(self._details) if self._kind == "d" else well_formed_text("".join(self._hidden))
-        return carrier_signature(self._kind, payload)
+        if self._kind == "d":
+            return carrier_signature("d", json_text(self._details))
+        return carrier_signature(self._kind, well_formed_text("".join(self._hidden)))
 
 
 def join_detail(details: List[Json], entry: Json) -> None:
-    """Adds a fragment of reasoning_details: to the last entry, if it goes on with that one."""
+    """Adds a fragment of reasoning_details: to the last entry, if that has the same type and index."""
     last = details[-1] if details else {}
     if not last or any(last.get(key) != entry.get(key) for key in ("type", "index")):
         details.append(dict(entry))
         return
     for key, value in entry.items():
-        if key in ("text", "summary", "data") and isinstance(value, str) and isinstance(last.get(key), str):
-            last[key] += value
-        else:
-            last[key] = value
+        is_text = isinstance(value, str) and isinstance(last.get(key), str)
+        last[key] = last[key] + value if is_text and key in ("text", "summary", "data") else value
 
 
-# ---- 8.2 tool calls --------------------------------------------------------
+# ---- 8.3 tool calls --------------------------------------------------------
 
 class ArgumentsState(enum.Enum):
     """How far the arguments of a call have come."""
@@ -1862,25 +2070,28 @@ class ArgumentsState(enum.Enum):
 
 
 class PendingToolUse(PendingBlock):
-    """A tool call.  Its arguments are followed only to know where their JSON object ends."""
+    """A tool call.  Its arguments are followed only to know where their JSON object ends.
 
-    delta_type, delta_field = "input_json_delta", "partial_json"
+    Arguments that are no JSON object are `raw`: they are collected and repaired at the end.  So are
+    those of a custom call, which are plain text, and all arguments of a whole answer.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, is_custom: bool = False) -> None:
         super().__init__()
-        self.id = ""
+        self.id = ""                     # the upstream's
         self.name = ""
         self.client_id = ""
-        self.extra: Any = None
+        self.extra: Any = None           # see `client_id`
         self.state = ArgumentsState.NONE
-        self.is_raw = False              # the arguments are not an object: collected, repaired at the end
-        self._unsent = ""                # `{` and the white space after it, or all of a raw value
+        self.is_raw = self.is_custom = is_custom
         self._raw: List[str] = []
+        self._value: Any = None          # the arguments of a whole answer
+        self._unsent = ""                # the brace, and white space after it
         self._is_filled = False          # something stands inside the braces
         self._depth = 0
         self._in_string = False
-        self._is_escaped = False         # the last character was a backslash inside a string
-        self._blanks = 0                 # white space in a row outside strings
+        self._is_escaped = False         # the last character was a backslash
+        self._blanks = 0                 # white space in a row, outside strings
 
     def is_complete(self) -> bool:
         return self.state is ArgumentsState.CLOSED and self.name != ""
@@ -1896,14 +2107,25 @@ class PendingToolUse(PendingBlock):
         return {"type": "tool_use", "id": self.client_id,
                 "name": client_tool_name(self.name, translation.tool_names), "input": {}}
 
+    def set_arguments(self, value: Any) -> None:
+        """Takes the arguments of a whole answer, which are complete: text, or a JSON value."""
+        self.is_raw, self._value = True, value
+
     def accept(self, text: str) -> str:
-        """What of a fragment of arguments can be sent now.  Raises UpstreamError for an endless blank."""
+        """The part of a fragment of arguments that can be sent now.
+
+        Raises UpstreamError for endless white space.
+        """
         if self._in_string and not self._is_escaped and not IN_STRING.search(text):
             return text                                          # the usual fragment
+        if self.is_custom:
+            self._raw.append(text)
+            return ""
         if self.state is ArgumentsState.CLOSED:
             if self._is_filled or not text.lstrip(BLANKS).startswith("{"):
-                return ""                                        # a brace too many, or all of it again
-            self.state, self._unsent = ArgumentsState.NONE, ""        # a gateway's {} before the real one
+                return ""                                        # one brace too many, or a repetition
+            # Some gateways put an empty object in front of the real one.
+            self.state, self._unsent = ArgumentsState.NONE, ""
         if self.state is ArgumentsState.NONE:
             text = self._without_lead(text)
             if not text:
@@ -1916,11 +2138,22 @@ class PendingToolUse(PendingBlock):
         return self._filled(*self._scan(text))
 
     def rest(self, is_cut: bool) -> Optional[str]:
-        """What must be sent when the segment ends; None for a call that must not be sent at all."""
+        """The text that must be sent when the block ends; None for a call that must not be sent at all."""
         if not self.is_raw:
             return "" if self._is_filled else self._unsent
-        value = tool_input("".join(self._raw), is_cut)
+        text = "".join(self._raw)
+        if self.is_custom and self._value is None:
+            return json_text({"input": text})
+        value = tool_input(text if self._value is None else self._value, is_cut)
         return None if value is None else json_text(value) if value else ""
+
+    def check_end(self, reason: str) -> None:
+        """Raises UpstreamError if the call cannot end here; `reason` is that of the Ending."""
+        if not self.name:
+            raise UpstreamError(502, NAMELESS_CALL)
+        is_open = self.state is ArgumentsState.OPEN and not self.is_raw
+        if is_open and reason not in ("max_tokens", "refusal"):
+            raise UpstreamError(502, "The upstream ended inside a tool call")
 
     def _without_lead(self, text: str) -> str:
         rest = text.lstrip(BLANKS)
@@ -1939,8 +2172,11 @@ class PendingToolUse(PendingBlock):
         return self._unsent
 
     def _scan(self, text: str) -> Tuple[str, str]:
-        """Follows strings and braces.  Returns the text up to the object's end, and what is behind it."""
-        done: List[str] = []                                     # text whose control characters were escaped
+        """(the text up to the object's end, the text behind it): follows strings and braces.
+
+        Raw control characters inside strings are escaped; both SDKs fail on a raw line end.
+        """
+        done: List[str] = []                                     # text before an escaped character
         place = 1 if self._is_escaped and text else 0
         self._is_escaped = False
         start = 0
@@ -1967,7 +2203,7 @@ class PendingToolUse(PendingBlock):
                     return "".join(done) + text[start:place], text[place:]
 
     def _count_blanks(self, text: str) -> None:
-        """Raises UpstreamError when white space goes on and on: some models never leave that loop."""
+        """Raises UpstreamError for endless white space: some models never leave that loop."""
         if not text:
             self._blanks = 0
             return
@@ -1980,27 +2216,29 @@ class PendingToolUse(PendingBlock):
             self._blanks = len(rest) - len(rest.rstrip(BLANKS))
 
 
+NAMELESS_CALL = "The upstream's answer has a tool call without a name"
 BLANKS = " \t\r\n"
-MAX_BLANKS = 512                         # no JSON indents this deep
+MAX_BLANKS = 512                         # characters; no JSON indents this deep
 BLANK_RUN = re.compile(r"[ \t\r\n]+")
 IN_STRING = re.compile(r'["\\\x00-\x1f]')
 OUT_OF_STRING = re.compile(r'["{}\[\]]')
 
 
-# ---- 8.3 complete arguments ------------------------------------------------
+# ---- 8.4 complete arguments ------------------------------------------------
 
 def tool_input(arguments: Any, is_cut: bool) -> Optional[Json]:
-    """The `input` object for a call's arguments; None for a call that was cut off and must not run."""
-    if arguments is None or is_object(arguments):
-        try:
-            json_text(arguments)
-            return arguments or {}
-        except ValueError:
-            return {"INVALID_JSON": str(arguments)}
-    text = arguments if isinstance(arguments, str) else json_text(arguments)
+    """The `input` object for a call's arguments; None for a call that was cut off and must not run.
+
+    Arguments that are no JSON object become INVALID_JSON, Anthropic's own convention: the tool's
+    check fails, and the model can correct itself.
+    """
+    try:
+        text = arguments if isinstance(arguments, str) else json_text(arguments)
+    except ValueError:
+        return {"INVALID_JSON": str(arguments)}
     value = leading_value(text.strip() or "{}")
     if isinstance(value, str) and value.strip():
-        value = leading_value(value.strip())         # encoded twice
+        value = leading_value(value.strip())             # encoded twice
     if value is None or value == [] or value == "":
         return {}
     if is_object(value):
@@ -2017,87 +2255,62 @@ def leading_value(text: str) -> Any:
     return value if is_object(value) or end == len(text) else False
 
 
-# ---- 8.4 why it stopped ----------------------------------------------------
+# ---- 8.5 stop and usage ----------------------------------------------------
 
-def stop_class(finish: Any) -> str:
-    """What a finish_reason means: a stop_reason, "" for a normal end, or `failed` / `overloaded`."""
-    return STOP_REASONS.get(finish.lower(), "") if isinstance(finish, str) else ""
-
-
-STOP_REASONS = {
-    "error": "failed", "network_error": "failed", "abort": "failed",
-    "insufficient_system_resource": "overloaded",                          # DeepSeek
-    "content_filter": "refusal", "safety": "refusal", "recitation": "refusal", "blocklist": "refusal",
-    "prohibited_content": "refusal", "spii": "refusal", "sensitive": "refusal",
-    "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens",
-}
+class Ending(NamedTuple):
+    """Why an answer ended, in no API's words."""
+    reason: str = ""                     # max_tokens, refusal, or "" for a normal end
+    refusal: str = ""                    # the model's words for it
+    matched_stop: Optional[str] = None   # the stop sequence that TextFilter found
+    reported_stop: Optional[str] = None  # the one that the upstream named
 
 
-def raise_if_failed(finish: Any) -> None:
-    """Raises UpstreamError for a finish_reason that says that the answer is not one."""
-    outcome = stop_class(finish)
-    if outcome in ("failed", "overloaded"):
-        raise UpstreamError(502 if outcome == "failed" else 529, f"The upstream ended with finish_reason {finish}")
-
-
-def stop_fields(finish: Any, has_calls: bool, refusal: str, matched_stop: Optional[str], named: Optional[str]) -> Json:
-    """stop_reason, stop_sequence and stop_details of an answer that ended well.
-
-    `hit` is the stop sequence that the proxy itself found in the text, `named` the one that the
-    upstream says it stopped at.
-    """
-    if matched_stop is not None:
-        return stop_object("stop_sequence", matched_stop)
-    reason = stop_class(finish)
-    if reason == "max_tokens":
-        return stop_object(reason)
-    if reason == "refusal" or (refusal and not has_calls):
-        return stop_object("refusal", None, refusal or "The upstream's content filter stopped the answer.")
+def stop_fields(ending: Ending, has_calls: bool) -> Json:
+    """stop_reason, stop_sequence and stop_details of an answer that ended well."""
+    if ending.matched_stop is not None:
+        return stop_object("stop_sequence", ending.matched_stop)
+    if ending.reason == "max_tokens":
+        return stop_object("max_tokens")
+    if ending.reason == "refusal" or (ending.refusal and not has_calls):
+        return stop_object("refusal", None, ending.refusal or FILTER_EXPLANATION)
     if has_calls:
         return stop_object("tool_use")
-    return stop_object("stop_sequence", named) if named is not None else stop_object("end_turn")
+    if ending.reported_stop is not None:
+        return stop_object("stop_sequence", ending.reported_stop)
+    return stop_object("end_turn")
 
 
-def stop_object(reason: Optional[str], sequence: Optional[str] = None, explanation: Optional[str] = None) -> Json:
+FILTER_EXPLANATION = "The upstream's content filter stopped the answer."
+
+
+def stop_object(reason: Optional[str], sequence: Optional[str] = None,
+                explanation: Optional[str] = None) -> Json:
     details = {"type": "refusal", "category": None, "explanation": explanation} if explanation else None
     return {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}
 
 
-def reported_stop(choice: Json, translation: Translation) -> Optional[str]:
-    """The stop sequence that vLLM and SGLang name beside the finish reason."""
-    if not translation.stop_sequences:
-        return None
-    for key in ("stop_reason", "matched_stop"):
-        if isinstance(choice.get(key), str) and choice[key] in translation.stop_sequences:
-            return choice[key]
-    return None
+class Meter(Protocol):
+    """Estimates the size of an answer whose upstream sends no usage; it is OutputMeter (15)."""
+
+    def add(self, text: str) -> None:
+        """Counts a piece of the answer."""
+
+    def tokens(self) -> int:
+        """Estimated tokens of all pieces."""
 
 
-# ---- 8.5 usage -------------------------------------------------------------
+def anthropic_usage(usage: Any, tier: Any, translation: Translation, meter: Meter) -> Json:
+    """The usage object.  Its three input numbers add up to OpenAI's prompt_tokens.
 
-def anthropic_usage(usage: Any, tier: Any, translation: Translation, generated: Callable[[], int]) -> Json:
-    """The usage object.  Its three input numbers add up to OpenAI's prompt_tokens; what is missing is estimated.
-
-    `generated` estimates the tokens of the answer; it is called only when they are not known.
+    Missing numbers are estimated.
     """
-    usage = usage if isinstance(usage, dict) else {}
-    prompt, output = token_count(usage, "prompt_tokens"), token_count(usage, "completion_tokens")
-    total = token_count(usage, "total_tokens")
-    read = written = 0
-    thought = None
-    if len(usage) > 3 or prompt is None or output is None or total is None:      # else these three are all it says
-        read = first_token_count(usage, CACHE_READ) or 0
-        written = first_token_count(usage, CACHE_WRITTEN) or 0
-        thought = first_token_count(usage, REASONING)
-    if prompt is None or output is None:
-        known = [number for number in (prompt, output) if number is not None]
-        rest = total - known[0] if total is not None and len(known) == 1 and total >= known[0] else None
-        if output is None:
-            output = generated() if rest is None else rest
-        if prompt is None:
-            prompt = translation.input_estimate() if rest is None else rest
-    if thought and total == prompt + output + thought:
-        output += thought                                # xAI leaves reasoning out of completion_tokens
+    usage = usage if is_object(usage) else {}
+    prompt, output = prompt_and_output(usage, translation, meter)
+    read = first_token_count(usage, CACHE_READ) or 0
+    written = first_token_count(usage, CACHE_WRITTEN) or 0
+    thought = first_token_count(usage, REASONING)
+    if thought and token_count(usage, "total_tokens") == prompt + output + thought:
+        output += thought                                # xAI: not in its completion_tokens
     counts: Json = {"input_tokens": max(prompt - read - written, 0), "cache_creation_input_tokens": written,
                     "cache_read_input_tokens": read, "output_tokens": output}
     if thought is not None:
@@ -2106,82 +2319,189 @@ def anthropic_usage(usage: Any, tier: Any, translation: Translation, generated: 
     return counts
 
 
+def prompt_and_output(usage: Json, translation: Translation, meter: Meter) -> Tuple[int, int]:
+    """The tokens of the prompt and of the answer: as told, else the rest of the total, else estimated."""
+    prompt, output = token_count(usage, "prompt_tokens"), token_count(usage, "completion_tokens")
+    total = token_count(usage, "total_tokens")
+    rest_prompt, rest_output = rest_of(total, output), rest_of(total, prompt)
+    prompt = rest_prompt if prompt is None else prompt
+    output = rest_output if output is None else output
+    return (translation.input_estimate() if prompt is None else prompt,
+            meter.tokens() if output is None else output)
+
+
+def rest_of(total: Optional[int], part: Optional[int]) -> Optional[int]:
+    return total - part if total is not None and part is not None and total >= part else None
+
+
 def token_count(usage: Json, name: str) -> Optional[int]:
-    """A number of tokens; None unless it is a number that can count."""
+    """A number of tokens; None for any value that is no such number."""
     value = usage.get(name)
-    if type(value) is not int and not is_number(value):
-        return None
-    return int(value) if 0 <= value < 2 ** 53 else None
+    return int(value) if is_number(value) and 0 <= value < 2 ** 53 else None
 
 
 def first_token_count(usage: Json, paths: Sequence[Tuple[str, str]]) -> Optional[int]:
     """The first of the numbers at (outer object or "", name) that is there."""
     for outer, name in paths:
         holder = usage.get(outer) if outer else usage
-        if isinstance(holder, dict) and name in holder:
-            found = token_count(holder, name)
-            if found is not None:
-                return found
+        found = token_count(holder, name) if is_object(holder) else None
+        if found is not None:
+            return found
     return None
 
 
-CACHE_READ = (("prompt_tokens_details", "cached_tokens"), ("", "prompt_cache_hit_tokens"), ("", "cached_tokens"),
-              ("", "cache_read_input_tokens"))
-CACHE_WRITTEN = (("prompt_tokens_details", "cache_write_tokens"), ("prompt_tokens_details", "cache_creation_tokens"),
-                 ("", "cache_creation_input_tokens"))
+CACHE_READ = (("prompt_tokens_details", "cached_tokens"), ("", "prompt_cache_hit_tokens"),
+              ("", "cached_tokens"), ("", "cache_read_input_tokens"))
+CACHE_WRITTEN = (("prompt_tokens_details", "cache_write_tokens"),
+                 ("prompt_tokens_details", "cache_creation_tokens"), ("", "cache_creation_input_tokens"))
 REASONING = (("completion_tokens_details", "reasoning_tokens"),)
 SERVICE_TIERS = {"priority": "priority", "fast": "priority", "default": "standard", "auto": "standard",
                  "flex": "standard", "scale": "standard"}
 
 
-# ---- 8.6 events ------------------------------------------------------------
+# ---- 8.6 writers -----------------------------------------------------------
 
-def message_object(translation: Translation, new_id: NewId, content: List[Json], stop: Json, usage: Json) -> Json:
-    return {"id": "msg_" + new_id(24), "type": "message", "role": "assistant", "model": translation.requested_model,
-            "content": content, **stop, "usage": usage}
+class EventWriter:
+    """Writes an answer as server-sent events, for a client that asked for a stream."""
+
+    def __init__(self, translation: Translation, new_id: NewId, request_id: str = "") -> None:
+        self._translation = translation
+        self._new_id = new_id
+        self._request_id = request_id
+        self._events: List[str] = []     # written, and not taken yet
+        self._index = -1                 # of the open block, or of the last one
+        self._prefix = ""                # its delta event up to the text
+
+    def taken(self) -> bytes:
+        """The events since the last call."""
+        data = "".join(self._events).encode("ascii")
+        self._events.clear()
+        return data
+
+    def message_start(self) -> None:
+        usage = {"input_tokens": self._translation.input_estimate(), "cache_creation_input_tokens": 0,
+                 "cache_read_input_tokens": 0, "output_tokens": 0}
+        message = message_object(self._translation, self._new_id, [], stop_object(None), usage)
+        self._events += sse_event("message_start", {"type": "message_start", "message": message}), PING
+
+    def block_start(self, block: Json) -> None:
+        self._index += 1
+        self._prefix = delta_prefix(self._index, *DELTAS[block["type"]])
+        self._events.append(
+            f'event: content_block_start\ndata: {{"type":"content_block_start","index":{self._index},'
+            f'"content_block":{json_text(block)}}}\n\n')
+
+    def delta(self, text: str) -> None:
+        self._events.append(self._prefix + quoted(text) + "}}\n\n")
+
+    def deltas(self, texts: str, separator: str) -> None:
+        """Deltas of several texts, which stand as the insides of JSON strings between separators."""
+        joint = '"}}\n\n' + self._prefix + '"'
+        self._events.append(self._prefix + '"' + texts.replace(separator, joint) + '"}}\n\n')
+
+    def block_stop(self, signature: str) -> None:
+        if signature:
+            prefix = delta_prefix(self._index, "signature_delta", "signature")
+            self._events.append(prefix + quote(signature) + "}}\n\n")
+        self._events.append(f'event: content_block_stop\ndata: {{"type":"content_block_stop",'
+                            f'"index":{self._index}}}\n\n')
+
+    def end(self, stop: Json, usage: Json) -> None:
+        counts = {name: value for name, value in usage.items() if name != "service_tier"}
+        self._events += sse_event("message_delta", {"type": "message_delta", "delta": stop, "usage": counts}), \
+            MESSAGE_STOP
+
+    def error(self, error: ProxyError) -> None:
+        self._events.append(sse_event("error", error_fields(error, self._request_id)))
+
+    def ping(self, is_silent_block: bool) -> None:
+        """A sign of life: for a block that is open and shows nothing, a delta without text.
+
+        Claude Code stops believing pings after five minutes in such a block.
+        """
+        self._events.append(self._prefix + '""}}\n\n' if is_silent_block else PING)
+
+
+class MessageWriter:
+    """Collects an answer into one message, for a client that asked for no stream."""
+
+    def __init__(self, translation: Translation, new_id: NewId) -> None:
+        self.message: Json = {}          # once the answer has ended
+        self._translation = translation
+        self._new_id = new_id
+        self._blocks: List[Tuple[Json, List[str]]] = []
+        self._size = 0
+
+    def taken(self) -> bytes:
+        """No bytes: nothing is sent before the message is complete."""
+        return b""
+
+    def message_start(self) -> None:
+        """Nothing to do: see `end`."""
+
+    def block_start(self, block: Json) -> None:
+        self._blocks.append((block, []))
+
+    def delta(self, text: str) -> None:
+        self._size += len(text)
+        check_buffered(self._size)
+        self._blocks[-1][1].append(text)
+
+    def deltas(self, texts: str, separator: str) -> None:
+        self.delta(json.loads('"' + texts.replace(separator, "") + '"'))
+
+    def block_stop(self, signature: str) -> None:
+        if signature:
+            self._blocks[-1][0]["signature"] = signature
+
+    def end(self, stop: Json, usage: Json) -> None:
+        content = []
+        for block, texts in self._blocks:
+            text = well_formed_text("".join(texts))
+            if block["type"] == "tool_use":
+                value = tool_input(text, stop["stop_reason"] == "max_tokens")
+                if value is not None:                    # half a call must not run
+                    content.append({**block, "input": value})
+            else:
+                content.append({**block, block["type"]: text})
+        self.message = message_object(self._translation, self._new_id, content, stop, usage)
+
+
+Writer = Union[EventWriter, MessageWriter]
+
+
+def check_buffered(size: int) -> None:
+    """Raises UpstreamError if more of an answer waits in memory than may."""
+    if size > MAX_BUFFERED_ANSWER:
+        raise UpstreamError(502, f"The upstream's answer is larger than {MAX_BUFFERED_ANSWER >> 20} MiB")
+
+
+MAX_BUFFERED_ANSWER = 67108864           # characters; ANSWER_BODY (25) bounds plain JSON alike
+
+
+def message_object(translation: Translation, new_id: NewId, content: List[Json], stop: Json,
+                   usage: Json) -> Json:
+    return {"id": "msg_" + new_id(24), "type": "message", "role": "assistant",
+            "model": translation.requested_model, "content": content, **stop, "usage": usage}
 
 
 def sse_event(name: str, data: Json) -> str:
     return f"event: {name}\ndata: {json_text(data)}\n\n"
 
 
-def block_start(index: int, block: Json) -> str:
-    return (f'event: content_block_start\ndata: {{"type":"content_block_start","index":{index},'
-            f'"content_block":{json_text(block)}}}\n\n')
-
-
-def block_stop(index: int) -> str:
-    return f'event: content_block_stop\ndata: {{"type":"content_block_stop","index":{index}}}\n\n'
-
-
 def delta_prefix(index: int, kind: str, member: str) -> str:
-    """A delta event up to its text: a delta is this, the quoted text and `}}`."""
+    """A delta event up to its text: the whole event is this, the quoted text and `}}`."""
     return (f'event: content_block_delta\ndata: {{"type":"content_block_delta","index":{index},'
             f'"delta":{{"type":"{kind}","{member}":')
 
 
-def block_events(index: int, block: Json) -> List[str]:
-    """The events of a block that is already whole: start, one delta (thinking: two), stop."""
-    deltas = {"text": [("text_delta", "text", block.get("text"))],
-              "thinking": [("thinking_delta", "thinking", block.get("thinking")),
-                           ("signature_delta", "signature", block.get("signature"))],
-              "tool_use": [("input_json_delta", "partial_json",
-                            json_text(block["input"]) if block.get("input") else "")]}[block["type"]]
-    empty = {"text": "", "thinking": "", "signature": "", "input": {}}
-    events = [block_start(index, {key: empty.get(key, value) for key, value in block.items()})]
-    events += [delta_prefix(index, kind, member) + quoted(text) + "}}\n\n" for kind, member, text in deltas if text]
-    return [*events, block_stop(index)]
-
-
 def quoted(text: str) -> str:
-    """A JSON string, without half a surrogate pair."""
+    """A JSON string without lone surrogates."""
     return quote(well_formed_text(text))
 
 
-def _escaped(match: Match[str]) -> str:
-    return quote(match[0])[1:-1]
-
-
+DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
+          "tool_use": ("input_json_delta", "partial_json")}
 quote = json.encoder.encode_basestring_ascii
 PING = 'event: ping\ndata: {"type":"ping"}\n\n'
 MESSAGE_STOP = 'event: message_stop\ndata: {"type":"message_stop"}\n\n'
@@ -2191,7 +2511,8 @@ MESSAGE_STOP = 'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 # 9. TEXT FILTER
 # ============================================================================
 #
-# Removes from the visible text what the client must not see as text.
+# The visible text on its way from a reader to the machine.  Reasoning in `<think>` tags, a
+# repeated prefill and stop sequences are taken out of it.
 
 # ---- 9.1 filter ------------------------------------------------------------
 
@@ -2199,23 +2520,23 @@ Span = Tuple[bool, str]                  # (is it reasoning, the text)
 
 
 class TextFilter:
-    """Takes `<think>` text, a repeated prefill and stop sequences out of the visible text, as it comes.
+    """Takes `<think>` text, a repeated prefill and stop sequences out of the visible text.
 
-    feed() and finish() give spans of what may be seen now; what could still turn into one of the
-    three is held back.  `hit` is the stop sequence that ended the text.
+    feed() and finish() give the spans that may be seen now; text that could still turn into one of
+    the three is held back.  `matched_stop` is the stop sequence that ended the text.
 
         LEAD --<think>--> THINK --</think>--> LEAD_TEXT --> PREFILL --> TEXT --stop--> ENDED
     """
 
-    def __init__(self, translation: Translation, sees_reasoning: bool = False) -> None:
+    def __init__(self, translation: Translation) -> None:
         self.matched_stop: Optional[str] = None
         self._stops = translation.stop_sequences
         self._prefill = translation.prefill
-        may_think = translation.profile.host_class not in ("openai", "azure") and not sees_reasoning
+        may_think = translation.profile.host_class not in ("openai", "azure")
         # Plain functions, not bound methods: no reference cycle keeps a finished request in memory.
         self._step = TextFilter._lead if may_think else TextFilter._at_prefill
         self._held = ""
-        self.is_idle = False             # all further text passes as it is
+        self.is_idle = False             # all further text passes unchanged
 
     def note_reasoning(self) -> None:
         """The upstream has a field for reasoning: its text is no place for `<think>`."""
@@ -2226,7 +2547,7 @@ class TextFilter:
         return self._run(self._held + text, False)
 
     def finish(self) -> List[Span]:
-        """The rest, when no more text comes."""
+        """The rest, when no text follows directly."""
         return self._run(self._held, True)
 
     def _run(self, text: str, is_last: bool) -> List[Span]:
@@ -2240,8 +2561,8 @@ class TextFilter:
         self._held = text if self.matched_stop is None and not is_last else ""
         return spans
 
-    # Each step takes the text at hand, appends what may be seen and returns what is left: for the
-    # next step when it has changed self._step, else to be held until more comes.
+    # Each step takes the text at hand, appends the spans that may be seen and returns the text that
+    # is left: for the next step when it has changed self._step, else to be held until more arrives.
 
     def _lead(self, text: str, is_last: bool, spans: List[Span]) -> str:
         start = text.lstrip()
@@ -2271,6 +2592,7 @@ class TextFilter:
         return text
 
     def _at_prefill(self, text: str, is_last: bool, spans: List[Span]) -> str:
+        """Most models repeat the prefill; the client puts its own in front of the answer."""
         if self._prefill.startswith(text) and text != self._prefill and not is_last:
             return text
         self._step = TextFilter._search if self._stops else TextFilter._pass
@@ -2278,10 +2600,11 @@ class TextFilter:
         return text[len(self._prefill):] if text.startswith(self._prefill) else text
 
     def _search(self, text: str, is_last: bool, spans: List[Span]) -> str:
+        """Looks for the earliest stop sequence; at one place, for the longest."""
         held = 0 if is_last else max(tail_overlap(text, stop) for stop in self._stops)
         found = [(text.find(stop), -len(stop), stop) for stop in self._stops if stop in text]
         end = len(text) - held
-        if found and (is_last or min(found)[0] < end):   # else a longer or earlier one may still come
+        if found and (is_last or min(found)[0] < end):   # else a longer or earlier one may follow
             end, _, self.matched_stop = min(found)
         elif found:
             end = min(end, min(found)[0])
@@ -2300,6 +2623,89 @@ def tail_overlap(text: str, wanted: str) -> int:
         if wanted.startswith(text[-size:]):
             return size
     return 0
+
+
+# ---- 9.2 reader ------------------------------------------------------------
+
+class Reader:
+    """Reads the chunks of one answer and tells the machine which content they have.
+
+    The base of each API's reader: the way of visible text and of reasoning to the machine is the same
+    for all.  Each has its own read() and end().
+    """
+
+    def __init__(self, translation: Translation, machine: BlockMachine, meter: Meter) -> None:
+        self.has_finished = False        # the upstream said why it stopped; the end follows
+        self.usage: Any = None           # the last that the upstream sent
+        self._translation = translation
+        self._machine = machine
+        self._meter = meter
+        self._filter = TextFilter(translation)
+
+    def read(self, chunk: Json) -> None:
+        """Takes the next chunk.  Raises UpstreamError."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Ends the message after the last chunk.  Raises UpstreamError if the answer is not complete."""
+        raise NotImplementedError
+
+    def plain_target(self, chunk: Json) -> Optional[PlainTarget]:
+        """Where a chunk that was read has its text, if it has one text and nothing else: for 34.1."""
+        return None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the upstream has told nothing: neither content nor usage nor a reason to stop."""
+        return not self.has_finished and self.usage is None and self._machine.is_empty
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether a stop sequence ended the answer: the upstream still writes, and is paid for it."""
+        return self._filter.matched_stop is not None
+
+    def expect_whole(self) -> None:
+        """The next chunk is the whole answer, in plain JSON."""
+        self._machine.is_whole = True
+
+    def _text(self, text: str) -> None:
+        """Takes visible text."""
+        self._meter.add(text)
+        if self._filter.is_idle:
+            self._machine.text(text)
+        else:
+            self._show(self._filter.feed(text))
+
+    def _thinking(self, text: str, kind: str, details: Any = None) -> None:
+        """Takes reasoning from a field of its own; `kind` as in `carrier_signature`."""
+        self._filter.note_reasoning()
+        self._end_text()
+        if not self._machine.has_ended:
+            self._meter.add(text)
+            self._machine.thinking(text, kind, details)
+
+    def _end_text(self) -> None:
+        """No text follows directly: text that the filter held back can be shown."""
+        if not self._filter.is_idle:
+            self._show(self._filter.finish())
+
+    def _show(self, spans: List[Span]) -> None:
+        """Passes spans on.  After a stop sequence nothing counts any more: the answer ends."""
+        for is_thought, text in spans:
+            if is_thought:
+                self._machine.thinking(text, "n")
+            else:
+                self._machine.text(text)
+        if self.was_cut:
+            self.end()
+
+
+class PlainTarget(NamedTuple):
+    """The place of a chunk's only text, and the way of further text there."""
+    holder: Json                                 # the object in the chunk that has the text
+    key: str                                     # its member
+    take: Callable[[str], None]                  # reads more text as if a chunk had brought it
+    is_plain: Callable[[PendingBlock], bool]     # whether plain characters are a delta of this block
 
 
 # ============================================================================
@@ -2430,74 +2836,168 @@ def is_event_stream(claims: bool, start: bytes) -> bool:
 # 11. CHAT: THE ANSWER
 # ============================================================================
 #
-# Completions and chunks, as real servers send them.  [OpenAI: chat completion object, chunk object]
+# Completions and chunks, as real servers send them.  A completion in plain JSON is read as
+# a stream's only chunk.  [OpenAI: chat completion object, chunk object]
 
-# ---- 11.1 a whole completion -----------------------------------------------
+# ---- 11.1 reader -----------------------------------------------------------
 
-def empty_message(translation: Translation, new_id: NewId) -> Json:
-    """The answer when nothing can be generated: max_tokens is 0 or was too small for a first token."""
-    return message_object(translation, new_id, [], stop_object("max_tokens"),
-                          anthropic_usage({"completion_tokens": 0}, None, translation, lambda: 0))
+class ChatReader(Reader):
+    """Reads the chunks of a Chat Completions stream, or one whole completion."""
+
+    def __init__(self, translation: Translation, machine: BlockMachine, meter: Meter) -> None:
+        super().__init__(translation, machine, meter)
+        self._calls = ToolCalls()
+        self._choice_index: Any = None   # of the first choice that was seen
+        self._finish_reason: Any = None
+        self._reported_stop: Optional[str] = None
+        self._reasoning_kind = ""
+        self._refusal = ""
+        self._tier: Any = None
+
+    def read(self, chunk: Json) -> None:
+        choice = whole_choice(chunk) if self._machine.is_whole else self._own_choice(chunk)
+        self._note_usage(chunk)
+        if choice is None:
+            return
+        if is_name(choice.get("finish_reason")):
+            self.has_finished = True
+            self._finish_reason = choice["finish_reason"]
+            self._reported_stop = reported_stop(choice, self._translation)
+        delta = choice.get("delta", choice.get("message"))
+        if delta is None and is_name(choice.get("text")):
+            delta = {"content": choice["text"]}          # old completions
+        if is_object(delta):
+            self._read_delta(delta)
+        if not self._machine.has_ended:
+            raise_if_failed(self._finish_reason)
+
+    def end(self) -> None:
+        if not self.was_cut:
+            raise_if_failed(self._finish_reason)
+            self._end_text()
+        if not self._machine.has_ended:
+            ending = Ending(stop_class(self._finish_reason), self._refusal, self._filter.matched_stop,
+                            self._reported_stop)
+            self._machine.end(ending, anthropic_usage(self.usage, self._tier, self._translation, self._meter))
+
+    def plain_target(self, chunk: Json) -> Optional[PlainTarget]:
+        """Text, reasoning or arguments, if a chunk has nothing else; for 34.1."""
+        choice = self._own_choice(chunk)
+        if choice is None or choice.get("finish_reason") or len(chunk["choices"]) != 1:
+            return None
+        delta = choice.get("delta", choice.get("message"))
+        carriers = [key for key in TEXT_CARRIERS if delta.get(key)] if is_object(delta) else []
+        if len(carriers) != 1:
+            return None
+        key, value = carriers[0], delta[carriers[0]]
+        if key == "content" and isinstance(value, str):
+            return PlainTarget(delta, key, self._text, lambda block: (
+                type(block) is PendingText and self._filter.is_idle))
+        if key in ("reasoning_content", "reasoning") and isinstance(value, str):
+            return PlainTarget(delta, key, lambda text: self._thinking(text, self._reasoning_kind),
+                               lambda block: False)
+        if key != "tool_calls" or not isinstance(value, list) or len(value) != 1 or not is_object(value[0]):
+            return None
+        function, fragment = value[0].get("function"), call_fragment(value[0])
+        call = None if fragment.name else self._calls.matching(fragment)
+        if call is None or self._calls.keeps_arguments(call) or not is_object(function) or not isinstance(function.get("arguments"), str):
+            return None
+        return PlainTarget(function, "arguments", partial(self._arguments, call), lambda block: (
+            block is call and call.is_in_string()))
+
+    def _own_choice(self, chunk: Json) -> Optional[Json]:
+        """The first choice of a chunk that has the index of the first choice ever seen."""
+        choices = chunk.get("choices")
+        for choice in filter(is_object, choices if isinstance(choices, list) else ()):
+            index = choice.get("index") or 0
+            if self._choice_index is None:
+                self._choice_index = index
+            if index == self._choice_index:
+                return choice
+        return None
+
+    def _note_usage(self, chunk: Json) -> None:
+        """Each usage is the total so far; Groq puts it into a member of its own."""
+        groq = chunk.get("x_groq")
+        for usage in (chunk.get("usage"), groq.get("usage") if is_object(groq) else None):
+            if is_object(usage):
+                self.usage = usage
+        self._tier = chunk.get("service_tier") or self._tier
+
+    def _read_delta(self, delta: Json) -> None:
+        kind, thought = reasoning_text(delta)
+        if thought:
+            self._reasoning_kind = self._reasoning_kind or kind
+            self._thinking(thought, self._reasoning_kind, delta.get("reasoning_details"))
+        text, refusal = content_texts(delta)
+        if text:
+            self._text(text)
+        if refusal and not self._machine.has_ended:
+            self._refusal += refusal
+            self._text(refusal)
+        for entry in call_entries(delta):
+            self._end_text()
+            if not self._machine.has_ended:
+                self._read_call(call_fragment(entry))
+
+    def _read_call(self, fragment: CallFragment) -> None:
+        if self._machine.is_whole:
+            self._read_whole_call(fragment)
+            return
+        call, is_new = self._calls.find(fragment)
+        if call is None:
+            return
+        if is_new and fragment.kind:
+            self._machine.open_call(call)
+        if fragment.arguments:
+            self._arguments(call, fragment.arguments)
+
+    def _read_whole_call(self, fragment: CallFragment) -> None:
+        """A call of a whole answer: each entry is one.
+
+        Its arguments are complete, so those that are no object become INVALID_JSON, and are left
+        out at the token limit; a stream could do that only by holding them back.
+        """
+        if not fragment.kind:
+            return
+        if not fragment.name:
+            raise UpstreamError(502, NAMELESS_CALL)
+        call = self._calls.add(fragment)
+        call.set_arguments({"input": fragment.arguments} if call.is_custom else fragment.whole_arguments)
+        self._meter.add(fragment.arguments)
+        self._machine.open_call(call)
+
+    def _arguments(self, call: PendingToolUse, text: str) -> None:
+        self._meter.add(text)
+        self._machine.count_buffered(self._calls.note_arguments(call, text))
+        self._machine.arguments(call, text)
 
 
-def first_choice(completion: Any) -> Json:
-    """The choice with the lowest index, with a `message` in it.  Raises UpstreamError(502)."""
-    if not is_object(completion):
-        raise UpstreamError(502, "The upstream's answer is not a JSON object")
+TEXT_CARRIERS = ("content", "reasoning_content", "reasoning", "reasoning_details", "refusal", "tool_calls",
+                 "function_call")
+
+
+# ---- 11.2 choice of a whole completion -------------------------------------
+
+def whole_choice(completion: Json) -> Json:
+    """The choice with the lowest index, its message as `delta`.  Raises UpstreamError(502).
+
+    A stream's choice is that of the first index seen, as a lower one may never follow.
+    """
     choices = completion.get("choices")
-    choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
-    if len(choices) == 1 and isinstance(choices[0].get("message"), dict):
-        return choices[0]
-    if choices:
-        indexes = [choice["index"] if is_number(choice.get("index")) else place
-                   for place, choice in enumerate(choices)]
-        choice = choices[indexes.index(min(indexes))]
-        for message in (choice.get("message"), choice.get("delta")):
-            if is_object(message):
-                return {**choice, "message": message}
-        if isinstance(choice.get("text"), str):
-            return {**choice, "message": {"content": choice["text"]}}
+    choices = [choice for choice in choices if is_object(choice)] if isinstance(choices, list) else []
+    indexes = [choice["index"] if is_number(choice.get("index")) else place
+               for place, choice in enumerate(choices)]
+    choice = choices[indexes.index(min(indexes))] if choices else {}
+    for message in (choice.get("message"), choice.get("delta")):
+        if is_object(message):
+            return {**choice, "delta": message}
+    if isinstance(choice.get("text"), str):
+        return {**choice, "delta": {"content": choice["text"]}}
     raise UpstreamError(502, "The upstream's answer has no choices")
 
 
-def thinking_block(kind: str, thought: str, message: Json, translation: Translation) -> Json:
-    is_hidden = translation.thinking is ThinkingDisplay.OMITTED
-    payload = thought if is_hidden and kind != "n" else ""
-    if kind == "d":
-        payload = json_text(message["reasoning_details"])
-    return {"type": "thinking", "thinking": "" if is_hidden else thought, "signature": carrier_signature(kind, payload)}
-
-
-def tool_uses(message: Json, finish: Any, translation: Translation, new_id: NewId) -> List[Json]:
-    """The tool_use blocks of a whole answer, in its order."""
-    if not message.get("tool_calls") and not message.get("function_call"):
-        return []
-    entries = message.get("tool_calls")
-    entries = [entry for entry in entries if is_object(entry)] if isinstance(entries, list) else []
-    if not entries and is_object(message.get("function_call")):
-        entries = [{"function": message["function_call"]}]
-    known = set(translation.history_call_ids)
-    blocks = []
-    for entry in entries:
-        function = entry.get("function")
-        custom = entry.get("custom")
-        if entry.get("type") == "custom" and is_object(custom):
-            function = {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}
-        elif entry.get("type") not in (None, "", "function"):
-            continue
-        if not is_object(function) or not is_name(function.get("name")):
-            raise UpstreamError(502, "The upstream's answer has a tool call without a name")
-        value = tool_input(function.get("arguments"), stop_class(finish) == "max_tokens")
-        if value is None:
-            continue
-        block_id = client_id(entry.get("id"), entry.get("extra_content"), known, new_id)
-        known.update((block_id, str(entry.get("id"))))
-        blocks.append({"type": "tool_use", "id": block_id,
-                       "name": client_tool_name(function["name"], translation.tool_names), "input": value})
-    return blocks[:1] if translation.is_single_call else blocks
-
-
-# ---- 11.2 content of a message or a delta ----------------------------------
+# ---- 11.3 content of a message or a delta ----------------------------------
 
 def reasoning_text(message: Json) -> Tuple[str, str]:
     """(kind of carrier, text) of the first field of a message or delta that holds reasoning."""
@@ -2545,80 +3045,188 @@ def content_texts(message: Json) -> Tuple[str, str]:
     return text, refusal
 
 
-# ---- 11.3 which call a fragment belongs to ---------------------------------
+# ---- 11.4 calls ------------------------------------------------------------
+
+class CallFragment(NamedTuple):
+    """An entry of tool_calls: a whole call, or a piece of one.  Absent members are empty."""
+    kind: str                            # function, custom; "" for one that is not passed on
+    index: Any                           # None if absent
+    id: str
+    name: str
+    arguments: str
+    whole_arguments: Any                 # the same as they came
+    extra: Any
+
+
+def call_entries(delta: Json) -> List[Json]:
+    """The tool_calls of a message or a delta, else its old function_call as one."""
+    calls = delta.get("tool_calls")
+    entries = [entry for entry in calls if is_object(entry)] if isinstance(calls, list) else []
+    if not entries and is_object(delta.get("function_call")):
+        return [{"function": delta["function_call"]}]
+    return entries
+
+
+def call_fragment(entry: Json) -> CallFragment:
+    """An entry of tool_calls, read.  A custom call has text in place of arguments."""
+    function, custom, kind = entry.get("function"), entry.get("custom"), entry.get("type")
+    is_custom = is_object(custom) and (kind == "custom" or not is_object(function))
+    content = custom if is_custom else function if is_object(function) else {}
+    arguments = content.get("input" if is_custom else "arguments")
+    return CallFragment(
+        "custom" if is_custom else "function" if kind in (None, "", "function") else "",
+        entry.get("index") if is_number(entry.get("index")) else None,
+        entry["id"] if is_name(entry.get("id")) else "",
+        content["name"] if is_name(content.get("name")) else "",
+        argument_text(arguments), arguments, entry.get("extra_content"))
+
+
+def argument_text(arguments: Any) -> str:
+    """The text of a call's arguments; an object is written as JSON."""
+    if not is_object(arguments):
+        return arguments if isinstance(arguments, str) else ""
+    try:
+        return json_text(arguments)
+    except ValueError:
+        return json_text(str(arguments))
+
 
 class ToolCalls:
-    """The calls of an answer, and which of them a fragment belongs to.
+    """The calls of a streamed answer, and which of them a fragment belongs to.
 
     Servers number calls by index, by id, by both or by neither, and each in its own way.
     """
 
     def __init__(self) -> None:
-        self.all: List[PendingToolUse] = []
+        self._all: List[PendingToolUse] = []
         self._by_id: Dict[str, PendingToolUse] = {}
         self._by_index: Dict[Any, PendingToolUse] = {}
+        self._texts: Dict[PendingToolUse, List[str]] = {}        # arguments of calls without index
 
-    def find(self, entry: Json) -> Tuple[Optional[PendingToolUse], bool]:
+    def find(self, fragment: CallFragment) -> Tuple[Optional[PendingToolUse], bool]:
         """(the call that a fragment means, whether it is new); (None, False) for one that means none."""
-        function = entry.get("function") if is_object(entry.get("function")) else {}
-        name = function["name"] if is_name(function.get("name")) else ""
-        call_id = entry["id"] if is_name(entry.get("id")) else ""
-        index = entry.get("index") if is_number(entry.get("index")) else None
-        call = self._matching_call(index, call_id, name)
-        is_new = call is None and (index is not None or name != "" or fragment_arguments(entry) != "")
-        if is_new:
-            if len(self.all) >= MAX_CALLS:
-                raise UpstreamError(502, f"The upstream's answer has more than {MAX_CALLS} tool calls")
-            call = PendingToolUse()
-            self.all.append(call)
+        call = self.matching(fragment)
         if call is None:
-            return None, False
-        self._note(call, is_new, index, call_id, name)
-        if entry.get("extra_content") is not None and call.index < 0:
-            call.extra = entry["extra_content"]
-        return call, is_new
+            is_call = fragment.index is not None or fragment.name or fragment.arguments
+            return (self.add(fragment), True) if is_call else (None, False)
+        if fragment.id and not call.id and not call.is_started:
+            call.id = fragment.id
+        self._note(call, fragment)
+        return call, False
 
-    def _matching_call(self, index: Any, call_id: str, name: str) -> Optional[PendingToolUse]:
-        if call_id in self._by_id:
-            return self._by_id[call_id]
-        if index is None:
-            last = self.all[-1] if self.all else None
-            if not name or last is None:
-                return last if not name else None
-            goes_on = last.state is ArgumentsState.OPEN and last.name == name and not (last.id and call_id)
-            return last if goes_on else None
-        call = self._by_index.get(index)
+    def add(self, fragment: CallFragment) -> PendingToolUse:
+        """A new call that begins with this fragment.  Raises UpstreamError for too many."""
+        if len(self._all) >= MAX_CALLS:
+            raise UpstreamError(502, f"The upstream's answer has more than {MAX_CALLS} tool calls")
+        call = PendingToolUse(is_custom=fragment.kind == "custom")
+        call.id = fragment.id
+        self._all.append(call)
+        if fragment.index is not None:
+            self._by_index[fragment.index] = call
+        elif fragment.id:
+            self._texts[call] = []
+        self._note(call, fragment)
+        return call
+
+    def keeps_arguments(self, call: PendingToolUse) -> bool:
+        return call in self._texts
+
+    def note_arguments(self, call: PendingToolUse, text: str) -> int:
+        """Keeps the arguments that tell a repeated call from a new one; returns how many characters."""
+        if not self.keeps_arguments(call):
+            return 0
+        self._texts[call].append(text)
+        return len(text)
+
+    def _note(self, call: PendingToolUse, fragment: CallFragment) -> None:
+        if fragment.index is not None:
+            self._by_index.setdefault(fragment.index, call)
+        if fragment.id and call.id == fragment.id:
+            self._by_id[fragment.id] = call
+        name = fragment.name
+        if name and name != call.name and (call.state is ArgumentsState.NONE or not call.name):
+            call.name += name            # a name in fragments, or one that is late
+        if fragment.extra is not None and not call.is_started:
+            call.extra = fragment.extra
+
+    def matching(self, fragment: CallFragment) -> Optional[PendingToolUse]:
+        """The call that a fragment continues; None for a new one."""
+        # 1. The id is known.
+        if fragment.id in self._by_id:
+            call = self._by_index.get(fragment.index)
+            if call is None or call.id != fragment.id:
+                call = self._by_id[fragment.id]
+            return None if self._repeats_id(call, fragment) else call
+        # 2. Neither id nor index: the last call, in a server that sends calls one after another.
+        if fragment.index is None:
+            last = self._all[-1] if self._all else None
+            if not fragment.name or last is None:
+                return last if not fragment.name else None
+            return last if is_same_call(last, fragment) and not (last.id and fragment.id) else None
+        # 3. A new index is a new call.
+        call = self._by_index.get(fragment.index)
         if call is None:
             return None
-        if call_id and call.id and name:
-            return call if call.state is ArgumentsState.OPEN and call.name == name else None
-        is_next = name != "" and call.state is ArgumentsState.CLOSED and not (call_id and call.id)
-        return None if is_next else call
+        # 4. Another id at a known index.  Without a name it was made up for the fragment; with one it
+        #    is a new call, unless the call at hand is still open.
+        if fragment.id and call.id:
+            return call if not fragment.name or is_same_call(call, fragment) else None
+        # 5. The index alone.  After the end of a call a name begins the next one.
+        return None if fragment.name and call.state is ArgumentsState.CLOSED else call
 
-    def _note(self, call: PendingToolUse, is_new: bool, index: Any, call_id: str, name: str) -> None:
-        if index is not None and (is_new or index not in self._by_index):
-            self._by_index[index] = call
-        if call_id and not call.id and call.index < 0:
-            call.id = call_id
-        if call_id and call.id == call_id:
-            self._by_id[call_id] = call
-        if name and name != call.name and (call.state is ArgumentsState.NONE or not call.name):
-            call.name += name
+    def _repeats_id(self, call: PendingToolUse, fragment: CallFragment) -> bool:
+        """Whether a server has given the id of one call to another one, too.
+
+        A call that is sent again as it was is no other one.
+        """
+        if not fragment.name:
+            return False
+        is_closed, is_renamed = call.state is ArgumentsState.CLOSED, fragment.name != call.name
+        if fragment.index is not None:
+            return fragment.index not in self._by_index and (is_closed or is_renamed)
+        texts = self._texts.get(call)
+        is_changed = texts is not None and "".join(texts) != fragment.arguments
+        return is_closed and (is_renamed or is_changed)
 
 
-MAX_CALLS = 1024                         # of one answer
+def is_same_call(call: PendingToolUse, fragment: CallFragment) -> bool:
+    """Whether a fragment with a name can belong to a call: its arguments are open, and the name is the same."""
+    return call.state is ArgumentsState.OPEN and call.name == fragment.name
 
 
-def fragment_arguments(entry: Json) -> str:
-    """The argument text of a tool call fragment; an object is written as JSON."""
-    function = entry.get("function")
-    arguments = function.get("arguments") if is_object(function) else None
-    if isinstance(arguments, str):
-        return arguments
-    try:
-        return json_text(arguments) if is_object(arguments) else ""
-    except ValueError:
-        return json_text(str(arguments))
+MAX_CALLS = 1024                         # calls of one answer
+
+
+# ---- 11.5 why it stopped ---------------------------------------------------
+
+def stop_class(finish: Any) -> str:
+    """The meaning of a finish_reason: that of Ending, or `failed` or `overloaded`."""
+    return STOP_REASONS.get(finish.lower(), "") if isinstance(finish, str) else ""
+
+
+def raise_if_failed(finish: Any) -> None:
+    """Raises UpstreamError for a finish_reason by which the answer is none."""
+    outcome = stop_class(finish)
+    if outcome in ("failed", "overloaded"):
+        raise UpstreamError(502 if outcome == "failed" else 529,
+                            f"The upstream ended with finish_reason {finish}")
+
+
+def reported_stop(choice: Json, translation: Translation) -> Optional[str]:
+    """The stop sequence that vLLM and SGLang name beside the finish reason."""
+    for key in ("stop_reason", "matched_stop"):
+        if isinstance(choice.get(key), str) and choice[key] in translation.stop_sequences:
+            return choice[key]
+    return None
+
+
+STOP_REASONS = {
+    "error": "failed", "network_error": "failed", "abort": "failed",
+    "insufficient_system_resource": "overloaded",                          # DeepSeek
+    "content_filter": "refusal", "safety": "refusal", "recitation": "refusal", "blocklist": "refusal",
+    "prohibited_content": "refusal", "spii": "refusal", "sensitive": "refusal",
+    "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens",
+}
 
 
 # ============================================================================
@@ -3889,684 +4497,195 @@ def translation_of(params: Json, target: Target, session_id: str = "",
     return translation
 
 
-# ---- 16.2 a whole completion -----------------------------------------------
-
-def anthropic_message(completion: Any, translation: Translation, new_id: NewId) -> Json:
-    """The Messages answer for a Chat Completions answer.  Raises UpstreamError."""
-    choice = first_choice(completion)
-    message = choice["message"]
-    finish = choice.get("finish_reason")
-    raise_if_failed(finish)
-    kind, thought = reasoning_text(message)
-    text, refusal = content_texts(message)
-    matched_stop = None
-    if translation.stop_sequences or translation.prefill or "<think>" in text:
-        text_filter = TextFilter(translation, sees_reasoning=bool(thought))
-        spans = text_filter.feed(text) + text_filter.finish()
-        matched_stop = text_filter.matched_stop
-        if not thought and any(is_thought for is_thought, _ in spans):
-            kind, thought = "n", "".join(span for is_thought, span in spans if is_thought)
-        text = "".join(span for is_thought, span in spans if not is_thought)
-    if refusal and matched_stop is None:
-        text += refusal
-    calls = tool_uses(message, finish, translation, new_id) if matched_stop is None else []
-    content: List[Json] = []
-    if thought and translation.thinking is not ThinkingDisplay.HIDDEN:
-        content.append(thinking_block(kind, thought, message, translation))
-    if text and not text.isspace():
-        content.append(text_part(text))
-    content += calls
-    stop = stop_fields(finish, bool(calls), refusal, matched_stop, reported_stop(choice, translation))
-
-    def generated() -> int:
-        return estimated_tokens(text + thought) + sum(estimated_tokens(json_text(call["input"])) for call in calls)
-
-    usage = anthropic_usage(completion.get("usage"), completion.get("service_tier"), translation, generated)
-    return message_object(translation, new_id, content, stop, usage)
-
-
-# ---- 16.3 the way back -----------------------------------------------------
+# ---- 16.2 the way back -----------------------------------------------------
 
 class StreamTranslator:
-    """Turns the bytes of an upstream's event stream into the bytes of Anthropic's.
+    """Turns the bytes of an upstream's answer into the bytes of Anthropic's events, or into one message.
 
-    feed() takes what one read gave, at any cut; finish() says that the upstream's body has ended.
-    While nothing has been produced (`started` is False) an error is raised as UpstreamError, so that
-    it can still be an HTTP status; later it becomes an `error` event and `done`.
+    The front of decoder, reader, machine and writer.  feed() takes the bytes of one read, at any cut,
+    and finish() says that the body has ended; whole() takes an answer in plain JSON.  Each returns the
+    bytes for the client: none where the writer is a MessageWriter, which has the message in the end.
+
+    An error is raised as ProxyError while it can be an HTTP status: before the first event (`started`
+    is False), and always for a message.  Later it becomes an `error` event, and nothing follows.
     """
 
-    def __init__(self, translation: Translation, new_id: NewId, request_id: str = "") -> None:
-        self.started = False
-        self.done = False
-        self.stop: Json = {}                     # stop_reason and its companions, at the end
-        self.usage: Json = {}
+    def __init__(self, translation: Translation, new_id: NewId, writer: Writer,
+                 shortcuts: Shortcuts = PLAIN, reader: Type[Reader] = ChatReader) -> None:
         self.error: Optional[ProxyError] = None
-        self.finish_reason: Optional[str] = None
         self._translation = translation
-        self._new_id = new_id
-        self._request_id = request_id
-        self._sse = SSEDecoder()
-        self._out: List[str] = []
-        self._queue: Deque[PendingBlock] = deque()
-        self._blocks = 0                         # blocks started so far: the next one's index
-        self._calls = ToolCalls()
-        self._has_calls = False                  # a tool_use block was started
-        self._filter = TextFilter(translation)
-        self._reasoning_kind = ""
-        self._choice_index: Any = None
-        self._last_choice: Json = {}
-        self._refusal = ""
-        self._raw_usage: Any = None
-        self._tier: Any = None
-        self._known_ids = set(translation.history_call_ids)
-        self._written = OutputMeter()
-        self._kept = 0                           # characters that are collected and not sent
-        self._template = ChunkPattern()
-        self._last_chunk: Optional[Tuple[str, Json, Any]] = None      # the last chunk that was parsed
+        self._writer = writer
+        self._decoder = SSEDecoder()
+        self._machine = BlockMachine(translation, new_id, writer)
+        self._meter = OutputMeter()
+        self._reader = reader(translation, self._machine, self._meter)
+        self._pattern = shortcuts.chunk_pattern and shortcuts.chunk_pattern(
+            self._decoder, self._reader, self._machine, self._meter, writer)
 
-    # ---- what goes in -------------------------------------------------------
+    # How far the answer is.
 
-    def feed(self, data: bytes) -> bytes:
-        try:
-            if self._last_chunk is not None:
-                self._learn()
-            text = self._sse.lines(data)
-            alone = self._template.match_read(text) if self._sse.is_between_events else None
-            if alone is not None:
-                return self._feed_event(alone)
-            for _ in range(BURST_TRIES if len(text) > SHORT_READ else 0):
-                self._learn()
-                rest = self._feed_run(text) if text else None
-                if rest is None and len(text) > LONG_READ:   # the next events may be the pattern for those after them
-                    events, rest = text[:LONG_READ], text[LONG_READ:]
-                    more, border, rest = rest.partition("\n\n")
-                    self._take(self._sse.events(events + more + border))
-                if rest is None or self.done:
-                    break
-                text = rest
-            self._take(self._sse.events(text))
-        except ProxyError as error:
-            self._fail(error)
-        return self._flushed()
+    @property
+    def started(self) -> bool:
+        """Whether the message has begun."""
+        return self._machine.has_begun
 
-    def finish(self) -> bytes:
-        """The upstream's body ended, whether well or not."""
-        try:
-            self._take(self._sse.finish())
-            if not self.done:
-                if not self.started:
-                    raise UpstreamError(502, "The upstream's answer is empty")
-                if self.finish_reason is None:
-                    raise UpstreamError(502, "The upstream closed the connection before the end of the answer")
-                self._end()
-        except ProxyError as error:
-            self._fail(error)
-        return self._flushed()
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The end by an error from outside: a lost connection, a time-out, the shutdown.
-
-        A connection that breaks after the finish reason has lost nothing: the answer is whole.
-        """
-        if isinstance(error, ConnectionLost) and self.finish_reason is not None:
-            return self.finish()
-        self._fail(error)
-        return self._flushed()
-
-    def begin(self) -> bytes:
-        """message_start, if it has not been sent: while the upstream still thinks."""
-        self._begin()
-        return self._flushed()
-
-    def ping(self) -> bytes:
-        """A sign of life.  Clients stop believing pings in a silent thinking block after minutes."""
-        head = self._queue[0] if self._queue else None
-        if self.started and not self.done:
-            if isinstance(head, PendingThinking) and head.index >= 0 and self._translation.thinking is ThinkingDisplay.OMITTED:
-                self._out.append(head.prefix + '""}}\n\n')
-            else:
-                self._out.append(PING)
-        return self._flushed()
-
-    def message(self, chunks_of: Json) -> bytes:
-        """A whole answer as events: for an upstream that answers a streamed request with plain JSON."""
-        self._begin(chunks_of["id"])
-        for index, block in enumerate(chunks_of["content"]):
-            self._out += block_events(index, block)
-        self.stop = {key: chunks_of[key] for key in ("stop_reason", "stop_sequence", "stop_details")}
-        self.usage = chunks_of["usage"]
-        self._end_events()
-        return self._flushed()
-
-    def _flushed(self) -> bytes:
-        data = "".join(self._out).encode("ascii")
-        self._out.clear()
-        return data
-
-    # ---- chunks -------------------------------------------------------------
-
-    def _take(self, payloads: List[str]) -> None:
-        template = self._template
-        for payload in payloads:
-            if self.done:
-                return
-            if self._last_chunk is not None:
-                self._learn()
-            text = template.match_event(payload)
-            if text is not None:
-                template.target_kind(self, text)
-            elif payload == "[DONE]" or payload.strip() == "[DONE]":
-                self._end_of_answer()
-            elif payload:
-                self._chunk(payload)
-
-    def _feed_event(self, text: str) -> bytes:
-        """Translates a chunk that is like the pattern; at once, where it makes the open text block grow."""
-        segment = self._queue[0] if len(self._queue) == 1 else None
-        if type(segment) is PendingText and segment.index >= 0 and not segment.high_surrogate and self._filter.is_idle \
-                and self._template.target_kind is StreamTranslator._text and text.isascii() and text:
-            self._written.add(text)
-            return self._grown(segment, text)
-        self._template.target_kind(self, text)
-        return self._flushed()
-
-    def _feed_run(self, text: str) -> Optional[str]:
-        """Translates the run of chunks at the start that differ only in plain text, by one replacement.
-
-        Returns the text behind the run; None where there is none.  A fast server's read holds hundreds of
-        chunks: this makes them three times as cheap.
-        """
-        segment = self._queue[0] if len(self._queue) == 1 and self._template.head else None
-        if segment is None or segment.index < 0 or segment.high_surrogate or not self._sse.is_between_events:
-            return None
-        if self._template.target_kind is StreamTranslator._text:
-            is_plain = type(segment) is PendingText and self._filter.is_idle
-        else:
-            is_plain = isinstance(segment, PendingToolUse) and segment is self._template.call and segment.is_in_string()
-        texts, rest = self._template.match_run(text, isinstance(segment, PendingToolUse)) if is_plain else ("", "")
-        if not texts:
-            return None
-        self._written.add(scanstring(texts.replace(SEPARATOR, "") + '"', 0)[0])
-        self._write_deltas(segment, texts)
-        return rest
-
-    def _chunk(self, payload: str) -> None:
-        try:
-            chunk = _upstream_decoder.decode(payload)
-        except (ValueError, RecursionError):
-            chunk = payload
-        if isinstance(chunk, list) and chunk and is_object(chunk[0]) and is_error_object(chunk[0]):
-            chunk = chunk[0]
-        if is_object(chunk) and (is_error_object(chunk) or isinstance(payload, ErrorData)):
-            raise error_from_object(chunk, self._translation)
-        if isinstance(payload, ErrorData):
-            raise UpstreamError(500, redacted(str(payload), self._translation.secrets))
-        if not is_object(chunk):
-            raise UpstreamError(502, "The upstream sent a chunk that is not JSON")
-        self._begin()
-        choice = self._noted(chunk)
-        delta = choice.get("delta", choice.get("message")) if choice is not None else None
-        if choice is not None and delta is None and is_name(choice.get("text")):
-            delta = {"content": choice["text"]}          # old completions
-        if is_object(delta):
-            self._delta(delta)
-        raise_if_failed(self.finish_reason)
-        self._last_chunk = payload, chunk, delta
-
-    def _learn(self) -> None:
-        """Takes the last chunk as the pattern of the next: not before that comes, so that what it said went out at once."""
-        if self._last_chunk is not None:
-            self._template.learn(*self._last_chunk, self)
-            self._last_chunk = None
-
-    def _noted(self, chunk: Json) -> Optional[Json]:
-        """Keeps what a chunk says beside its text; returns its choice, if it is one of ours."""
-        groq = chunk.get("x_groq")
-        for usage in (chunk.get("usage"), groq.get("usage") if is_object(groq) else None):
-            if is_object(usage):
-                self._raw_usage = usage
-        self._tier = chunk.get("service_tier") or self._tier
-        choices = chunk.get("choices")
-        for choice in choices if isinstance(choices, list) else ():
-            if not is_object(choice):
-                continue
-            index = choice.get("index") or 0
-            if self._choice_index is None:
-                self._choice_index = index
-            if index == self._choice_index:
-                if is_name(choice.get("finish_reason")):
-                    self.finish_reason = choice["finish_reason"]
-                    self._last_choice = choice
-                return choice
-        return None
-
-    def _delta(self, delta: Json) -> None:
-        kind, thought = reasoning_text(delta)
-        if thought:
-            self._reasoning_kind = self._reasoning_kind or kind
-            self._reasoning(thought, delta.get("reasoning_details"))
-        text, refusal = content_texts(delta)
-        if text:
-            self._text(text)
-        if refusal:
-            self._refusal += refusal
-            self._text(refusal)
-        calls = delta.get("tool_calls")
-        for entry in calls if isinstance(calls, list) else ():
-            if is_object(entry):
-                self._call(entry)
-        if is_object(delta.get("function_call")):
-            self._call({"function": delta["function_call"]})
-
-    def _reasoning(self, text: str, details: Any = None) -> None:
-        self._filter.note_reasoning()
-        self._end_of_text()
-        self._written.add(text)
-        if self._translation.thinking is not ThinkingDisplay.HIDDEN:
-            segment = self._last(PendingThinking)
-            if isinstance(segment, PendingThinking):
-                segment.note(self._reasoning_kind, text, details, self._translation.thinking)
-                self._keep(len(text) if segment.keeps_text(self._translation.thinking) else 0)
-            self._grow(segment, text)
-
-    def _text(self, text: str) -> None:
-        self._written.add(text)
-        if self._filter.is_idle:
-            self._grow(self._last(PendingText), text)
-        else:
-            self._spans(self._filter.feed(text))
+    @property
+    def done(self) -> bool:
+        """Whether nothing follows, after the end or after an error."""
+        return self._machine.has_ended or self.error is not None
 
     @property
     def has_content(self) -> bool:
         """Whether a block has started."""
-        return self._blocks > 0
+        return self._machine.has_content
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether the upstream has said why it stopped: only usage and the end can follow."""
+        return self._reader.has_finished
 
     @property
     def was_cut(self) -> bool:
-        """Whether a stop sequence ended the answer: more of it would still be paid for."""
-        return self._filter.matched_stop is not None
+        """Whether a stop sequence ended the answer while the upstream still writes."""
+        return self._reader.was_cut
 
-    def _end_of_text(self) -> None:
-        """No text follows directly: what the filter held back can be shown."""
-        if not self._filter.is_idle:
-            self._spans(self._filter.finish())
+    @property
+    def stop(self) -> Json:
+        """stop_reason, stop_sequence and stop_details, once done."""
+        return self._machine.stop
 
-    def _spans(self, spans: List[Span]) -> None:
-        for is_thought, text in spans:
-            if not is_thought:
-                self._grow(self._last(PendingText), text)
-            elif self._translation.thinking is not ThinkingDisplay.HIDDEN:
-                segment = self._last(PendingThinking)
-                if isinstance(segment, PendingThinking):
-                    segment.note("n", text, None, self._translation.thinking)
-                self._grow(segment, text)
-        if self._filter.matched_stop is not None:
-            self._end()
+    @property
+    def usage(self) -> Json:
+        """The usage object, once done."""
+        return self._machine.usage
 
-    def _call(self, entry: Json) -> None:
-        self._end_of_text()
-        if self.done:
-            return
-        call, is_new = self._calls.find(entry)
-        if call is None:
-            return
-        if is_new and not (self._translation.is_single_call and len(self._calls.all) > 1):
-            self._queue.append(call)
-            self._advance()
-        arguments = fragment_arguments(entry)
-        if arguments:
-            self._arguments(call, arguments)
+    # Bytes in, bytes out.
 
-    def _arguments(self, call: PendingToolUse, arguments: str) -> None:
-        self._written.add(arguments)
-        text = call.accept(arguments)
-        if call.is_raw:
-            self._keep(len(arguments))
-        if text and call in self._queue:
-            self._grow(call, text)
-        if call.state is ArgumentsState.CLOSED:
-            self._advance()
-
-    def _more_arguments(self, arguments: str) -> None:
-        call = self._template.call
-        if call is not None and arguments:
-            self._arguments(call, arguments)
-
-    # ---- segments -----------------------------------------------------------
-
-    def _last(self, kind: Type[PendingBlock]) -> PendingBlock:
-        """The last segment if it is of that kind, else a new one behind it."""
-        if self._queue and type(self._queue[-1]) is kind:
-            return self._queue[-1]
-        segment = kind()
-        self._queue.append(segment)
-        self._advance()
-        return segment
-
-    def _grow(self, segment: PendingBlock, text: str) -> None:
-        if segment.pending_text or segment.index < 0 or segment is not self._queue[0]:
-            segment.pending_text.append(text)
-            self._keep(len(text))
-            if segment is self._queue[0]:
-                self._send_held(segment)
-        else:
-            self._send(segment, text)
-
-    def _advance(self) -> None:
-        """Stops each head that is complete and has another behind it; sends what the new head has."""
-        while self._queue:
-            head = self._queue[0]
-            self._send_held(head)
-            if len(self._queue) == 1 or not head.is_complete():
-                return
-            self._stop(head)
-            self._queue.popleft()
-
-    def _send_held(self, head: PendingBlock) -> None:
-        if head.pending_text and head.may_start():
-            if head.index < 0:
-                self._start(head)
-            text = "".join(head.pending_text)
-            head.pending_text = []
-            self._keep(-len(text))
-            self._send(head, text)
-
-    def _keep(self, size: int) -> None:
-        """Bounds what is in memory of an answer.  Raises UpstreamError."""
-        self._kept += size
-        if self._kept > MAX_BUFFERED_ANSWER:
-            raise UpstreamError(502, f"The upstream's answer is larger than {MAX_BUFFERED_ANSWER >> 20} MiB")
-
-    def _start(self, segment: PendingBlock) -> None:
-        segment.index = self._blocks
-        self._blocks += 1
-        if isinstance(segment, PendingToolUse):
-            self._has_calls = True
-            segment.client_id = client_id(segment.id, segment.extra, self._known_ids, self._new_id)
-            self._known_ids.update(filter(None, (segment.id, segment.client_id)))
-        block = segment.block(self._translation)
-        segment.prefix = delta_prefix(segment.index, segment.delta_type, segment.delta_field)
-        self._write_start(segment, block)
-
-    def _send(self, segment: PendingBlock, text: str) -> None:
-        if isinstance(segment, PendingThinking) and self._translation.thinking is ThinkingDisplay.OMITTED:
-            return
-        if segment.high_surrogate or not text.isascii():
-            text = segment.high_surrogate + text
-            segment.high_surrogate = ""
-            if "\ud800" <= text[-1] <= "\udbff":         # its other half may be in the next fragment
-                segment.high_surrogate, text = text[-1], text[:-1]
-        if text:
-            self._write_delta(segment, text)
-
-    def _stop(self, segment: PendingBlock) -> None:
-        """The end of a segment: its block's stop, after what was still held of it."""
-        if isinstance(segment, PendingToolUse):
-            rest = segment.rest(stop_class(self.finish_reason) == "max_tokens")
-            if rest is None:
-                return                                   # cut off: half a call must not run
-            if segment.index < 0:
-                self._start(segment)
-            if rest:
-                self._send(segment, rest)
-        if segment.index < 0:
-            return                                       # only white space: no block at all
-        if segment.high_surrogate:
-            self._write_delta(segment, "\ufffd")
-            segment.high_surrogate = ""
-        self._write_stop(segment)
-
-    # ---- the end ------------------------------------------------------------
-
-    def _end_of_answer(self) -> None:
-        """[DONE], or the end of the body after a finish reason."""
-        if self.finish_reason is None and not self._queue and not self._blocks and self._raw_usage is None:
-            raise UpstreamError(502, "The upstream's answer is empty")
-        self._end()
-
-    def _end(self) -> None:
-        if self._filter.matched_stop is None:
-            raise_if_failed(self.finish_reason)
-            spans = self._filter.finish()
-            if spans:
-                self._spans(spans)
-                if self.done:
-                    return
-        is_cut = stop_class(self.finish_reason) in ("max_tokens", "refusal")
-        for segment in list(self._queue):
-            self._send_held(segment)
-            if isinstance(segment, PendingToolUse):
-                if not segment.name:
-                    raise UpstreamError(502, "The upstream's answer has a tool call without a name")
-                if segment.state is ArgumentsState.OPEN and not segment.is_raw and not is_cut:
-                    raise UpstreamError(502, "The upstream ended inside a tool call")
-            self._stop(segment)
-            self._queue.popleft()
-        self.stop = stop_fields(self.finish_reason, self._has_calls, self._refusal, self._filter.matched_stop,
-                                reported_stop(self._last_choice, self._translation))
-        self.usage = anthropic_usage(self._raw_usage, self._tier, self._translation, self._written.tokens)
-        self._end_events()
-
-    def _fail(self, error: ProxyError) -> None:
-        if self.done:
-            return
-        self.error = error
-        if not self.started:
-            raise error
-        self.done = True
-        self._out.append(sse_event("error", error_fields(error, self._request_id)))
-
-    # ---- what comes out -----------------------------------------------------
-
-    def _begin(self, message_id: str = "") -> None:
-        if self.started:
-            return
-        self.started = True
-        self._out.append(self._message_start(message_id))
-
-    def _message_start(self, message_id: str) -> str:
-        message = message_object(self._translation, self._new_id, [], stop_object(None), {
-            "input_tokens": self._translation.input_estimate(), "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0, "output_tokens": 0})
-        if message_id:
-            message["id"] = message_id
-        return sse_event("message_start", {"type": "message_start", "message": message}) + PING
-
-    def _write_start(self, segment: PendingBlock, block: Json) -> None:
-        self._out.append(block_start(segment.index, block))
-
-    def _write_delta(self, segment: PendingBlock, text: str) -> None:
-        self._out.append(segment.prefix + quoted(text) + "}}\n\n")
-
-    def _grown(self, segment: PendingBlock, text: str) -> bytes:
-        """The event for more ASCII text of the open block, when nothing else waits to be sent."""
-        return f"{segment.prefix}{quote(text)}}}}}\n\n".encode("ascii")
-
-    def _write_deltas(self, segment: PendingBlock, texts: str) -> None:
-        """Deltas of texts that stand as JSON string contents with BORDER between them."""
-        joint = '"}}\n\n' + segment.prefix + '"'
-        self._out.append(segment.prefix + '"' + texts.replace(SEPARATOR, joint) + '"}}\n\n')
-
-    def _write_stop(self, segment: PendingBlock) -> None:
-        if isinstance(segment, PendingThinking):
-            self._out.append(delta_prefix(segment.index, "signature_delta", "signature")
-                             + quote(segment.signature()) + "}}\n\n")
-        self._out.append(block_stop(segment.index))
-
-    def _end_events(self) -> None:
-        self.done = True
-        usage = {key: value for key, value in self.usage.items() if key != "service_tier"}
-        self._out += sse_event("message_delta", {"type": "message_delta", "delta": self.stop, "usage": usage}), MESSAGE_STOP
-
-
-class MessageWriter(StreamTranslator):
-    """The same machine for a client that wants no stream: blocks are collected into one message.
-
-    Errors are always raised: no byte has gone to the client.
-    """
-
-    def __init__(self, translation: Translation, new_id: NewId, request_id: str = "") -> None:
-        super().__init__(translation, new_id, request_id)
-        self._content: List[Json] = []
-        self._texts: List[List[str]] = []
-
-    def answer(self) -> Json:
-        """The message, once `done`."""
-        content = []
-        for block, texts in zip(self._content, self._texts):
-            text = well_formed_text("".join(texts))
-            value: Any = text
-            if block["type"] == "tool_use":
-                value = tool_input(text, self.stop["stop_reason"] == "max_tokens")
-            if value is not None:                            # None: cut off, half a call must not run
-                content.append({**block, "input" if block["type"] == "tool_use" else block["type"]: value})
-        return message_object(self._translation, self._new_id, content, self.stop, self.usage)
-
-    def _begin(self, message_id: str = "") -> None:
-        self.started = True
-
-    def _write_start(self, segment: PendingBlock, block: Json) -> None:
-        self._content.append(block)
-        self._texts.append([])
-
-    def _write_delta(self, segment: PendingBlock, text: str) -> None:
-        self._keep(len(text))
-        self._texts[segment.index].append(text)
-
-    def _grown(self, segment: PendingBlock, text: str) -> bytes:
-        self._write_delta(segment, text)
-        return b""
-
-    def _write_deltas(self, segment: PendingBlock, texts: str) -> None:
-        self._keep(len(texts))
-        self._texts[segment.index].append(json.loads('"' + texts.replace(SEPARATOR, "") + '"'))
-
-    def _write_stop(self, segment: PendingBlock) -> None:
-        if isinstance(segment, PendingThinking):
-            self._content[segment.index]["signature"] = segment.signature()
-
-    def _end_events(self) -> None:
-        self.done = True
-
-    def _fail(self, error: ProxyError) -> None:
-        self.error = error
-        raise error
-
-
-MAX_BUFFERED_ANSWER = 67108864                   # characters of an answer in memory at once, as of one in plain JSON
-
-
-class ChunkPattern:
-    """Passes the text of successive chunks on without parsing each: three times the chunks a second.
-
-    The chunks of one stream mostly differ in nothing but their text.  `learn` splits a parsed chunk
-    around the text and proves, by parsing it again with another text in it, that nothing else depends
-    on that.  A chunk with the same bytes before and after one JSON string is then the same chunk with
-    that text; anything else takes the full path.
-    """
-
-    def __init__(self) -> None:
-        self.head = ""                           # a chunk up to its text, opening quote included
-        self.tail = ""                           # and from the closing quote on
-        self.first = self.last = ""              # the same of the event around it
-        self.target_kind: Callable[[StreamTranslator, str], None] = StreamTranslator._text
-        self.call: Optional[PendingToolUse] = None         # whose arguments the text is
-        self._tries = 8                          # streams whose chunks all differ stop trying
-
-    def match_event(self, payload: str) -> Optional[str]:
-        """The text of a chunk that is like the pattern; None for any other."""
-        head = self.head
-        if not head or not payload.startswith(head):
-            return None
+    def feed(self, data: bytes) -> bytes:
+        """Translates the next bytes of an event stream."""
         try:
-            text, end = scanstring(payload, len(head))
-        except ValueError:
-            return None
-        if payload[end:] != self.tail:
-            return None
-        self._tries = 8
-        return text
+            lines = self._decoder.lines(data)
+            if self._pattern is not None:
+                self._pattern.feed(lines, self._read_lines)
+            else:
+                self._read_lines(lines)
+        except ProxyError as error:
+            self._fail(error)
+        return self._writer.taken()
 
-    def match_read(self, text: str) -> Optional[str]:
-        """The text of the one event that a slow server's read holds, if it is like the pattern: half the time."""
-        if not self.head or not text.startswith(self.first) or not text.endswith(self.last):
-            return None
+    def finish(self) -> bytes:
+        """Takes the end of the event stream, whether that is the end of the answer or not."""
         try:
-            found, end = scanstring(text, len(self.first))
-        except ValueError:
-            return None
-        return found if end == len(text) - len(self.last) else None
+            for data in self._decoder.finish():
+                self._read_event(data)
+            if not self.started:
+                raise UpstreamError(502, EMPTY_ANSWER)
+            if not self.has_finished and not self.done:
+                raise UpstreamError(502, "The upstream closed the connection before the end of the answer")
+            if not self.done:
+                self._reader.end()
+        except ProxyError as error:
+            self._fail(error)
+        return self._writer.taken()
 
-    def match_run(self, text: str, ends_at_escape: bool) -> Tuple[str, str]:
-        """(the texts of the events at the start that are like the pattern, as JSON writes them, BORDER between;
-        what is behind them); ("", "") where there are none or their texts are not plain.
+    def whole(self, body: bytes) -> bytes:
+        """Translates an answer in plain JSON: it is read as a stream of one chunk."""
+        self._reader.expect_whole()
+        try:
+            value = whole_value(body, self._translation)
+            self._reader.read(self._answer_object(value, "The upstream's answer is not a JSON object"))
+            self._reader.end()
+        except ProxyError as error:
+            self._fail(error)
+        return self._writer.taken()
 
-        `ends_at_escape`: only up to the first backslash, as in JSON inside JSON that one can end a string.
+    def empty(self) -> bytes:
+        """The answer when nothing can be generated: max_tokens is 0 or too small for a first token."""
+        usage = anthropic_usage({"completion_tokens": 0}, None, self._translation, self._meter)
+        self._machine.end(Ending("max_tokens"), usage)
+        return self._writer.taken()
+
+    def fail(self, error: ProxyError) -> bytes:
+        """Takes an error from outside: a lost connection, a timeout, the shutdown.
+
+        A connection that breaks after the finish reason has lost nothing: the answer is complete.
         """
-        first, last = self.first, '"' + self.last
-        if not text.startswith(first) or SEPARATOR in text:
-            return "", ""
-        joined = SEPARATOR.join(text.split(last + first))       # half the time of replace(), which searches twice
-        texts, end, rest = joined[len(first):].partition(last)
-        if ends_at_escape and "\\" in texts:
-            cut = max(texts.rfind(SEPARATOR, 0, texts.index("\\")), 0)
-            texts, rest = texts[:cut], first + texts[cut + 1:] + end + rest
-        plain = PLAIN_ESCAPE.sub("", texts) if "\\" in texts else texts
-        if not texts or not end or NOT_PLAIN.search(plain) or texts[:1] == SEPARATOR or texts[-1:] == SEPARATOR or SEPARATOR + SEPARATOR in texts:
-            return "", ""
-        return texts if texts.isascii() else NOT_ASCII.sub(_escaped, texts), rest.replace(SEPARATOR, last + first)
+        if isinstance(error, ConnectionLost) and self.has_finished:
+            return self.finish()
+        self._fail(error)
+        return self._writer.taken()
 
-    def learn(self, payload: str, chunk: Json, delta: Any, translator: StreamTranslator) -> None:
-        """Takes a chunk as the pattern of those after it, if it carries one text and nothing else."""
-        self.head = ""
-        self._tries -= 1
-        holder, key, sink = self._text_holder(delta, translator) if self._tries >= 0 else (None, "", None)
-        choices = chunk.get("choices")
-        if holder is None or sink is None or len(choices) != 1 or choices[0].get("finish_reason"):
+    def begin(self) -> bytes:
+        """message_start, unless it was sent: for an upstream that still thinks."""
+        self._machine.begin()
+        return self._writer.taken()
+
+    def ping(self) -> bytes:
+        """A sign of life."""
+        if self.started and not self.done and isinstance(self._writer, EventWriter):
+            is_silent_block = self._translation.thinking is ThinkingDisplay.OMITTED \
+                and isinstance(self._machine.open_block, PendingThinking)
+            self._writer.ping(is_silent_block)
+        return self._writer.taken()
+
+    # Events of the upstream.
+
+    def _read_lines(self, lines: str) -> None:
+        for data in self._decoder.events(lines):
+            self._read_event(data)
+
+    def _read_event(self, data: str) -> None:
+        if self._machine.has_ended or not data:
             return
-        for match in re.finditer(f'"{key}"\\s*:\\s*"', payload):
-            try:
-                text, end = scanstring(payload, match.end())
-                other = _upstream_decoder.decode(payload[:match.end()] + '?"' + payload[end:])
-            except ValueError:
-                continue
-            original, holder[key] = holder[key], "?"
-            is_proven = text == original and other == chunk
-            holder[key] = original
-            if is_proven:
-                self.head, self.tail, self.target_kind = payload[:match.end()], payload[end:], sink
-                self.first, self.last = "data: " + self.head, self.tail + "\n\n"
-                return
+        if data == "[DONE]" or data.strip() == "[DONE]":
+            if self._reader.is_empty:
+                raise UpstreamError(502, EMPTY_ANSWER)
+            self._reader.end()
+            return
+        try:
+            value = _upstream_decoder.decode(data)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(data, ErrorData):
+            raise error_from_object(value, self._translation) if is_object(value) else \
+                UpstreamError(500, redacted(data, self._translation.secrets))
+        chunk = self._answer_object(value, "The upstream sent a chunk that is not JSON")
+        self._machine.begin()
+        self._reader.read(chunk)
 
-    def _text_holder(self, delta: Any, translator: StreamTranslator) -> Tuple[Any, str, Any]:
-        """(the object, the key in it, what takes the text) where a delta carries one text; else Nones."""
-        nothing = (None, "", None)
-        if not is_object(delta) or isinstance(delta.get("content"), list):
-            return nothing
-        carriers = [key for key in TEXT_CARRIERS if delta.get(key)]
-        if carriers == ["content"] and isinstance(delta["content"], str):
-            return delta, "content", StreamTranslator._text
-        if carriers in (["reasoning_content"], ["reasoning"]) and isinstance(delta[carriers[0]], str):
-            return delta, carriers[0], StreamTranslator._reasoning
-        if carriers != ["tool_calls"] or not isinstance(delta["tool_calls"], list) or len(delta["tool_calls"]) != 1:
-            return nothing
-        entry = delta["tool_calls"][0]
-        function = entry.get("function") if is_object(entry) else None
-        if not is_object(function) or function.get("name") or not isinstance(function.get("arguments"), str):
-            return nothing
-        self.call, _ = translator._calls.find(entry)
-        return (function, "arguments", StreamTranslator._more_arguments) if self.call is not None else nothing
+    def _answer_object(self, value: Any, problem: str) -> Json:
+        """A chunk, or a whole answer.  Raises the error that it is, or `problem` if it is no object."""
+        if isinstance(value, list) and value and is_object(value[0]) and is_error_object(value[0]):
+            value = value[0]
+        if not is_object(value):
+            raise UpstreamError(502, problem)
+        if is_error_object(value):
+            raise error_from_object(value, self._translation)
+        return value
+
+    def _fail(self, error: ProxyError) -> None:
+        """Raises an error, or writes it as the last event; after the end of the answer it has no effect."""
+        if self._machine.has_ended:
+            return
+        if not self.started or not isinstance(self._writer, EventWriter):
+            self.error = error
+            raise error
+        if self.error is None:
+            self.error = error
+            self._writer.error(error)
 
 
-BURST_TRIES = 5                          # looks at one read: each takes as long as copying it
-SHORT_READ = 600                         # characters, two events: a run of one is dearer than one by itself
-LONG_READ = 3000                         # characters, a dozen events: with less each by itself is as fast
-SEPARATOR = "\x01"                          # stands in no JSON text
-NOT_PLAIN = re.compile(r'["\\\x00\x02-\x1f\x7f]')
-NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
-PLAIN_ESCAPE = re.compile(r'\\["\\bfnrt]')     # escapes that are written the same way again
-TEXT_CARRIERS = ("content", "reasoning_content", "reasoning", "reasoning_details", "refusal", "tool_calls",
-                 "function_call")
+EMPTY_ANSWER = "The upstream's answer is empty"
+
+
+def whole_value(body: bytes, translation: Translation) -> Any:
+    """The value of an answer in plain JSON.  Raises UpstreamError, with the title of a page of HTML."""
+    try:
+        return _upstream_decoder.decode(body.decode("utf-8", "replace").lstrip("\ufeff").strip())
+    except (ValueError, RecursionError):
+        page = response_summary(200, body) if body.lstrip()[:1] == b"<" else ""
+        raise UpstreamError(502, "The upstream's answer is not JSON"
+                            + (": " + redacted(page, translation.secrets) if page else "")) from None
 
 
 # ############################################################################
@@ -6743,37 +6862,32 @@ LARGE_BODY = 1048576                     # bytes
 
 
 async def call_and_relay(app: App, exchange: Exchange, translation: Translation, key: str,
-                   recording: Optional[Recording]) -> Optional[Response]:
-    """Asks the upstream and brings its answer to the client."""
-    if translation.is_empty:
-        return await whole_answer(app, exchange, translation, empty_message(translation, app.new_id))
+                         recording: Optional[Recording]) -> Optional[Response]:
+    """Calls the upstream and brings its answer to the client: as events, or as the Response returned."""
+    message = None if translation.is_streamed else MessageWriter(translation, app.new_id)
+    writer = message or EventWriter(translation, app.new_id, exchange.id)
+    translator = StreamTranslator(translation, app.new_id, writer, app.shortcuts)
     try:
-        reply = await call_upstream(app, exchange, translation, key)
+        reply = None if translation.is_empty else await call_upstream(app, exchange, translation, key)
     except OutputLimitReached:
-        return await whole_answer(app, exchange, translation, empty_message(translation, app.new_id))
-    limits = ratelimit_headers(reply.headers, time.time())
-    if limits:
-        exchange.extra_headers = {**exchange.extra_headers, **limits}
-    if recording is not None:
-        recording.answered(reply)
-    start, message = b"", None
-    if not translation.is_streamed:
+        reply = None
+    if reply is None:
+        events = translator.empty()
+        note_answer(app, exchange, translation, translator)
+        if events:
+            await exchange.send(events, is_last=True)
+    else:
+        limits = ratelimit_headers(reply.headers, time.time())
+        if limits:
+            exchange.extra_headers = {**exchange.extra_headers, **limits}
+        if recording is not None:
+            recording.answered(reply)
+        relay = Relay(app, exchange, translation, reply, recording, translator)
         try:
-            start = await read_start(reply)
-            if not is_event_stream(reply.claims_events, start):
-                message = await whole_message(app, translation, reply, start)
-        except BaseException:
-            reply.close()
-            raise
-    if message is not None:
-        reply.close()
-        return await whole_answer(app, exchange, translation, message)
-    kind = StreamTranslator if translation.is_streamed else MessageWriter
-    relay = Relay(app, exchange, translation, reply, recording, kind(translation, app.new_id, exchange.id), start)
-    try:
-        return await relay.run()
-    finally:
-        relay.close()
+            await relay.run()
+        finally:
+            relay.close()
+    return json_response(message.message) if message is not None else None
 
 
 @lru_cache(maxsize=256)
@@ -6871,9 +6985,8 @@ class Relay:
     """Carries one answer from the upstream to the client, and keeps the client awake meanwhile."""
 
     def __init__(self, app: App, exchange: Exchange, translation: Translation, reply: UpstreamResponse,
-                 recording: Optional[Recording], translator: StreamTranslator, start: bytes) -> None:
+                 recording: Optional[Recording], translator: StreamTranslator) -> None:
         self._recording = recording
-        self._start = start
         self._last_events = b""              # of the end, still to be sent
         self._app = app
         self._exchange = exchange
@@ -6884,10 +6997,10 @@ class Relay:
         self._last_read = self._loop.time()
         self._timer = self._loop.call_later(FIRST_CHUNK_WAIT, self._tick) if translation.is_streamed else None
 
-    async def run(self) -> Optional[Response]:
-        """The whole answer, or None when it was sent as events.  Raises ProxyError while it can be an HTTP status."""
+    async def run(self) -> None:
+        """Carries the answer to its end.  Raises ProxyError while that can be an HTTP status."""
         try:
-            return await self._run()
+            await self._run()
         except UpstreamError as error:
             if not self._exchange.has_begun():
                 raise
@@ -6904,50 +7017,54 @@ class Relay:
                 raise
             error_of_end = ProxyError(529, "The proxy is shutting down")
             self._exchange.note(outcome="shutdown", error=error_of_end.message)
-            # The end may have been translated in the moment of the cancellation: then the answer is whole.
+            # If the end was translated just before the cancellation, the answer is complete.
             self._exchange.send_now(self._last_events or self._translator.fail(error_of_end), is_last=True)
-        return None
 
-    async def _run(self) -> Optional[Response]:
-        start = self._start or await read_start(self._reply)
-        if not self._start and not is_event_stream(self._reply.claims_events, start):
-            message = await whole_message(self._app, self._translation, self._reply, start)
-            return await whole_answer(self._app, self._exchange, self._translation, message, self._translator)
+    async def _run(self) -> None:
+        """Asks once what the upstream sends, events or JSON, and translates that."""
+        translator, reply = self._translator, self._reply
+        start = await read_start(reply)
+        if is_event_stream(reply.claims_events, start):
+            events = await self._read_stream(start)
+        else:
+            body = start if reply.is_complete else start + await reply.read_all(ANSWER_BODY)
+            events = translator.whole(body)
+        note_answer(self._app, self._exchange, self._translation, translator)
+        if events:                           # none for a client that wants one message
+            await self._send(events)
+
+    async def _read_stream(self, start: bytes) -> bytes:
+        """Translates and sends a stream of events; returns the last of them."""
+        translator, reply = self._translator, self._reply
         self._last_read = self._loop.time()
-        translator, reply, feed = self._translator, self._reply, self._translator.feed
-        events = feed(start)
+        events = translator.feed(start)
         while not translator.done:
             if events:
                 await self._send(events)
-            if translator.finish_reason is None:             # else comments could keep a finished answer open
+            if not translator.has_finished:  # else comments could keep a finished answer open
                 self._last_read = self._loop.time()
             try:
-                if self._translation.is_streamed:
-                    await reply.pump(self._pass_on)
-                    events, self._last_events = self._last_events, b""
-                    if translator.done:
-                        continue
-                    if self._exchange.has_unsent():
-                        await self._exchange.drain()
+                await reply.pump(self._pass_on)
+                events, self._last_events = self._last_events, b""
+                if translator.done:
+                    continue
+                if self._exchange.has_unsent():
+                    await self._exchange.drain()
                 data = await reply.read()
             except UpstreamError as error:
                 events = translator.fail(error)
                 continue
-            events = feed(data) if data else translator.finish()
-        self._note()
-        if isinstance(translator, MessageWriter):
-            return json_response(translator.answer())
-        await self._send(events)
-        return None
+            events = translator.feed(data) if data else translator.finish()
+        return events
 
     def _pass_on(self, data: bytes, now: float) -> bool:
-        """Translates and sends what one read gave; True where more has to be done than that."""
+        """Translates and sends the bytes of one read; True where more has to be done than that."""
         translator, exchange = self._translator, self._exchange
         events = translator.feed(data)
         if translator.done:
             self._last_events = events
             return True
-        if translator.finish_reason is None:
+        if not translator.has_finished:
             self._last_read = now
         if events:
             if exchange.first_token is None:
@@ -6968,10 +7085,13 @@ class Relay:
             await self._exchange.drain()
 
     def _tick(self) -> None:
-        """Once there was nothing to do for long: the start, a sign of life, or the end of an endless end."""
+        """Timer: sends message_start or a ping when no event was sent for a while.
+
+        Closes the upstream's connection when [DONE] never arrives.
+        """
         translator, exchange, now = self._translator, self._exchange, self._loop.time()
-        if translator.finish_reason is not None and now - self._last_read >= LAST_CHUNK_WAIT:
-            self._reply.abandon()                        # [DONE] will not come any more
+        if translator.has_finished and now - self._last_read >= LAST_CHUNK_WAIT:
+            self._reply.abandon()
             return
         if not exchange.has_begun():
             exchange.send_now(translator.begin())
@@ -6979,18 +7099,6 @@ class Relay:
             exchange.send_now(translator.ping())
         next_time = max(now + 0.1, min(exchange.last_write + PING_INTERVAL, self._last_read + LAST_CHUNK_WAIT))
         self._timer = self._loop.call_at(next_time if next_time > now + 0.1 else now + 1, self._tick)
-
-    def _note(self) -> None:
-        """What the log says of the answer."""
-        translator, exchange = self._translator, self._exchange
-        if translator.error is not None:
-            exchange.note(outcome="upstream_error" if isinstance(translator.error, UpstreamError) else "shutdown",
-                    error=translator.error.log_message[:300])
-            return
-        usage = translator.usage
-        exchange.note(stop_reason=translator.stop.get("stop_reason"), **{name: usage.get(name) for name in (
-            "input_tokens", "output_tokens", "cache_read_input_tokens")})
-        warn_of_truncation(self._app, self._translation, usage)
 
     def close(self) -> None:
         """Gives the connection back, or closes it if the answer has not been read to its end."""
@@ -7003,13 +7111,26 @@ class Relay:
             self._app.spawn(reply.finish())
 
 
-FIRST_CHUNK_WAIT = 5.0                   # seconds until a stream starts although the upstream still thinks
-PING_INTERVAL = 10.0                     # seconds without an event: watchdogs of clients bark at 300
-LAST_CHUNK_WAIT = 10.0                   # seconds from the finish reason to the end that must follow
+FIRST_CHUNK_WAIT = 5.0                   # seconds until a stream starts without a chunk
+PING_INTERVAL = 10.0                     # seconds; clients give up after 300 without an event
+LAST_CHUNK_WAIT = 10.0                   # seconds from the finish reason to the end
+
+
+def note_answer(app: App, exchange: Exchange, translation: Translation, translator: StreamTranslator) -> None:
+    """Notes for the log how an answer ended, and how large it was."""
+    error = translator.error
+    if error is not None:
+        exchange.note(outcome="upstream_error" if isinstance(error, UpstreamError) else "shutdown",
+                      error=error.log_message[:300])
+        return
+    usage = translator.usage
+    exchange.note(stop_reason=translator.stop["stop_reason"], **{name: usage[name] for name in (
+        "input_tokens", "output_tokens", "cache_read_input_tokens")})
+    warn_of_truncation(app, translation, usage)
 
 
 async def read_start(reply: UpstreamResponse) -> bytes:
-    """What tells events from JSON: the first byte that is not a blank, or a whole line of JSON.
+    """The start of an answer that tells events from JSON: a byte that is not white space, or a line of JSON.
 
     Raises UpstreamError for an empty body.
     """
@@ -7018,66 +7139,37 @@ async def read_start(reply: UpstreamResponse) -> bytes:
         data = await reply.read() if start else b""
         start += data
         if not start.strip() and (not data or len(start) > ERROR_BODY):
-            raise UpstreamError(502, "The upstream's answer is empty")
+            raise UpstreamError(502, EMPTY_ANSWER)
         if not data or len(start) > ERROR_BODY:
             break
     return start
 
 
-ERROR_BODY = 1048576                     # bytes of an error's body that are looked at
-
-
-async def whole_message(app: App, translation: Translation, reply: UpstreamResponse, start: bytes) -> Json:
-    """The message of an answer in plain JSON, whether it was to be a stream or not.  Raises UpstreamError."""
-    body = start if reply.is_complete else start + await reply.read_all(ANSWER_BODY)
-    try:
-        completion = _upstream_decoder.decode(body.decode("utf-8", "replace").lstrip("\ufeff").strip())
-    except (ValueError, RecursionError):
-        message = response_summary(reply.status, body) if body.lstrip()[:1] == b"<" else ""
-        raise UpstreamError(502, "The upstream's answer is not JSON"
-                            + (": " + redacted(message, translation.secrets) if message else "")) from None
-    if isinstance(completion, list) and completion and is_object(completion[0]) and is_error_object(completion[0]):
-        completion = completion[0]
-    if is_object(completion) and is_error_object(completion):
-        raise error_from_object(completion, translation)
-    message = anthropic_message(completion, translation, app.new_id)
-    warn_of_truncation(app, translation, message["usage"])
-    return message
-
-
+ERROR_BODY = 1048576                     # bytes of an error's body that are read
 ANSWER_BODY = 67108864                   # bytes of a whole answer: 64 MiB
 
 
-async def whole_answer(app: App, exchange: Exchange, translation: Translation, message: Json,
-                       translator: Optional[StreamTranslator] = None) -> Optional[Response]:
-    """A message that is there as a whole, in the form that the client asked for."""
-    usage = message["usage"]
-    exchange.note(stop_reason=message["stop_reason"], **{name: usage[name] for name in (
-        "input_tokens", "output_tokens", "cache_read_input_tokens")})
-    if not translation.is_streamed:
-        return json_response(message)
-    translator = translator or StreamTranslator(translation, app.new_id, exchange.id)
-    await exchange.send(translator.message(message), is_last=True)
-    return None
-
-
 def warn_of_truncation(app: App, translation: Translation, usage: Json) -> None:
-    """Ollama and its like cut long prompts without a word: the token count gives them away."""
+    """Warns once for each model of a server that has cut the prompt: the token count shows it.
+
+    Ollama and others do so without a word.
+    """
     if translation.profile.host_class != "other":
         return
     prompt = usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["cache_creation_input_tokens"]
-    if prompt * MANY_BYTES > translation.sent_bytes or translation.profile.model in app.truncation_warned:
+    model = translation.profile.model
+    if prompt * MANY_BYTES > translation.sent_bytes or model in app.truncation_warned:
         return
     estimate = translation.input_estimate()
     if estimate >= TRUNCATION_PROMPT and 0 < prompt * 2 < estimate:
-        app.truncation_warned.add(translation.profile.model)
-        log(logging.WARNING, "prompt_truncated", upstream_model=translation.profile.model, prompt_tokens=prompt, estimate=estimate,
-            message=f"{translation.profile.model} saw {prompt} tokens of a prompt of about {estimate}: the server has cut "
+        app.truncation_warned.add(model)
+        log(logging.WARNING, "prompt_truncated", upstream_model=model, prompt_tokens=prompt, estimate=estimate,
+            message=f"{model} saw {prompt} tokens of a prompt of about {estimate}: the server has cut "
             "it. Raise its context window (Ollama: OLLAMA_CONTEXT_LENGTH=65536)")
 
 
-MANY_BYTES = 5                           # bytes for each token: only above that is it worth to estimate
-TRUNCATION_PROMPT = 3000                 # estimated tokens from which on a cut is plain to see
+MANY_BYTES = 5                           # bytes for each token; below it nothing was cut
+TRUNCATION_PROMPT = 3000                 # estimated tokens; a shorter prompt proves nothing
 
 
 # ---- 25.3 recording --------------------------------------------------------
@@ -7141,7 +7233,9 @@ RECORDED_NAME = re.compile(r"\d{8}T\d{6}-req_\w{24}\.json")
 class App:
     """What all requests share: settings, upstream, what was learned, what is counted."""
 
-    def __init__(self, settings: Settings, page: str = "", board: Optional[SharedCounters] = None, slot: int = 0) -> None:
+    def __init__(self, settings: Settings, page: str = "", board: Optional[SharedCounters] = None, slot: int = 0,
+                 shortcuts: Shortcuts = PLAIN) -> None:
+        self.shortcuts = shortcuts
         self.metrics = Metrics()
         self.history = History()
         self.board = board                       # where several workers add up what they count
@@ -7508,7 +7602,9 @@ ROUTES = {
 class Server:
     """Listens, serves connections, and ends them in an orderly way."""
 
-    def __init__(self, settings: Settings, page: str = "", board: Optional[SharedCounters] = None, slot: int = 0) -> None:
+    def __init__(self, settings: Settings, page: str = "", board: Optional[SharedCounters] = None, slot: int = 0,
+                 shortcuts: Shortcuts = PLAIN) -> None:
+        self._shortcuts = shortcuts
         self._settings = settings
         self._page = page
         self._board = board
@@ -7521,7 +7617,7 @@ class Server:
     async def start(self, sockets: Optional[List[socket.socket]] = None) -> None:
         """Raises OSError where an address cannot be listened on."""
         self._loop = asyncio.get_running_loop()
-        self.app = App(self._settings, self._page, self._board, self._slot)
+        self.app = App(self._settings, self._page, self._board, self._slot, self._shortcuts)
         self.app.restore_counters()
         sockets = sockets or listening_sockets(self._settings)
         self.port = sockets[0].getsockname()[1]
@@ -7809,7 +7905,8 @@ def replay(path: str) -> int:
         print_error(f"--replay {path}: {error.message}")
         return 1
     translation.is_streamed = True
-    translator = StreamTranslator(translation, random_id, recorded["request_id"])
+    writer = EventWriter(translation, random_id, recorded["request_id"])
+    translator = StreamTranslator(translation, random_id, writer)
     try:
         claims_events = "event-stream" in recorded["upstream_headers"].get("content-type", "").lower()
         if is_event_stream(claims_events, b"".join(pieces[:1])):
@@ -7817,8 +7914,7 @@ def replay(path: str) -> int:
                 sys.stdout.write(translator.feed(piece).decode())
             sys.stdout.write(translator.finish().decode())
         else:
-            completion = _upstream_decoder.decode(b"".join(pieces).decode("utf-8", "replace"))
-            sys.stdout.write(translator.message(anthropic_message(completion, translation, random_id)).decode())
+            sys.stdout.write(translator.whole(b"".join(pieces)).decode())
     except (ProxyError, ValueError, RecursionError) as error:
         print_error(f"--replay {path}: {error}")
         return 1
@@ -8378,6 +8474,149 @@ poll()
 
 
 # ============================================================================
+# 34. SPEED
+# ============================================================================
+#
+# Shortcuts: each gives the same bytes sooner.  The program is complete without them; they
+# are handed to it through `Shortcuts` (1), and `main` without SHORTCUTS is the plain program.
+
+# ---- 34.1 chunk pattern ----------------------------------------------------
+
+class ChunkPattern:
+    """Passes the text of successive chunks on without parsing each chunk.
+
+    @@SAVES@@
+
+    The chunks of one stream mostly differ in nothing but their text.  `_learn` splits a chunk around
+    its text and proves, by parsing it again with another text in it, that nothing else in the chunk
+    depends on that.  Later bytes that are the same before and after one JSON string are then the same
+    chunk with another text.  All others are read in the plain way.
+    """
+
+    def __init__(self, decoder: SSEDecoder, reader: Reader, machine: BlockMachine, meter: OutputMeter,
+                 writer: Writer) -> None:
+        self._decoder = decoder
+        self._reader = reader
+        self._machine = machine
+        self._meter = meter
+        self._writer = writer
+        self._event = ""                 # the last event that was read in the plain way
+        self._head = ""                  # the pattern up to the text and its opening quote
+        self._tail = ""                  # and from the closing quote on
+        self._target: Optional[PlainTarget] = None
+        self._tries = LEARN_TRIES
+
+    def feed(self, lines: str, plain: Callable[[str], None]) -> None:
+        """Reads whole lines of a stream; `plain` reads those that are not like the pattern."""
+        place, size, runs = 0, len(lines), RUN_TRIES
+        while place < size and not self._machine.has_ended:
+            if self._event:                  # learned when the next one is there, so that none waits for it
+                self._learn()
+            if self._head and lines.startswith(self._head, place) and self._decoder.is_between_events:
+                if runs and size - place > SHORT_READ:
+                    runs -= 1
+                    place += self._read_run(lines[place:] if place else lines)
+                end = self._read_one(lines, place) if place < size else place
+                if end:
+                    place = end
+                    continue
+            end = lines.find("\n\n", place) + 2
+            end = end if end > 1 else size
+            self._event = lines[place:end]
+            plain(self._event)
+            place = end
+
+    def _read_one(self, lines: str, place: int) -> int:
+        """Reads the event at a place, if it is like the pattern.  Returns its end, 0 if it is not."""
+        try:
+            text, end = scanstring(lines, place + len(self._head))
+        except ValueError:
+            return 0
+        target = self._target
+        if target is None or not lines.startswith(self._tail, end):
+            return 0
+        self._tries = LEARN_TRIES
+        block = self._machine.open_block
+        if type(block) is PendingText and text.isascii() and text and target.is_plain(block):
+            self._meter.add(text)
+            self._writer.delta(text)
+        elif text:
+            target.take(text)
+        return end + len(self._tail)
+
+    def _read_run(self, lines: str) -> int:
+        """Reads the events at the start that are like the pattern and whose texts are plain, all at once.
+
+        Their texts are found by cutting at the part that stands between two of them, and written as
+        they are.  Returns how many characters were read.
+        """
+        block, close = self._machine.open_block, '"' + self._tail
+        if self._target is None or block is None or not self._target.is_plain(block) or SEPARATOR in lines:
+            return 0
+        texts = SEPARATOR.join(lines.split(close + self._head))[len(self._head):]
+        # A quote that is escaped in JSON inside JSON can end a string of the arguments.
+        pattern = NO_ESCAPES if isinstance(block, PendingToolUse) else PLAIN_ESCAPES
+        end = pattern.match(texts).end()         # type: ignore[union-attr]   # it matches anything
+        if not texts.startswith(close, end):
+            end = texts.rfind(SEPARATOR, 0, end)
+        texts = texts[:max(end, 0)]
+        if not texts or texts[0] == SEPARATOR or texts[-1] == SEPARATOR or SEPARATOR * 2 in texts:
+            return 0                             # a text is empty: it is no delta
+        count = texts.count(SEPARATOR) + 1
+        self._meter.add(scanstring(texts.replace(SEPARATOR, "") + '"', 0)[0])
+        self._writer.deltas(texts if texts.isascii() else NOT_ASCII.sub(escaped, texts), SEPARATOR)
+        return len(texts) + count * (len(self._head) + len(close)) - (count - 1)
+
+    def _learn(self) -> None:
+        """Takes the last event as the pattern of those after it, if its chunk has one text and nothing else."""
+        event, self._event, self._head = self._event, "", ""
+        match = CHUNK_EVENT.fullmatch(event)
+        if match is None or self._tries <= 0:
+            return
+        self._tries -= 1
+        try:
+            chunk = _upstream_decoder.decode(match[1])
+        except (ValueError, RecursionError):
+            return
+        target = self._reader.plain_target(chunk)
+        if target is not None:
+            self._split(event, match.start(1), chunk, target)
+
+    def _split(self, event: str, start: int, chunk: Json, target: PlainTarget) -> None:
+        """Splits an event around the text of its chunk, and proves the split."""
+        original = target.holder[target.key]
+        for match in re.compile(f'"{target.key}"\\s*:\\s*"').finditer(event, start):
+            try:
+                text, end = scanstring(event, match.end())
+                other = _upstream_decoder.decode(event[start:match.end()] + '?"' + event[end:-2])
+            except ValueError:
+                continue
+            target.holder[target.key] = "?"
+            is_proven = text == original and other == chunk
+            target.holder[target.key] = original
+            if is_proven:
+                self._head, self._tail, self._target = event[:match.end()], event[end:], target
+                return
+
+
+def escaped(match: Match[str]) -> str:
+    return quote(match[0])[1:-1]
+
+
+LEARN_TRIES = 8                          # events; then a stream whose chunks all differ is left alone
+RUN_TRIES = 5                            # looks at one read; each copies the read
+SHORT_READ = 600                         # characters, two events: by themselves they are as fast
+SEPARATOR = "\x01"                       # stands in no JSON text
+NO_ESCAPES = re.compile(r'[^"\\\x00\x02-\x1f\x7f]*')
+PLAIN_ESCAPES = re.compile(r'(?:[^"\\\x00\x02-\x1f\x7f]+|\\["\\bfnrt])*')      # written the same way again
+NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+CHUNK_EVENT = re.compile(r"data: ?(\{.*\})\n\n")
+
+
+SHORTCUTS = Shortcuts(chunk_pattern=ChunkPattern)
+
+
+# ============================================================================
 # 35. COMMAND LINE
 # ============================================================================
 #
@@ -8385,7 +8624,7 @@ poll()
 
 # ---- 35.1 main -------------------------------------------------------------
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def main(arguments: Optional[List[str]] = None, shortcuts: Shortcuts = SHORTCUTS) -> int:
     """The program.  Returns its exit code: 0, 1 could not serve, 2 usage, 78 unusable configuration."""
     options = Options(**vars(command_line().parse_args(arguments)))
     if options.replay:
@@ -8410,9 +8649,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     for event, facts in warnings:
         log(logging.WARNING, event, **facts)
     if settings.workers > 1:
-        return Supervisor(ServeOptions(settings, sockets, options, files)).run()
+        return Supervisor(ServeOptions(settings, sockets, options, files, shortcuts)).run()
     try:
-        asyncio.run(serve(ServeOptions(settings, sockets, options, files)))
+        asyncio.run(serve(ServeOptions(settings, sockets, options, files, shortcuts)))
     except KeyboardInterrupt:
         pass
     return 0
@@ -8563,7 +8802,7 @@ async def serve(worker: ServeOptions) -> None:
     if worker.options.demo:
         demo_url = urlsplit(f"http://127.0.0.1:{await demo.start()}/v1")
         settings = replace(settings, openai_base_url=demo_url)
-    server = Server(settings, STATUS_PAGE, worker.board, worker.slot)
+    server = Server(settings, STATUS_PAGE, worker.board, worker.slot, worker.shortcuts)
     await server.start(worker.sockets)
     stop, insist = asyncio.Event(), asyncio.Event()
 
@@ -8605,6 +8844,7 @@ class ServeOptions:
     sockets: List[socket.socket]
     options: Options
     files: List[LogFile]
+    shortcuts: Shortcuts = PLAIN
     board: Optional[SharedCounters] = None
     slot: int = 0
     lifeline: int = -1                   # a pipe that ends with the supervisor; -1: there is none

@@ -248,10 +248,23 @@ def readable(made):
     return made if not payload else f"aap1.{kind}.({zlib.decompress(decoded(payload)).decode()})"
 
 
+def whole_message(answer, translation):
+    """The message for a client that wants no stream, of an upstream that answers in plain JSON."""
+    writer = aiapiproxy.MessageWriter(translation, new_ids())
+    assert aiapiproxy.StreamTranslator(translation, new_ids(), writer).whole(json.dumps(answer).encode()) == b""
+    return writer.message
+
+
+def translator_of(translation, new_id, shortcuts=aiapiproxy.PLAIN):
+    """A translator for a client that wants events."""
+    writer = aiapiproxy.EventWriter(translation, new_id)
+    return aiapiproxy.StreamTranslator(translation, new_id, writer, shortcuts)
+
+
 def answered(answer, asked, host="openai"):
     """The Anthropic message made of a completion, ids and signatures readable."""
     translation = aiapiproxy.checked_translation(asked, SETTINGS[host])
-    message = aiapiproxy.anthropic_message(answer, translation, new_ids())
+    message = whole_message(answer, translation)
     aiapiproxy.json_bytes(message).decode("ascii")
     message["content"] = [{name: readable(value) if name in ("id", "signature") else value
                            for name, value in block.items()} for block in message["content"]]
@@ -392,9 +405,12 @@ def printed(raw):
     return " ".join(notation(event) for event in events(raw)).replace("MS PING", "MS", 1)
 
 
-def streamed(pieces, translation):
-    """The events of a stream that arrives in these pieces, or the HTTP status of an early error."""
-    translator = aiapiproxy.StreamTranslator(translation, new_ids())
+BOTH_WAYS = pytest.mark.parametrize("shortcuts", [aiapiproxy.PLAIN, aiapiproxy.SHORTCUTS], ids=["plain", "short"])
+
+
+def streamed(pieces, translation, shortcuts=aiapiproxy.PLAIN):
+    """The events of a stream that arrives in these pieces; one that never began is its HTTP status."""
+    translator = translator_of(translation, new_ids(), shortcuts)
     out = []
     try:
         for piece in pieces:
@@ -442,14 +458,13 @@ def every_split(raw):
         yield [raw[:at], raw[at:]]
 
 
-def check_stream(raw, want, asked, host="openai"):
+def check_stream(raw, want, asked, host="openai", shortcuts=aiapiproxy.PLAIN):
     translation = aiapiproxy.checked_translation(asked, SETTINGS[host])
     seen = None
     for pieces in every_split(raw):
-        out = streamed(pieces, translation)
-        if out != seen:  # printed() is slow: once for equal bytes
-            found = out if isinstance(out, str) else printed(out)
-            assert found == want, f"in {len(pieces)}: {pieces[0]!r}"
+        out = streamed(pieces, translation, shortcuts)
+        if out != seen:  # printing is dear: only what is new is looked at
+            assert (out if isinstance(out, str) else printed(out)) == want, f"in {len(pieces)}: {pieces[0]!r}"
         seen = out
 
 
@@ -2228,9 +2243,8 @@ def test_result(given, want):
                           "toolu_01A09q90qw90lq917835lq9"])
 def test_an_id_comes_back_to_the_upstream_as_it_was(id):
     translation = aiapiproxy.checked_translation(req(), SETTINGS["local"])
-    answer = completion({"content": None,
-                         "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
-    blocks = aiapiproxy.anthropic_message(answer, translation, new_ids())["content"]
+    answer = completion({"content": None, "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
+    blocks = whole_message(answer, translation)["content"]
     assert all(re.fullmatch(r"[a-zA-Z0-9_-]+", block["id"]) for block in blocks)
     history = [usr("Hi"), asst(blocks), usr([res(block["id"], "ok") for block in blocks])]
     assert sent(req(history), "local")["messages"][1:] == [
@@ -2296,9 +2310,9 @@ def test_reasoning_comes_back_to_the_upstream_as_it_was(reasoning, display):
     asked = req(thinking={"type": "adaptive", "display": display})
     translation = aiapiproxy.checked_translation(asked, SETTINGS["local"])
     answer = completion({"content": "x", "tool_calls": [call("call_1")], **reasoning}, "tool_calls")
-    chunks = [chunk(answer["choices"][0]["message"], "tool_calls"), DONE]
-    for blocks in (aiapiproxy.anthropic_message(answer, translation, new_ids())["content"],
-                   blocks_of(streamed([sse(chunks)], translation))):
+    for blocks in (whole_message(answer, translation)["content"],
+                   blocks_of(streamed([sse([chunk(answer["choices"][0]["message"], "tool_calls"), DONE])],
+                                      translation))):
         assert blocks[0]["thinking"] == ("" if display == "omitted" else "think \u00e9")
         history = [usr("Hi"), asst(blocks), usr([res("call_1", "ok")])]
         assert sent(req(history), "local")["messages"][1] == msg("x", [call("call_1")], **reasoning)
@@ -2706,8 +2720,9 @@ ENDS = [
 @table([(name + ": " + sentence, chunks, want) for name, rows in
         (("text", TEXTS), ("thinking", THOUGHTS), ("a call", CALLS), ("the end", ENDS))
         for sentence, chunks, want in rows], "chunks, want")
-def test_stream(chunks, want):
-    check_stream(sse(chunks), want, req(thinking=ADAPTIVE))
+@BOTH_WAYS
+def test_stream(chunks, want, shortcuts):
+    check_stream(sse(chunks), want, req(thinking=ADAPTIVE), shortcuts=shortcuts)
 
 
 AT_ONCE = [  # each chunk, and its events before the next chunk arrives
@@ -2729,11 +2744,12 @@ AT_ONCE = [  # each chunk, and its events before the next chunk arrives
 ]
 
 
+@BOTH_WAYS
 @table(AT_ONCE, "steps")
-def test_each_chunk_gives_its_events_at_once(steps):
+def test_what_comes_goes_at_once(steps, shortcuts):
     asked = req(thinking=ADAPTIVE, stop_sequences=["STOP"])
     translation = aiapiproxy.checked_translation(asked, SETTINGS["openai"])
-    translator = aiapiproxy.StreamTranslator(translation, new_ids())
+    translator = translator_of(translation, new_ids(), shortcuts)
     for given, want in steps:
         out = translator.feed(sse([given])).decode()
         found = [notation(json.loads(data)) for data in re.findall(r"^data: (.*)$", out, re.M)]
@@ -2763,8 +2779,9 @@ def test_an_odd_stream_keeps_to_the_order_of_events():
                   for each in chunks]
         raw, translation = sse(chunks), dice.choice(translations)
         cut = dice.randrange(len(raw))
-        whole, parts = streamed([raw], translation), streamed([raw[:cut], raw[cut:]], translation)
-        assert whole == parts, chunks
+        whole = streamed([raw], translation)
+        for shortcuts in (aiapiproxy.PLAIN, aiapiproxy.SHORTCUTS):
+            assert whole == streamed([raw[:cut], raw[cut:]], translation, shortcuts), chunks
         if isinstance(whole, bytes):
             printed(whole)
 
@@ -3080,9 +3097,10 @@ OTHER_STREAMS = [  # request members
 ]
 
 
+@BOTH_WAYS
 @table(OTHER_STREAMS, "members, chunks, want")
-def test_stream_of_a_request(members, chunks, want):
-    check_stream(sse(chunks), want, req(**members))
+def test_stream_of_a_request(members, chunks, want, shortcuts):
+    check_stream(sse(chunks), want, req(**members), shortcuts=shortcuts)
 
 
 # ============================================================================
@@ -3113,9 +3131,10 @@ WIRES = [  # the bytes of an answer that says Hello
 ]
 
 
+@BOTH_WAYS
 @table(WIRES, "raw")
-def test_bytes_of_a_stream(raw):
-    check_stream(raw, HELLO, req())
+def test_bytes_of_a_stream(raw, shortcuts):
+    check_stream(raw, HELLO, req(), shortcuts=shortcuts)
 
 
 def test_a_character_cut_in_its_bytes():
@@ -7129,7 +7148,7 @@ CHUNK_TEXTS = ["the ", "quick", "\n", "\t", '"', "\\", "é", "中", "😀", "\ud
 
 @pytest.mark.parametrize("size", [70, 3000, 65536])
 @pytest.mark.parametrize("kind", ["text", "reasoning", "arguments"])
-def test_runs_of_chunks_give_the_same_bytes_as_single_chunks(kind, size, monkeypatch):
+def test_runs_of_chunks_give_the_same_bytes_as_each_chunk_by_itself(kind, size):
     dice = random.Random(f"{kind} {size}")
     texts = [dice.choice(CHUNK_TEXTS if dice.random() < 0.2 else CHUNK_TEXTS[:2])
              for _ in range(600)]
@@ -7142,17 +7161,11 @@ def test_runs_of_chunks_give_the_same_bytes_as_single_chunks(kind, size, monkeyp
         chunks = [ctext(text) if kind == "text" else creason(text) for text in texts]
     raw = sse([*chunks, cend("stop"), DONE])
 
-    def events():
-        asked = req(stream=True, thinking=ADAPTIVE, tools=[tool("f")])
-        translation = aiapiproxy.checked_translation(asked, SETTINGS["local"])
-        translator = aiapiproxy.StreamTranslator(translation, lambda size: "x" * size)
-        pieces = [raw[place:place + size] for place in range(0, len(raw), size)]
-        return b"".join(map(translator.feed, pieces)), translator
-
-    fast, translator = events()
-    assert translator.done and translator.error is None
-    monkeypatch.setattr(aiapiproxy.ChunkPattern, "learn", lambda *_: None)
-    assert fast == events()[0]
+    translation = aiapiproxy.checked_translation(
+        req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]), SETTINGS["local"])
+    pieces = [raw[place:place + size] for place in range(0, len(raw), size)]
+    plain, short = (streamed(pieces, translation, each) for each in (aiapiproxy.PLAIN, aiapiproxy.SHORTCUTS))
+    assert plain == short and printed(plain).endswith(" ME")
 
 
 # ============================================================================
