@@ -12,15 +12,16 @@
 #   launchd              /Library/LaunchDaemons/com.aiapiproxy.plist
 #   log rotation         /etc/newsyslog.d/aiapiproxy.conf
 #
-# A file that is right already is not touched, an edited .env never.  The script may be killed
-# anywhere and run again; a service that runs is stopped only when the new files are proven.
+# It does not touch a file that is right already, and never an edited .env.  The script may be
+# killed at any point and run again; a running service is stopped only after the new files have
+# been tested.
 #
 # AIAPIPROXY_PYTHON=/path/python3 names the interpreter to try first.
 
 set -eu
 
-# Apple's tools only: sudo keeps the caller's PATH, and what lies first there would run as root.
-# Where there is no /usr/bin/dscl there is no Mac, only a test that plays one.
+# Only Apple's tools are used: sudo keeps the caller's PATH, so a program in its first folder would
+# run as root.  Without /usr/bin/dscl this is not a Mac but a test that simulates one.
 if [ -x /usr/bin/dscl ]; then PATH=/usr/bin:/bin:/usr/sbin:/sbin; fi
 export PATH
 LC_ALL=C
@@ -39,7 +40,7 @@ ROTATION=/etc/newsyslog.d/aiapiproxy.conf
 SERVICE=_aiapiproxy:_aiapiproxy
 
 STOP_SECONDS=45   # ExitTimeOut of the plist, and 15 for launchd to clear the label
-HEALTH_SECONDS=20 # two starts, should launchd's ThrottleInterval of 10 come between
+HEALTH_SECONDS=20 # two starts, with launchd's ThrottleInterval of 10 between them
 
 DRY_RUN=no
 HERE=
@@ -50,7 +51,7 @@ SERVICE_GID=
 main() { # the deployment guide, step by step
     read_options "$@"
     check_prerequisites
-    build_the_application     # step 1: nothing to compile, but to prove
+    build_the_application     # step 1: nothing is compiled, only tested
     create_service_user       # step 2
     install_application_files # step 3
     configure_environment     # step 4
@@ -75,7 +76,8 @@ read_options() {
 
 check_prerequisites() {
     [ "$(uname -s)" = Darwin ] ||
-        die "this installs a launchd service and works on macOS only; elsewhere run: python3 aiapiproxy.py"
+        die "this installs a launchd service and works on macOS only;" \
+            "elsewhere run: python3 aiapiproxy.py"
     [ "$(id -u)" = 0 ] || die "needs root; run: sudo ./install.sh"
     step "Prerequisites"
     HERE=$(folder_of_this_script)
@@ -99,7 +101,8 @@ build_the_application() {
     as_root "$PYTHON" -I -B -c "$COMPILE" "$HERE/aiapiproxy.py" ||
         die "aiapiproxy.py is damaged (see above); fetch it again. Nothing was changed"
     as_root "$PYTHON" -I -B "$HERE/aiapiproxy.py" --help >/dev/null ||
-        die "aiapiproxy.py --help fails with $PYTHON (see above); fetch it again. Nothing was changed"
+        die "aiapiproxy.py --help fails with $PYTHON (see above); fetch it again." \
+            "Nothing was changed"
     lint "$HERE/com.aiapiproxy.plist"
     say "proven     aiapiproxy.py, com.aiapiproxy.plist"
 }
@@ -137,7 +140,10 @@ create_service_user() { # the group first, the user's id last: a user without on
     fi
     case " $(attribute /Groups/_aiapiproxy GroupMembership) " in
         *" _aiapiproxy "*) ;;
-        *) directory -merge /Groups/_aiapiproxy GroupMembership _aiapiproxy || die_of_directory $? ;;
+        *)
+            directory -merge /Groups/_aiapiproxy GroupMembership _aiapiproxy ||
+                die_of_directory $?
+            ;;
     esac
     wait_for_account
 }
@@ -149,7 +155,8 @@ install_application_files() {
         PYTHON=$(find_python as_service)
         [ -n "$PYTHON" ] || die_without_python
     fi
-    install_file "$PROGRAM" "$SERVICE" 755 prove_program sed "1s|.*|#!$PYTHON|" "$HERE/aiapiproxy.py"
+    install_file "$PROGRAM" "$SERVICE" 755 prove_program \
+        sed "1s|.*|#!$PYTHON|" "$HERE/aiapiproxy.py"
     for folder in "$CONFIG_FOLDER" "$LOG_FOLDER"; do own_folder "$folder"; done
     for log in "$LOG_FOLDER/stdout.log" "$LOG_FOLDER/stderr.log"; do prepare_log "$log"; done
 }
@@ -229,14 +236,17 @@ directory() {
         run dscl . "$@" || dscl_status=$?
         tries=$((tries + 1))
         case $dscl_status in
-            137 | 140) [ "$tries" -lt 10 ] || return "$dscl_status"; sleep 1 ;; # killed; "not implemented"
+            137 | 140) # killed; "not implemented"
+                [ "$tries" -lt 10 ] || return "$dscl_status"
+                sleep 1
+                ;;
             *) return "$dscl_status" ;;
         esac
     done
 }
 
-# attribute RECORD KEY - the value, or nothing.  It stands behind "KEY: ", or with a blank in it
-# on a line of its own, behind one blank.
+# attribute RECORD KEY - the value, or nothing.  dscl prints it after "KEY: ", or if it contains a
+# blank, on a line of its own after one blank.
 attribute() {
     found=$(dscl . -read "$1" "$2" 2>/dev/null) || return 0
     case $found in *"$2:"*) ;; *) return 0 ;; esac
@@ -263,7 +273,8 @@ claim_id() {
     number=499 # downwards: Apple takes new ids from the bottom
     while [ -z "$CLAIMED" ]; do
         [ "$number" -ge 300 ] ||
-            die "no number from 300 to 499 is free as user and as group id; remove an unused account, then run again"
+            die "no number from 300 to 499 is free as user and as group id;" \
+                "remove an unused account, then run again"
         if is_unused UniqueID "$number" && is_unused PrimaryGroupID "$number"; then
             try_id "$1" "$2" "$number"
         fi
@@ -292,12 +303,14 @@ is_unused() {
     case "$1 $(id "$2" 2>/dev/null)" in "UniqueID uid=$2("*) return 1 ;; esac
 }
 
-wait_for_account() { # opendirectoryd remembers for a moment that there was no such user
+wait_for_account() { # opendirectoryd caches for a moment that there was no such user
     [ "$DRY_RUN" = no ] || return 0
     tries=0
     until id -u _aiapiproxy >/dev/null 2>&1; do
         tries=$((tries + 1))
-        [ "$tries" -le 15 ] || die "macOS does not know the new user _aiapiproxy yet; run this again, after a restart if need be"
+        [ "$tries" -le 15 ] ||
+            die "macOS does not know the new user _aiapiproxy yet; run this again," \
+                "after a restart if need be"
         dscacheutil -flushcache 2>/dev/null || :
         sleep 1
     done
@@ -324,7 +337,8 @@ install_file() {
     say "installed  $file"
 }
 
-# write_new FILE COMMAND... - a new file, secret until it is done; a link planted there is not followed.
+# write_new FILE COMMAND... - writes a new file that only root can read until it is complete.
+# A link that somebody has put there is not followed.
 write_new() {
     target=$1
     shift
@@ -334,7 +348,8 @@ write_new() {
         return 0
     fi
     trap 'rm -f "$target"' EXIT
-    (umask 077 && set -C && "$@" >"$target") || die "can't write $target; make room or look at the folder's permissions, then run again"
+    (umask 077 && set -C && "$@" >"$target") ||
+        die "can't write $target; make room or look at the folder's permissions, then run again"
 }
 
 # secure FILE OWNER MODE - puts right what differs, and touches nothing else.
@@ -390,7 +405,10 @@ prove_program() { # the way launchd starts it: first line, interpreter and user
     [ "$DRY_RUN" = no ] || { run sudo -u _aiapiproxy "$1" --version; return 0; }
     case $(as_service "$1" --version) in
         "aiapiproxy "*) ;;
-        *) die "the user _aiapiproxy can't run $1 (see above); every folder above it and above $PYTHON must be open to all (chmod o+rx). The service was not touched" ;;
+        *)
+            die "the user _aiapiproxy can't run $1 (see above); every folder above it and above" \
+                "$PYTHON must be open to all (chmod o+rx). The service was not touched"
+            ;;
     esac
 }
 
@@ -410,12 +428,13 @@ roots = ssl.create_default_context().get_ca_certs() or os.path.exists("/etc/ssl/
 sys.exit(0 if roots or folder and os.listdir(folder) else 4)'
 
 # find_python RUNNER - prints the first interpreter that RUNNER can use; nothing if there is none.
-# Apple's comes first: no upgrade of Homebrew's moves it.
+# Apple's is tried first, because no upgrade of Homebrew moves it.
 find_python() {
     runner=$1
     second_best=
     set -- "${AIAPIPROXY_PYTHON:-}" /usr/bin/python3
-    for bin in /opt/homebrew/bin /usr/local/bin /Library/Frameworks/Python.framework/Versions/Current/bin; do
+    for bin in /opt/homebrew/bin /usr/local/bin \
+        /Library/Frameworks/Python.framework/Versions/Current/bin; do
         for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python3.9; do
             set -- "$@" "$bin/$name"
         done
@@ -435,7 +454,8 @@ find_python() {
     printf '%s\n' "$second_best" # without CA certificates: --check tells what to do
 }
 
-# is_plain_path PATH - a first line of a script ends at a blank, and after 127 characters here and there.
+# is_plain_path PATH - whether PATH can be the interpreter in the first line of a script.  Some
+# systems cut that line at a blank and after 127 characters.
 is_plain_path() {
     case $1 in
         [!/]* | *[!A-Za-z0-9/._@+-]*) return 1 ;;
@@ -452,11 +472,13 @@ may_be_executed() {
 
 note_unusable() {
     [ -z "$1" ] || [ "$1" != "${AIAPIPROXY_PYTHON:-}" ] ||
-        warn "AIAPIPROXY_PYTHON=$1 is not usable (an absolute path without blanks, 3.9 or newer, with ssl, open to all users); trying the others"
+        warn "AIAPIPROXY_PYTHON=$1 is not usable (an absolute path without blanks, 3.9 or newer," \
+            "with ssl, open to all users); trying the others"
 }
 
 die_without_python() {
-    die "no usable Python 3.9 or newer found. Install one and run again: xcode-select --install, or the installer of python.org, or: brew install python"
+    die "no usable Python 3.9 or newer found. Install one and run again: xcode-select --install," \
+        "or the installer of python.org, or: brew install python"
 }
 
 as_root() { "$@"; }
@@ -481,11 +503,12 @@ job_is_loaded() {
 
 job_pid() { # nothing while it does not run; print is the newer command, list the older
     { launchctl print "system/$LABEL" || launchctl list "$LABEL"; } 2>/dev/null |
-        sed -n -e 's/^[[:space:]]*pid = \([0-9][0-9]*\).*/\1/p' -e 's/^[[:space:]]*"PID" = \([0-9][0-9]*\);.*/\1/p' |
+        sed -n -e 's/^[[:space:]]*pid = \([0-9][0-9]*\).*/\1/p' \
+            -e 's/^[[:space:]]*"PID" = \([0-9][0-9]*\);.*/\1/p' |
         head -n 1
 }
 
-# stop_service - and wait: bootout returns before the job has ended, and a bootstrap would fail.
+# stop_service - and wait: bootout returns before the job has ended, when a bootstrap would fail.
 stop_service() {
     waited=0
     while job_is_loaded; do
@@ -497,14 +520,15 @@ stop_service() {
         [ "$DRY_RUN" = no ] || return 0
         job_is_loaded || return 0
         [ "$waited" -lt "$STOP_SECONDS" ] ||
-            die "the old service does not end; see: sudo launchctl print system/$LABEL - then run this again"
+            die "the old service does not end; see: sudo launchctl print system/$LABEL" \
+                "- then run this again"
         waited=$((waited + 1))
         sleep 1
     done
 }
 
-# start_service - RunAtLoad starts the job; launchd says "5: Input/output error" to everything
-# that it does not like, and to what it will like in a moment: up to ten tries.
+# start_service - RunAtLoad starts the job.  launchd answers "5: Input/output error" for every
+# failure, also for one that is over a moment later, so there are up to ten tries.
 start_service() {
     if ! is_modern; then
         run launchctl load -w "$DAEMON" || :
@@ -515,14 +539,15 @@ start_service() {
     tries=1
     until launchctl_says=$(launchctl bootstrap system "$DAEMON" 2>&1) || job_is_loaded; do
         [ "$tries" -lt 10 ] ||
-            die "launchctl bootstrap: $launchctl_says - look whether System Settings > General > Login Items has aiapiproxy switched off, then run this again"
+            die "launchctl bootstrap: $launchctl_says - look whether System Settings > General >" \
+                "Login Items has aiapiproxy switched off, then run this again"
         tries=$((tries + 1))
         sleep 1
     done
 }
 
-# service_is_current - runs, answers, and was started after every file that it is made of was
-# written; so a run that was killed before the restart is made good by the next one.
+# service_is_current - whether it runs, answers, and was started after the last change of its
+# files.  A run that was killed before the restart is thereby completed by the next one.
 service_is_current() {
     [ -f "$PID_FILE" ] && answers_as_our_job &&
         [ -z "$(find "$PROGRAM" "$DAEMON" "$ENV_FILE" -newer "$PID_FILE" 2>/dev/null)" ]
@@ -547,12 +572,14 @@ refuse_a_foreign_listener() {
     port=${HEALTH_URL%/health}
     port=${port##*:}
     foreign=
-    for listener in $(lsof -nP -iTCP:"$port" -sTCP:LISTEN 2>/dev/null | awk 'NR > 1 { print $2 }'); do
+    listeners=$(lsof -nP -iTCP:"$port" -sTCP:LISTEN 2>/dev/null | awk 'NR > 1 { print $2 }')
+    for listener in $listeners; do
         if is_ours "$listener"; then return 0; fi
         foreign=$listener
     done
     [ -z "$foreign" ] ||
-        die "port $port is taken by process $foreign (see: sudo lsof -i :$port); stop it, or set another SERVER_PORT in $ENV_FILE, then run this again"
+        die "port $port is taken by process $foreign (see: sudo lsof -i :$port); stop it, or set" \
+            "another SERVER_PORT in $ENV_FILE, then run this again"
 }
 
 health_url() {
@@ -568,17 +595,21 @@ health_url() {
     printf 'http://%s:%s/health\n' "$host" "$port"
 }
 
-# setting NAME DEFAULT - what .env says, read as the program reads it; the last line counts.
+# setting NAME DEFAULT - the value in .env, read as the program reads it; the last line counts.
 setting() {
-    value=$(sed -n "s/^[[:space:]]*\(export[[:space:]][[:space:]]*\)\{0,1\}$1[[:space:]]*=[[:space:]]*//p" "$ENV_FILE" 2>/dev/null |
-        tail -n 1 | sed -e 's/^#.*//' -e 's/[[:space:]]#.*//' -e 's/[[:space:]]*$//' -e "s/^[\"']//" -e "s/[\"']\$//")
+    blank='[[:space:]]'
+    beginning="^$blank*\(export$blank$blank*\)\{0,1\}$1$blank*=$blank*"
+    value=$(sed -n "s/$beginning//p" "$ENV_FILE" 2>/dev/null | tail -n 1 |
+        sed -e 's/^#.*//' -e "s/$blank#.*//" -e "s/$blank*\$//" -e "s/^[\"']//" -e "s/[\"']\$//")
     printf '%s\n' "${value:-$2}"
 }
 
 die_unhealthy() {
-    launchctl print "system/$LABEL" 2>/dev/null | grep -E '^[[:space:]]*(state|last exit code) =' >&2 || :
+    launchctl print "system/$LABEL" 2>/dev/null |
+        grep -E '^[[:space:]]*(state|last exit code) =' >&2 || :
     tail -n 20 "$LOG_FOLDER/stderr.log" >&2 || :
-    die "the service does not answer at $HEALTH_URL; the reason should stand above, at the end of $LOG_FOLDER/stderr.log. Mend it (most often in $ENV_FILE) and run this again"
+    die "the service does not answer at $HEALTH_URL; the reason should stand above, at the end of" \
+        "$LOG_FOLDER/stderr.log. Mend it (most often in $ENV_FILE) and run this again"
 }
 
 # ---- small things --------------------------------------------------------------------------------
@@ -598,13 +629,19 @@ END
 
 step() { printf '\n==> %s\n' "$1"; }
 say() { [ "$DRY_RUN" = yes ] || printf '    %s\n' "$1"; }
-warn() { printf 'install.sh: warning: %s\n' "$1" >&2; }
-die() { printf 'install.sh: %s\n' "$1" >&2; exit 1; }
+warn() { printf 'install.sh: warning: %s\n' "$*" >&2; }
+die() { printf 'install.sh: %s\n' "$*" >&2; exit 1; }
 
 die_of_directory() {
     case $1 in
-        40) die "macOS does not let this terminal change accounts (dscl: 40); allow it Full Disk Access in System Settings > Privacy & Security, then run this again" ;;
-        *) die "dscl failed with exit code $1 (see above); run this again, after a restart if it persists" ;;
+        40)
+            die "macOS does not let this terminal change accounts (dscl: 40); allow it" \
+                "Full Disk Access in System Settings > Privacy & Security, then run this again"
+            ;;
+        *)
+            die "dscl failed with exit code $1 (see above);" \
+                "run this again, after a restart if it persists"
+            ;;
     esac
 }
 
@@ -616,7 +653,9 @@ run() {
 quoted() {
     for word in "$@"; do
         case $word in
-            '' | *[!A-Za-z0-9/._:=@%+,-]*) printf " '%s'" "$(printf '%s\n' "$word" | sed "s/'/'\\\\''/g")" ;;
+            '' | *[!A-Za-z0-9/._:=@%+,-]*)
+                printf " '%s'" "$(printf '%s\n' "$word" | sed "s/'/'\\\\''/g")"
+                ;;
             *) printf ' %s' "$word" ;;
         esac
     done

@@ -53,12 +53,13 @@ read_options() {
 
 check_prerequisites() {
     [ "$(uname -s)" = Darwin ] ||
-        die "this removes a launchd service and works on macOS only; elsewhere there is nothing to remove"
+        die "this removes a launchd service and works on macOS only;" \
+            "elsewhere there is nothing to remove"
     [ "$(id -u)" = 0 ] || die "needs root; run: sudo ./uninstall.sh"
     cd /
 }
 
-stop_and_unload_service() { # first, so that nothing is taken away from under running requests
+stop_and_unload_service() { # first, so that running requests still have all files
     step "Stop and unload service"
     waited=0
     job_is_loaded || { say "not loaded $LABEL"; return 0; }
@@ -71,7 +72,8 @@ stop_and_unload_service() { # first, so that nothing is taken away from under ru
         [ "$DRY_RUN" = no ] || return 0
         job_is_loaded || break # bootout returns before the job has ended
         [ "$waited" -lt "$STOP_SECONDS" ] ||
-            die "the service does not end; see: sudo launchctl print system/$LABEL - then run this again. Nothing was removed"
+            die "the service does not end; see: sudo launchctl print system/$LABEL" \
+                "- then run this again. Nothing was removed"
         waited=$((waited + 1))
         sleep 1
     done
@@ -137,13 +139,14 @@ remove_service_user() {
 
 show_the_end() {
     if [ "$DRY_RUN" = yes ]; then printf '\nDry run: nothing was changed.\n'; return 0; fi
-    [ "$INCOMPLETE" = no ] || die "not everything could be removed (see above); run this again when that is mended"
+    [ "$INCOMPLETE" = no ] ||
+        die "not everything could be removed (see above); run this again when that is mended"
     printf '\naiapiproxy is uninstalled.\n'
 }
 
 # ---- helpers -------------------------------------------------------------------------------------
 
-# wants QUESTION - yes only by --purge or by a person; without a terminal nobody can answer.
+# wants QUESTION - yes only by --purge or by a person; without a terminal the answer is no.
 wants() {
     case $ANSWER in yes) return 0 ;; no) return 1 ;; esac
     [ -t 0 ] || return 1
@@ -168,10 +171,11 @@ remove_leftover() { # of an installation that was killed
     if is_there "$1"; then run rm -f "$1"; fi
 }
 
-# disown_what_stays - else the files would belong to whoever gets the account's number next.
+# disown_what_stays - otherwise the files would belong to the next account with the same number.
 disown_what_stays() {
-    if is_there /usr/local/etc/aiapiproxy; then run chown -R root:wheel /usr/local/etc/aiapiproxy; fi
-    if is_there /usr/local/var/log/aiapiproxy; then run chown -R root:wheel /usr/local/var/log/aiapiproxy; fi
+    for folder in /usr/local/etc/aiapiproxy /usr/local/var/log/aiapiproxy; do
+        if is_there "$folder"; then run chown -R root:wheel "$folder"; fi
+    done
 }
 
 record_exists() { dscl . -read "$1" >/dev/null 2>&1; }
@@ -183,10 +187,11 @@ delete_record() {
     status=0
     run dscl . -delete "$1" || status=$?
     case $status in
-        0 | 185) say "removed    $1" ;; # 185: gone meanwhile
+        0 | 185) say "removed    $1" ;; # 185: somebody else has removed it
         *)
             INCOMPLETE=yes
-            warn "macOS does not let $1 be deleted (dscl: $status); allow this terminal Full Disk Access in System Settings > Privacy & Security, then: sudo dscl . -delete $1"
+            warn "macOS does not let $1 be deleted (dscl: $status); allow this terminal Full Disk" \
+                "Access in System Settings > Privacy & Security, then: sudo dscl . -delete $1"
             ;;
     esac
 }
@@ -218,8 +223,8 @@ END
 
 step() { printf '\n==> %s\n' "$1"; }
 say() { [ "$DRY_RUN" = yes ] || printf '    %s\n' "$1"; }
-warn() { printf 'uninstall.sh: warning: %s\n' "$1" >&2; }
-die() { printf 'uninstall.sh: %s\n' "$1" >&2; exit 1; }
+warn() { printf 'uninstall.sh: warning: %s\n' "$*" >&2; }
+die() { printf 'uninstall.sh: %s\n' "$*" >&2; exit 1; }
 
 # run COMMAND... - or, in a dry run, its text.
 run() {
