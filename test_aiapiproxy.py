@@ -47,6 +47,7 @@ import warnings
 import zlib
 from typing import NamedTuple
 from unittest import mock
+from urllib.parse import urlsplit
 
 import aiapiproxy
 
@@ -703,7 +704,7 @@ class FakeUpstream:
 @contextlib.asynccontextmanager
 async def running(settings):
     """The proxy itself, on a free port."""
-    server = aiapiproxy.Server(settings)
+    server = aiapiproxy.Service(settings)
     await server.start()
     try:
         yield server
@@ -4420,6 +4421,12 @@ class NotedTransport(asyncio.Transport):
     def write_eof(self):
         self.done.append("EOF")
 
+    def pause_reading(self):
+        self.done.append("PAUSED")
+
+    def resume_reading(self):
+        self.done.append("RESUMED")
+
     def close(self):
         self.done.append("CLOSED")
         self.ended = True
@@ -4429,44 +4436,120 @@ class NotedTransport(asyncio.Transport):
         self.ended = True
 
 
-def noted_stream():
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(aiapiproxy.READ_SIZE, loop)
-    protocol = aiapiproxy.ConnectionProtocol(reader, loop=loop)
-    transport = NotedTransport(protocol)
-    writer = asyncio.StreamWriter(transport, protocol, reader, loop)
-    return aiapiproxy.ByteStream(reader, writer), protocol, transport
+def noted_stream(stuck=0):
+    protocol = aiapiproxy.ConnectionProtocol()
+    transport = NotedTransport(protocol, stuck)
+    protocol.connection_made(transport)
+    return aiapiproxy.ByteStream(protocol, transport), protocol, transport
 
 
 @table([
-    ("nothing in the iteration itself", [], "", "ab"),
-    ("all before data that is sent at once", ["write_now"], "ab c", "ab c"),
-    ("all before a half-close", ["end_writing"], "ab EOF", "ab EOF"),
-    ("all before a close", ["close"], "ab CLOSED", "ab CLOSED"),
-    ("nothing before an abort", ["abort"], "ABORTED", "ABORTED"),
-    ("all when the peer is waited for", ["drain"], "ab", "ab"),
-    ("nothing after a close", ["close", "write"], "ab CLOSED", "ab CLOSED"),
-], "steps, at_once, later")
-def test_writes_in_one_iteration_of_the_event_loop_are_sent_together(steps, at_once, later):
+    ("at once and in order", ["write"], "a b c"),
+    ("before a half-close", ["end_writing"], "a b EOF"),
+    ("before a close", ["close"], "a b CLOSED"),
+    ("but not after a close", ["close", "write"], "a b CLOSED"),
+    ("but not after an abort", ["abort", "write"], "a b ABORTED"),
+    ("and no half-close after a close", ["close", "end_writing"], "a b CLOSED"),
+], "steps, want")
+def test_bytes_are_sent(steps, want):
     async def scenario():
         stream, _, transport = noted_stream()
         stream.write(b"a")
         stream.write(b"b")
-        assert stream.unsent_bytes == 2
         for step in steps:
-            done = getattr(stream, step)(*[b"c"] * step.startswith("write"))
-            if asyncio.iscoroutine(done):
-                await done
-        now = " ".join(transport.done)
-        await asyncio.sleep(0)
-        return now, " ".join(transport.done)
+            getattr(stream, step)(*[b"c"] * (step == "write"))
+        return " ".join(transport.done)
 
-    assert run(scenario()) == (at_once, later)
+    assert run(scenario()) == want
+
+
+@table([("a reset", "connection_lost"), ("a close of ours", "close")], "way")
+def test_a_drain_ends_with_its_connection(way):
+    async def scenario():
+        stream, protocol, _ = noted_stream()
+        protocol.pause_writing()
+        draining = asyncio.ensure_future(stream.drain())
+        await asyncio.sleep(0)
+        assert not draining.done()
+        if way == "close":
+            stream.close()
+        protocol.connection_lost(None)
+        await draining
+        with pytest.raises(ConnectionResetError):
+            await stream.drain()
+
+    run(scenario())
+
+
+@table([
+    ("little, of which nothing is lost", b"x" * 65536, [], False),
+    ("more than is read ahead, and is seen all the same", b"x" * 200_000, ["PAUSED", "RESUMED"], True),
+], "ahead, want, is_over")
+def test_a_watched_client_that_has_sent_ahead(ahead, want, is_over):
+    async def scenario():
+        stream, protocol, transport = noted_stream()
+        told = []
+        protocol.data_received(ahead)
+        stream.watch(lambda: told.append("disconnected"))
+        assert (transport.done, stream.exceeded_read_ahead) == (want, is_over)
+        protocol.data_received(b"y")
+        assert stream.exceeded_read_ahead and told == []
+        protocol.eof_received()
+        assert told == ["disconnected"]
+        return await protocol.reader.read(-1)
+
+    assert run(scenario()) == ahead
+
+
+def pumped(events, buffered=b""):
+    """The pieces that a pump gives to its callback, its end, and the next read; "z" is enough."""
+    async def scenario():
+        stream, protocol, _ = noted_stream()
+        taken = []
+
+        def take(data, now):
+            taken.append(data[:9].decode())
+            if data == b"ERROR":
+                raise KeyError("take")
+            return data == b"z"
+
+        if buffered:
+            protocol.data_received(buffered)
+        pumping = asyncio.ensure_future(stream.pump(take, 0.05))
+        await asyncio.sleep(0)
+        for event in events:
+            if event == "EOF":
+                protocol.eof_received()
+            elif event == "RESET":
+                protocol.connection_lost(ConnectionResetError())
+            else:
+                protocol.data_received(event)
+        (ended,) = await asyncio.gather(pumping, return_exceptions=True)
+        try:
+            rest = (await stream.read())[:9].decode()
+        except (OSError, aiapiproxy.ReadTimeout) as error:
+            rest = type(error).__name__
+        return taken, repr(ended), rest
+
+    return run(scenario())
+
+
+@table([
+    ("until it has enough", [b"a", b"z", b"c"], b"", (["a", "z"], "None", "c")),
+    ("until the end", [b"a", "EOF"], b"", (["a"], "None", "")),
+    ("until a reset", [b"a", "RESET"], b"", (["a"], "None", "ConnectionResetError")),
+    ("until it fails", [b"ERROR", b"b"], b"", (["ERROR"], "KeyError('take')", "b")),
+    ("until nothing arrives for too long", [b"a"], b"", (["a"], "None", "ReadTimeout")),
+    ("unless bytes have arrived before", [], b"a", ([], "None", "a")),
+    ("but not a burst, which is read in pieces", [b"a", b"b" * 65537], b"", (["a"], "None", "b" * 9)),
+], "events, buffered, want")
+def test_a_pump_gives_arriving_bytes_to_its_callback(events, buffered, want):
+    assert pumped(events, buffered) == want
 
 
 @table([
     ("that waits", [b"a"], ["a"]),
-    ("twice in one iteration", [b"a", b"b"], ["a", "b"]),
+    ("twice before it wakes up", [b"a", b"b"], ["ab"]),
     ("more than one read may give", [b"a" * 65536 + b"b"], ["a" * 65536, "b"]),
     ("and an end", [b"a", "EOF"], ["a", ""]),
     ("and a reset", [b"a", "RESET"], ["a", "the connection was reset"]),
@@ -4513,24 +4596,6 @@ def test_data_for_a_cancelled_read_is_given_to_the_next_read(is_late):
         return await stream.read()
 
     assert run(scenario()) == b"a"
-
-
-@table([
-    ("alone", False, "ReadTimeout"),
-    ("and a cancellation in the same iteration", True,
-     "CancelledError" if sys.version_info >= (3, 11) else "ReadTimeout"),
-], "is_cancelled, want")
-def test_a_time_limit_that_ends(is_cancelled, want):
-    async def scenario():
-        task = asyncio.ensure_future(aiapiproxy.with_timeout(0, asyncio.sleep(10)))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        if is_cancelled:
-            task.cancel()
-        (ended,) = await asyncio.gather(task, return_exceptions=True)
-        return type(ended).__name__
-
-    assert run(scenario()) == want
 
 
 # ============================================================================
@@ -4876,21 +4941,49 @@ def test_a_large_request_that_is_cancelled_while_its_connection_breaks_leaves_no
         loop.set_exception_handler(lambda _, context: complaints.append(context))
         with socket.create_server(("127.0.0.1", 0)) as listener:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-            settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url})
-            upstream = aiapiproxy.Upstream(settings, aiapiproxy.Metrics())
+            upstream = aiapiproxy.Upstream(urlsplit(url), aiapiproxy.TimeLimit(5, ""))
             connection = await upstream._open_in_time(loop.time() + 5)
             sending = asyncio.ensure_future(
-                upstream._write_large(connection.stream, b"", bytes(20_000_000)))
+                aiapiproxy.write_large(connection.stream, bytes(20_000_000)))
             await asyncio.sleep(0)
             connection.stream.abort()
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
             del sending
             gc.collect()
-            left = [task for task in asyncio.all_tasks() if "drain" in repr(task.get_coro())]
+            left = [task for task in asyncio.all_tasks() if "write" in repr(task.get_coro())]
             return complaints, left
 
     assert run(scenario()) == ([], [])
+
+
+def test_a_request_that_is_cancelled_just_when_its_connection_is_made_leaves_none(monkeypatch):
+    async def scenario():
+        accepted, opens = asyncio.Event(), aiapiproxy.Upstream._open
+
+        async def serve(reader, writer):
+            assert await reader.read() == b""
+            writer.close()
+            accepted.set()
+
+        async def open_and_cancel(upstream):
+            connection = await opens(upstream)
+            opening.cancel()
+            return connection
+
+        monkeypatch.setattr(aiapiproxy.Upstream, "_open", open_and_cancel)
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        upstream = aiapiproxy.Upstream(urlsplit(url), aiapiproxy.TimeLimit(5, ""))
+        deadline = asyncio.get_running_loop().time() + 5
+        opening = asyncio.ensure_future(upstream._open_in_time(deadline))
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        await accepted.wait()
+        server.close()
+        return list(upstream.attempts)
+
+    assert run(scenario()) == []
 
 
 # ---- TLS and outgoing proxies
@@ -5491,9 +5584,9 @@ def test_a_hundred_streams_of_which_half_are_disconnected_leave_nothing_open():
                 gate.set()
                 for client in clients[1::2]:
                     assert said(await client.answer()) == ONE_X
-            while server._tasks or server.app.tasks:
+            while server.server.tasks or server.app.tasks:
                 await asyncio.sleep(0.005)
-            assert server.app.in_flight == 0 and not server._active and not server.app.tasks
+            assert server.app.in_flight == 0 and not server.server.exchanges and not server.app.tasks
             server.app.upstream.close()
             while descriptors() > before or len(asyncio.all_tasks()) > tasks:
                 await asyncio.sleep(0.005)
@@ -6476,7 +6569,7 @@ def test_a_client_that_reads_nothing_slows_the_upstream_and_is_not_cut():
                     seen = upstream.written
                     await asyncio.sleep(0.4)
                 assert seen < len(piece) * 0.8
-                (exchange,) = server._active
+                (exchange,) = server.server.exchanges
                 assert exchange._stream.unsent_bytes <= 262144
                 wire.reader._transport.resume_reading()
                 return seen + len(await wire.reader.read(-1)), await upstream.closed.wait()
@@ -6546,7 +6639,7 @@ def test_a_disconnect_while_the_upstream_is_called_is_logged(caplog):
                                          path="/v1/messages"))
                     while not server.app.in_flight:
                         await asyncio.sleep(0.001)
-                while server._tasks:
+                while server.server.tasks:
                     await asyncio.sleep(0.001)
                 return server.app.in_flight
 
@@ -6570,7 +6663,7 @@ def test_an_end_that_arrives_during_the_shutdown_is_sent_whole(monkeypatch):
         async with facing([[start, gate]]) as (_, server):
             async with Asking(server.port, "POST", "/v1/messages", req(stream=True)) as client:
                 await client.until(b"text_delta")
-                ((exchange, task),) = server._active.items()
+                ((exchange, task),) = server.server.exchanges.items()
                 exchange.is_shut_down = True
                 task.cancel()
                 connection = relays[0]._reply._stream._protocol
@@ -6654,7 +6747,7 @@ def test_fuzz(monkeypatch, capfd, caplog):
                                        for _ in range(20)])
                 assert (await ask(server.port, "GET", "/health", connection="close"))[0] == 200
                 count += 20
-            while server._tasks or upstream.connections:
+            while server.server.tasks or upstream.connections:
                 server.app.upstream.close()
                 await asyncio.sleep(0.01)
             assert server.app.in_flight == 0
@@ -7013,7 +7106,7 @@ def test_the_demo_streams_a_message_and_calls_a_tool(tmp_path):
 def test_the_page_is_for_browsers_and_loads_nothing_from_elsewhere():
     async def scenario():
         settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY}, server_port=0)
-        server = aiapiproxy.Server(settings, aiapiproxy.STATUS_PAGE)
+        server = aiapiproxy.Service(settings, aiapiproxy.STATUS_PAGE)
         await server.start()
         try:
             page = await ask(server.port, "GET", "/", accept="text/html")
