@@ -39,14 +39,15 @@ stands first, its helpers behind it, the tables that they read last.
     24  WHO MAY CALL            origins, hosts, keys
     25  ONE REQUEST             create_message, Relay
     27  OTHER ENDPOINTS         respond, ROUTES and the handlers
-    28  RUN                     Server: a task for each connection
+    28  RUN                     serve: signals, reload, the end
     Part IV    Beside it: nothing above names it
     29  RECORD AND REPLAY       --replay
     30  CHECK                   --check
     31  DEMO                    the upstream of --demo
     32  STATUS PAGE             the page at /
+    33  WORKERS                 several processes on one socket
     34  SPEED                   shortcuts: the same bytes sooner
-    35  COMMAND LINE            main, options, signals, workers
+    35  COMMAND LINE            main, options, configuration files
 
 Ten words, and nothing else is called by them:
 
@@ -8001,12 +8002,135 @@ def finish_exchange(app: App, exchange: Exchange) -> None:
         outcome=outcome)
 
 
-# ---- 28.2 around it --------------------------------------------------------
+# ---- 28.2 serving ----------------------------------------------------------
+
+async def serve(options: ServeOptions) -> None:
+    """Serves until a signal asks for the end; a worker also ends when its supervisor has died.
+
+    The first SIGTERM or SIGINT lets running requests end for DRAIN_TIME, a second one cuts them.
+    """
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(log_loop_fault)
+    settings, is_alone = options.settings, options.lifeline < 0
+    if options.start_demo is not None:
+        demo_url = urlsplit(f"http://127.0.0.1:{await options.start_demo()}/v1")
+        settings = replace(settings, openai_base_url=demo_url)
+    service = options.new_service(settings)
+    await service.start(options.sockets)
+    stop, insist = asyncio.Event(), asyncio.Event()
+
+    def ask_to_stop() -> None:
+        (insist if stop.is_set() else stop).set()
+
+    loop.add_signal_handler(signal.SIGTERM, ask_to_stop)
+    # Ctrl-C reaches every process of a terminal; a worker waits for its supervisor's SIGTERM.
+    loop.add_signal_handler(signal.SIGINT, ask_to_stop if is_alone else int)
+    loop.add_signal_handler(signal.SIGHUP, lambda: reload(options, service.app))
+    if is_alone:
+        write_pid_file(settings.pid_file)
+        log(logging.INFO, "started", **start_facts(options, service.port))
+    else:
+        loop.add_reader(options.lifeline, ask_to_stop)       # readable when the supervisor has died
+    options.ready()
+    try:
+        await stop.wait()
+        if is_alone:
+            log(logging.INFO, "stopping", in_flight=service.app.in_flight)
+        else:
+            loop.remove_reader(options.lifeline)
+        ways = {asyncio.ensure_future(service.drain(DRAIN_TIME)), asyncio.ensure_future(insist.wait())}
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
+        service.app.publish()
+        if is_alone:
+            log(logging.INFO, "stopped")
+    finally:
+        if is_alone:
+            remove_pid_file(settings.pid_file)
+
+
+DRAIN_TIME = 10.0                        # seconds for running requests after the first signal
+
 
 def log_loop_fault(loop: asyncio.AbstractEventLoop, context: Json) -> None:
-    """What asyncio would print as a traceback: mostly what hostile peers do to sockets."""
-    error = context.get("exception")
-    log(logging.DEBUG, "connection_fault", error=f"{type(error).__name__}: {error}" if error else context.get("message"))
+    """Logs a fault at debug that asyncio would print as a traceback.
+
+    Nearly all of them are sockets that a hostile peer has closed at an odd moment.
+    """
+    error, message = context.get("exception"), context.get("message")
+    log(logging.DEBUG, "connection_fault", error=f"{type(error).__name__}: {error}" if error else message)
+
+
+# ---- 28.3 reload -----------------------------------------------------------
+
+def reload(options: ServeOptions, app: App) -> None:
+    """SIGHUP: opens moved log files again and reads the settings; bad ones leave the old in force."""
+    for file in options.files:
+        file.reopen_if_moved()
+    try:
+        wanted, warnings = options.load()
+        fresh = with_fixed_settings(wanted, app.settings, options.start_demo is not None)
+    except ConfigError as error:
+        log(logging.ERROR, "reload_failed", message="the old settings stay: " + "; ".join(error.problems))
+        return
+    log_warnings(warnings)
+    for name in FIXED_SETTINGS:
+        if getattr(wanted, name) != getattr(fresh, name):
+            log(logging.WARNING, "reloaded", message=f"{name.upper()} takes effect at the next start")
+    app.apply_settings(fresh)
+    LOG.setLevel(fresh.log_level)
+    log(logging.INFO, "reloaded", message="settings read again")
+
+
+def with_fixed_settings(fresh: Settings, old: Settings, is_demo: bool) -> Settings:
+    """New settings, with the old values of those that are fixed while the process runs.
+
+    The demo's URL is one of them: its port was chosen at the start.  Raises ConfigError.
+    """
+    names = (*FIXED_SETTINGS, "openai_base_url") if is_demo else FIXED_SETTINGS
+    settings = replace(fresh, **{name: getattr(old, name) for name in names})
+    check_exposure(settings)
+    return settings
+
+
+FIXED_SETTINGS = ("server_host", "server_port", "workers")
+
+
+# ---- 28.4 options and facts of a process -----------------------------------
+
+StartWarning = Tuple[str, Json]          # an event of the log, and its facts
+
+
+@dataclass(eq=False, repr=False)
+class ServeOptions:
+    """Everything that a serving process is given, by main or by the supervisor of several."""
+
+    settings: Settings
+    sockets: List[socket.socket]
+    files: List[LogFile]
+    load: Callable[[], Tuple[Settings, List[StartWarning]]]       # reads the configuration again
+    new_service: Callable[..., Service]                           # for given settings
+    start_demo: Optional[Callable[[], Awaitable[int]]] = None     # starts it, returns its port
+    lifeline: int = -1                   # a worker's pipe that ends with its supervisor
+    ready: Callable[[], Any] = int       # called once signals are handled
+
+
+def log_warnings(warnings: List[StartWarning]) -> None:
+    for event, facts in warnings:
+        log(logging.WARNING, event, **facts)
+
+
+def start_facts(options: ServeOptions, port: int) -> Json:
+    """The facts of the first line of the log: address, upstream, models, the line for a client."""
+    settings = options.settings
+    address, models = "http://" + url_authority(settings, port), model_map(settings)
+    upstream = settings.hostname if options.start_demo is None else "the built-in demo"
+    shown = ", ".join(f"{family} → {name}" for family, name in models.items())
+    client_line = f"ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={token_hint(settings)} claude"
+    return {"message": f"aiapiproxy {__version__} listens on {address}, upstream {upstream} ({shown}). "
+            f"Claude Code: {client_line}",
+            "address": address, "upstream": upstream, "models": models, "version": __version__}
 
 
 def write_pid_file(path: str) -> None:
@@ -8073,25 +8197,144 @@ def replay(path: str) -> int:
 # 30. CHECK
 # ============================================================================
 #
-# --check: tries all that serving will need.
+# --check tries everything that serving will need, and says what to do where it fails:
+# the settings, the way to the upstream, its key and models, the proxy that runs already.
 
 # ---- 30.1 check ------------------------------------------------------------
 
 async def run_check(settings: Settings, warnings: List[StartWarning]) -> int:
-    """--check: tries all that serving will need.  Returns 1 where something has failed."""
-    findings = CheckReport()
-    check_settings(settings, warnings, findings)
+    """--check: prints a line for each finding.  Returns 1 where something has failed."""
+    report = CheckReport()
+    check_settings(settings, warnings, report)
     try:
         app = App(settings)
     except (OSError, ssl.SSLError) as error:
-        findings.add("fail", f"CA certificates cannot be read: {error} (SSL_CERT_FILE, SSL_CERT_DIR)")
+        report.add("fail", f"CA certificates cannot be read: {error} (SSL_CERT_FILE, SSL_CERT_DIR)")
         return 1
-    await check_upstream(app, findings)
-    await check_running(app, findings)
+    await check_upstream(app, report)
+    await check_running(app, report)
     app.upstream.close()
-    findings.add("ok", "Claude Code: " + "; ".join(shell_lines(settings, url_authority(settings, settings.server_port))))
-    return 1 if findings.has_failed else 0
+    lines = shell_lines(settings, url_authority(settings, settings.server_port))
+    report.add("ok", "Claude Code: " + "; ".join(lines))
+    return 1 if report.has_failed else 0
 
+
+# ---- 30.2 settings ---------------------------------------------------------
+
+def check_settings(settings: Settings, warnings: List[StartWarning], report: CheckReport) -> None:
+    """The address, the key, and whether the models' windows can hold Claude Code's requests."""
+    hosts, url = ", ".join(settings.server_host), settings.openai_base_url._replace(query="").geturl()
+    report.add("ok", f"configuration: listens on {hosts} port {settings.server_port}, upstream {url}")
+    for _, facts in warnings:
+        report.add("warn", facts["message"])
+    if settings.passes_keys_on:
+        report.add("warn", "OPENAI_API_KEY is not set, or still the text of env.example: "
+                   "the key of each client is passed on")
+    else:
+        report.add("ok", f"OPENAI_API_KEY is set (…{settings.openai_api_key[-4:]})")
+    for variable, name in model_variables(settings):
+        base = model_profile(name, settings.host_class).base_name
+        window = next((size for pattern, size in SMALL_WINDOWS if re.match(pattern, base)), None)
+        if window is not None:
+            report.add("warn", f"{variable} {name} has a window of {window} tokens: too small for "
+                       "Claude Code, whose first request alone takes about 20,000")
+
+
+def model_variables(settings: Settings) -> List[Tuple[str, str]]:
+    """(variable, model) for each family."""
+    return [(f"CLAUDE_{family.upper()}_MODEL", name) for family, name in model_map(settings).items()]
+
+
+SMALL_WINDOWS = ((r"gpt-4$|gpt-4-0[36]", 8192), (r"gpt-4-32k", 32768), (r"gpt-3\.5", 16385))   # tokens
+
+
+# ---- 30.3 the upstream -----------------------------------------------------
+
+async def check_upstream(app: App, report: CheckReport) -> None:
+    """DNS, TCP, TLS, the key, and the three models, by one GET {base}/models."""
+    upstream, settings = app.upstream, app.settings
+    if not await check_lookup(app, report):
+        return
+    timeout = TimeLimit(settings.request_timeout, "REQUEST_TIMEOUT")
+    try:
+        reply = await upstream.send(
+            "GET", "/models", b"", settings.openai_api_key or "none", False, timeout)
+        body = await reply.read_all(ANSWER_BODY)
+    except UpstreamError as error:
+        report.add("fail", redacted(error.message, app.secrets))
+        return
+    layers = "TCP and TLS" if settings.openai_base_url.scheme == "https" else "TCP"
+    report.add("ok", f"{layers}: {upstream.host}:{upstream.port} answers")
+    if reply.status in (401, 403):
+        level, reason = ("warn", "it wants a key, which clients must present") \
+            if settings.passes_keys_on else ("fail", "it does not accept OPENAI_API_KEY")
+        report.add(level, f"the upstream answered {reply.status} to GET /models: {reason}")
+    elif reply.status != 200:
+        # Azure and some gateways have no list of models, and work.
+        report.add("warn" if reply.status in (404, 405, 501) else "fail",
+                   f"the upstream answered {reply.status} to GET {settings.openai_base_url.path}/models: "
+                   "it has no list of models, or OPENAI_BASE_URL is wrong")
+    else:
+        check_models(settings, body, report)
+
+
+async def check_lookup(app: App, report: CheckReport) -> bool:
+    """Whether the upstream's host, or that of the outgoing proxy before it, can be resolved."""
+    upstream = app.upstream
+    host, port, note, variables = upstream.host, upstream.port, "", "OPENAI_BASE_URL"
+    proxy = upstream.proxy
+    if proxy:
+        host, port, note = proxy.hostname or "", proxy.port or 80, " (the outgoing proxy)"
+        variables += " and HTTPS_PROXY"
+    try:
+        addresses = await app.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        report.add("fail", f"DNS: {host} cannot be resolved: check {variables}")
+        return False
+    report.add("ok", f"DNS: {host} is {addresses[0][4][0]}{note}")
+    return True
+
+
+def check_models(settings: Settings, body: bytes, report: CheckReport) -> None:
+    """Whether the upstream's list has each mapped model; Ollama and Gemini list longer names."""
+    try:
+        entries = _upstream_decoder.decode(body.decode("utf-8", "replace"))["data"]
+        ids = {entry["id"] for entry in entries}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        report.add("warn", "the upstream's list of models is not understood")
+        return
+    for variable, name in model_variables(settings):
+        if ids & {name, name + ":latest", "models/" + name}:
+            report.add("ok", f"{variable} {name} is there")
+        else:
+            report.add("fail", f"{variable} {name} is not among the upstream's {len(ids)} models")
+
+
+# ---- 30.4 the running proxy ------------------------------------------------
+
+async def check_running(app: App, report: CheckReport) -> None:
+    """The facts that a proxy gives in /status, if one runs with this configuration."""
+    settings, port = app.settings, app.settings.server_port
+    here = urlsplit(f"http://{url_authority(settings, port)}")
+    local = Upstream(here, TimeLimit(2, ""))
+    key = "".join(settings.proxy_api_key[:1]) or "none"
+    try:
+        reply = await local.send("GET", "/status", b"", key, False, TimeLimit(2, ""))
+        text = (await reply.read_all(ANSWER_BODY)).decode("utf-8", "replace")
+        found = _upstream_decoder.decode(text)
+        report.add("ok", f"aiapiproxy {found['version']} runs on {here.hostname} port {port}, "
+                   f"{found['requests']:g} requests so far")
+        for entry in found["adjustments"]:
+            report.add("ok", f"it has learned of {entry['model']}: "
+                       f"{entry['adjustment']} {entry['value']}".rstrip())
+    except UpstreamError:
+        report.add("warn", f"nothing answers on port {port} yet: start the proxy")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        report.add("warn", f"port {port} is answered by another program: set SERVER_PORT")
+    local.close()
+
+
+# ---- 30.5 report -----------------------------------------------------------
 
 class CheckReport:
     """The lines of --check: ok, warn or fail, and what to do."""
@@ -8101,96 +8344,15 @@ class CheckReport:
         self._is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     def add(self, level: str, text: str) -> None:
+        """Prints a finding.  Control characters become spaces: the text may be an upstream's."""
         self.has_failed = self.has_failed or level == "fail"
-        colour = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}[level] if self._is_coloured else ""
-        print(f"{colour}{level:5}{chr(27) + '[0m' if colour else ''} {CONTROL.sub(' ', text)}", flush=True)
+        word, text = f"{level:5}", CONTROL.sub(" ", text)
+        if self._is_coloured:
+            word = f"\x1b[{CHECK_COLOURS[level]}m{word}\x1b[0m"
+        print(f"{word} {text}", flush=True)
 
 
-def check_settings(settings: Settings, warnings: List[StartWarning], findings: CheckReport) -> None:
-    findings.add("ok", f"configuration: listens on {', '.join(settings.server_host)} port {settings.server_port}, "
-                 f"upstream {settings.openai_base_url._replace(query='').geturl()}")
-    for _, facts in warnings:
-        findings.add("warn", facts["message"])
-    if settings.passes_keys_on:
-        findings.add("warn", "OPENAI_API_KEY is not set, or still the text of env.example: the key of each client is passed on")
-    else:
-        findings.add("ok", f"OPENAI_API_KEY is set (…{settings.openai_api_key[-4:]})")
-    for family, name in model_map(settings).items():
-        base = model_profile(name, settings.host_class).base_name
-        window = next((size for pattern, size in SMALL_WINDOWS if re.match(pattern, base)), None)
-        if window is not None:
-            findings.add("warn", f"CLAUDE_{family.upper()}_MODEL {name} has a window of {window} tokens: too small for "
-                         "Claude Code, whose first request alone takes about 20,000")
-
-
-SMALL_WINDOWS = ((r"gpt-4$|gpt-4-0[36]", 8192), (r"gpt-4-32k", 32768), (r"gpt-3\.5", 16385))
-
-
-async def check_upstream(app: App, findings: CheckReport) -> None:
-    """DNS, TCP, TLS, the key, and the three models."""
-    upstream, settings = app.upstream, app.settings
-    proxy = upstream.proxy
-    host, port = (proxy.hostname or "", proxy.port or 80) if proxy else (upstream.host, upstream.port)
-    try:
-        addresses = await app.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        findings.add("ok", f"DNS: {host} is {addresses[0][4][0]}" + (" (the outgoing proxy)" if proxy else ""))
-    except OSError:
-        findings.add("fail", f"DNS: {host} cannot be resolved: check OPENAI_BASE_URL{' and HTTPS_PROXY' if proxy else ''}")
-        return
-    timeout = TimeLimit(settings.request_timeout, "REQUEST_TIMEOUT")
-    try:
-        reply = await upstream.send("GET", "/models", b"", settings.openai_api_key or "none", False, timeout)
-        body = await reply.read_all(ANSWER_BODY)
-    except UpstreamError as error:
-        findings.add("fail", redacted(error.message, app.secrets))
-        return
-    findings.add("ok", f"TCP{' and TLS' if settings.openai_base_url.scheme == 'https' else ''}: "
-                 f"{upstream.host}:{upstream.port} answers")
-    if reply.status in (401, 403):
-        level = "warn" if settings.passes_keys_on else "fail"
-        findings.add(level, f"the upstream answered {reply.status} to GET /models: " + (
-            "it wants a key, which clients must present" if settings.passes_keys_on else "it does not accept OPENAI_API_KEY"))
-    elif reply.status != 200:
-        findings.add("warn" if reply.status in (404, 405, 501) else "fail",
-                     f"the upstream answered {reply.status} to GET {settings.openai_base_url.path}/models: "
-                     "it has no list of models, or OPENAI_BASE_URL is wrong")
-    else:
-        check_models(settings, body, findings)
-
-
-def check_models(settings: Settings, body: bytes, findings: CheckReport) -> None:
-    try:
-        ids = {entry["id"] for entry in _upstream_decoder.decode(body.decode("utf-8", "replace"))["data"]}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        findings.add("warn", "the upstream's list of models is not understood")
-        return
-    for family, name in model_map(settings).items():
-        if ids & {name, name + ":latest", "models/" + name}:
-            findings.add("ok", f"CLAUDE_{family.upper()}_MODEL {name} is there")
-        else:
-            findings.add("fail", f"CLAUDE_{family.upper()}_MODEL {name} is not among the upstream's {len(ids)} models")
-
-
-async def check_running(app: App, findings: CheckReport) -> None:
-    """What a proxy that runs with this configuration says of itself."""
-    settings = app.settings
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.server_host[0], settings.server_host[0])
-    here = url_authority(settings, settings.server_port)
-    local = Upstream(urlsplit(f"http://{here}"), TimeLimit(2, ""))
-    try:
-        reply = await local.send("GET", "/status", b"", "".join(settings.proxy_api_key[:1]) or "none", False, TimeLimit(2, ""))
-        found = _upstream_decoder.decode((await reply.read_all(ANSWER_BODY)).decode("utf-8", "replace"))
-        findings.add("ok", f"aiapiproxy {found['version']} runs on {host} port {settings.server_port}, {found['requests']:g} requests so far")
-        for entry in found["adjustments"]:
-            findings.add("ok", f"it has learned of {entry['model']}: {entry['adjustment']} {entry['value']}".rstrip())
-    except UpstreamError:
-        findings.add("warn", f"nothing answers on port {settings.server_port} yet: start the proxy")
-    except (ValueError, KeyError, TypeError, RecursionError):
-        findings.add("warn", f"port {settings.server_port} is answered by another program: set SERVER_PORT")
-    local.close()
-
-
-StartWarning = Tuple[str, Json]              # an event of the log, and its facts
+CHECK_COLOURS = {"ok": 32, "warn": 33, "fail": 31}       # green, yellow, red
 
 
 # ============================================================================
@@ -8274,33 +8436,41 @@ class DemoUpstream:
 
 
 def demo_message(params: Json) -> Json:
-    """What the demo says to a conversation: the assistant message of its answer."""
+    """The assistant message that answers a conversation."""
     last = params["messages"][-1]
     if last["role"] == "tool":
         return {"role": "assistant", "content": "This is the demo of aiapiproxy: the tool has answered "
-                f"“{str(last['content'])[:200]}”. Set OPENAI_API_KEY and OPENAI_BASE_URL to talk to a real model."}
+                f"“{str(last['content'])[:200]}”. {DEMO_END}"}
     content = last.get("content")
     text = content if isinstance(content, str) else " ".join(
         part.get("text", "") for part in content or () if is_object(part))
-    text = re.sub(r"(?s)<system-reminder>.*?</system-reminder>", "", text)       # Claude Code's own words
-    tools = [tool["function"] for tool in params.get("tools", ())]
+    # Claude Code adds texts of its own to a person's, which speak of tools in nearly every request.
+    tool = demo_tool(params, re.sub(r"(?s)<system-reminder>.*?</system-reminder>", "", text))
+    if tool is not None:
+        call = {"name": tool["name"], "arguments": json_text(demo_value(tool["parameters"]))}
+        return {"role": "assistant", "content": "This is the demo of aiapiproxy; it calls a tool. ",
+                "tool_calls": [{"id": "call_demo_" + random_id(8), "type": "function", "function": call}]}
+    return {"role": "assistant", "content": "Hello from the demo of aiapiproxy. No model has read this: "
+            f"your request of {len(params['messages'])} message(s) was translated to Chat Completions, "
+            f"answered by a built-in upstream word by word, and translated back. {DEMO_END}"}
+
+
+def demo_tool(params: Json, text: str) -> Optional[Json]:
+    """The function to call: named by tool_choice or the text, else the first if tools are asked for."""
     choice = params.get("tool_choice")
-    asked_name = choice["function"]["name"] if is_object(choice) else ""
-    wanted = [tool for tool in tools if tool["name"] == asked_name or re.search(rf"\b{re.escape(tool['name'])}\b", text)]
-    if not wanted and (choice == "required" or re.search(r"\b(tool|function)s?\b", text, re.I)):
-        wanted = tools
-    if wanted and choice != "none":
-        arguments = demo_value(wanted[0]["parameters"])
-        return {"role": "assistant", "content": "This is the demo of aiapiproxy; it calls a tool. ", "tool_calls": [{
-            "id": "call_demo_" + random_id(8), "type": "function",
-            "function": {"name": wanted[0]["name"], "arguments": json_text(arguments)}}]}
-    return {"role": "assistant", "content": "Hello from the demo of aiapiproxy. No model has read this: your request of "
-            f"{len(params['messages'])} message(s) was translated to Chat Completions, answered by a built-in upstream "
-            "word by word, and translated back. Set OPENAI_API_KEY and OPENAI_BASE_URL to talk to a real model."}
+    if choice == "none":
+        return None
+    tools = [tool["function"] for tool in params.get("tools", ())]
+    forced = choice["function"]["name"] if is_object(choice) else ""
+    for tool in tools:
+        if tool["name"] == forced or re.search(rf"\b{re.escape(tool['name'])}\b", text):
+            return tool
+    is_asked_for = choice == "required" or re.search(r"\b(tool|function)s?\b", text, re.I)
+    return tools[0] if tools and is_asked_for else None
 
 
 def demo_value(schema: Any, depth: int = 0) -> Any:
-    """Something that fits a simple JSON schema."""
+    """A value that fits a simple JSON schema, down to a depth of 5."""
     schema = schema if is_object(schema) and depth < 5 else {}
     if isinstance(schema.get("enum"), list) and schema["enum"]:
         return schema["enum"][0]
@@ -8308,23 +8478,27 @@ def demo_value(schema: Any, depth: int = 0) -> Any:
     kind = kind[0] if isinstance(kind, list) and kind else kind
     if kind == "object" or (kind is None and "properties" in schema):
         properties = schema.get("properties") or {}
-        return {name: demo_value(properties.get(name), depth + 1) for name in schema.get("required") or list(properties)[:1]}
-    return {"integer": 1, "number": 1.5, "boolean": True, "array": [], "null": None}.get(str(kind), "demo")
+        names = schema.get("required") or list(properties)[:1]
+        return {name: demo_value(properties.get(name), depth + 1) for name in names}
+    return {"integer": 1, "number": 1.5, "boolean": True, "array": [], "null": None}.get(
+        str(kind), "demo")
 
 
 def demo_deltas(message: Json) -> Iterator[Json]:
-    """A message as deltas: word by word, and a call's arguments in pieces.  [OpenAI: chunk object]"""
+    """A message as deltas: word by word, a call's arguments in pieces.  [OpenAI: chunk object]"""
     yield {"role": "assistant", "content": ""}
     for word in re.findall(r"\S+\s*", message["content"]):
         yield {"content": word}
     for index, call in enumerate(message.get("tool_calls", ())):
-        function = call["function"]
-        yield {"tool_calls": [{**call, "index": index, "function": {"name": function["name"], "arguments": ""}}]}
-        for place in range(0, len(function["arguments"]), 12):
-            yield {"tool_calls": [{"index": index, "function": {"arguments": function["arguments"][place:place + 12]}}]}
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        yield {"tool_calls": [{**call, "index": index, "function": {"name": name, "arguments": ""}}]}
+        for start in range(0, len(arguments), 12):
+            piece = arguments[start:start + 12]
+            yield {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
 
 
 DEMO_MODEL = "aiapiproxy-demo"
+DEMO_END = "Set OPENAI_API_KEY and OPENAI_BASE_URL to talk to a real model."
 DEMO_PAUSE = 0.02                        # seconds between two words
 
 
@@ -8623,6 +8797,119 @@ poll()
 
 
 # ============================================================================
+# 33. WORKERS
+# ============================================================================
+#
+# WORKERS above 1: so many processes accept from one listening socket, and their parent
+# serves nothing itself, it watches them.  A worker that dies is replaced, at most once a
+# second; the parent keeps the sockets open meanwhile, so that no client is refused.
+
+# ---- 33.1 supervisor -------------------------------------------------------
+
+class Supervisor:
+    """The parent of the workers: starts and replaces them, and passes signals on to them.
+
+    Each worker holds the reading end of a pipe whose writing end only the parent has: when the
+    parent dies, the pipe ends, and so does the worker.
+    """
+
+    def __init__(self, options: ServeOptions) -> None:
+        self._settings = options.settings
+        self._board = SharedCounters(self._settings.workers)
+        lifeline, self._held_end = os.pipe()
+        self._options = replace(options, lifeline=lifeline)  # for workers that start from now on
+        self._workers: Dict[int, int] = {}                   # process id -> slot
+        self._is_stopping = False
+
+    def run(self) -> int:
+        """Returns the exit code, once all workers have ended after a signal."""
+        for number in SIGNALS:
+            signal.signal(number, self._pass_on)
+        write_pid_file(self._settings.pid_file)
+        try:
+            port = self._options.sockets[0].getsockname()[1]
+            facts = start_facts(self._options, port)
+            log(logging.INFO, "started", **facts, workers=self._settings.workers)
+            for slot in range(self._settings.workers):
+                self._start(slot)
+            while self._workers:
+                self._await_end()
+            log(logging.INFO, "stopped")
+        finally:
+            remove_pid_file(self._settings.pid_file)
+        return 0
+
+    def _start(self, slot: int) -> None:
+        """Forks a worker.  Signals are blocked meanwhile: none may arrive at neither process."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        pid = 0 if self._is_stopping else os.fork()
+        if pid:
+            self._workers[pid] = slot
+        elif not self._is_stopping:
+            self._work(slot)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _work(self, slot: int) -> None:
+        """Serves as a worker, and never returns."""
+        code = 1
+        try:
+            os.close(self._held_end)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            asyncio.run(serve(replace(
+                self._options, new_service=partial(self._options.new_service, board=self._board, slot=slot),
+                ready=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS))))
+            code = 0
+        finally:
+            os._exit(code)
+
+    def _await_end(self) -> None:
+        """Waits until a worker ends, and replaces it unless all are to end."""
+        began = time.monotonic()
+        pid, code = os.wait()
+        slot = self._workers.pop(pid, None)
+        if slot is None or self._is_stopping:
+            return
+        log(logging.ERROR, "worker_died", message=f"worker {slot} (pid {pid}) ended and is replaced",
+            wait_status=code)
+        time.sleep(max(0.0, WORKER_PAUSE - (time.monotonic() - began)))
+        self._start(slot)
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        """Handles a signal: SIGHUP reloads, the first other one stops, the second one kills."""
+        if number == signal.SIGHUP:
+            self._reload()
+        elif self._is_stopping:
+            number = signal.SIGKILL
+        else:
+            self._is_stopping = True
+            number = signal.SIGTERM
+            log(logging.INFO, "stopping")
+            for item in self._options.sockets:               # open, its backlog would still accept
+                item.close()
+        for pid in list(self._workers):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+
+    def _reload(self) -> None:
+        """Reads the settings for later workers.  The running ones log a problem in them."""
+        for file in self._options.files:
+            file.reopen_if_moved()
+        try:
+            fresh, _ = self._options.load()
+            self._options.settings = with_fixed_settings(
+                fresh, self._settings, self._options.start_demo is not None)
+        except ConfigError:
+            pass
+
+
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+WORKER_PAUSE = 1.0                       # seconds; a crash at start is no busy loop
+
+
+# ============================================================================
 # 34. SPEED
 # ============================================================================
 #
@@ -8769,12 +9056,14 @@ SHORTCUTS = Shortcuts(chunk_pattern=ChunkPattern)
 # 35. COMMAND LINE
 # ============================================================================
 #
-# Reads the command line and the configuration, starts, waits for a signal, stops.
+# Reads the command line and the configuration, and starts the program that they ask for.
+# Only this section knows all of the file: it hands the demo, the page and the workers to
+# sections above them, which do not name them.
 
 # ---- 35.1 main -------------------------------------------------------------
 
 def main(arguments: Optional[List[str]] = None, shortcuts: Shortcuts = SHORTCUTS) -> int:
-    """The program.  Returns its exit code: 0, 1 could not serve, 2 usage, 78 unusable configuration."""
+    """The program.  Returns its exit code: 0, 1 could not serve, 2 usage, 78 bad configuration."""
     options = Options(**vars(command_line().parse_args(arguments)))
     if options.replay:
         return replay(options.replay)
@@ -8795,31 +9084,39 @@ def main(arguments: Optional[List[str]] = None, shortcuts: Shortcuts = SHORTCUTS
         print_error(listen_problem(error, settings), settings.log_format)
         return 1
     files = start_logging(settings)
-    for event, facts in warnings:
-        log(logging.WARNING, event, **facts)
+    log_warnings(warnings)
+    serve_options = ServeOptions(
+        settings, sockets, files, lambda: load_configuration(options),
+        partial(Service, page=STATUS_PAGE, shortcuts=shortcuts),
+        DemoUpstream().start if options.demo else None)
     if settings.workers > 1:
-        return Supervisor(ServeOptions(settings, sockets, options, files, shortcuts)).run()
+        return Supervisor(serve_options).run()
     try:
-        asyncio.run(serve(ServeOptions(settings, sockets, options, files, shortcuts)))
-    except KeyboardInterrupt:
+        asyncio.run(serve(serve_options))
+    except KeyboardInterrupt:            # Ctrl-C before the signal handlers stand
         pass
     return 0
 
 
 def listen_problem(error: OSError, settings: Settings) -> str:
-    where = f"{', '.join(settings.server_host)} port {settings.server_port}"
+    """A sentence on why an address cannot be listened on, with the cure."""
+    port = settings.server_port
+    where = f"{', '.join(settings.server_host)} port {port}"
     if error.errno == errno.EADDRINUSE:
-        return f"port {settings.server_port} is in use: see who has it with `lsof -i :{settings.server_port}`, " \
-               "or set SERVER_PORT"
+        return f"port {port} is in use: see who has it with `lsof -i :{port}`, or set SERVER_PORT"
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"no permission to listen on {where}: set SERVER_PORT to 1024 or more"
     return f"cannot listen on {where}: {error.strerror or error} (SERVER_HOST, SERVER_PORT)"
 
 
+EX_CONFIG = 78                           # sysexits.h: unusable configuration
+
+
 # ---- 35.2 options ----------------------------------------------------------
 
 class Options(NamedTuple):
-    """What the command line asks for; see command_line."""
+    """The options of the command line; command_line() says what each of them does."""
+
     env_file: Optional[str] = None
     host: Optional[str] = None
     port: Optional[int] = None
@@ -8833,23 +9130,27 @@ def command_line() -> Any:
     """The ArgumentParser; its destinations are the fields of Options."""
     import argparse
     width = max(len(item.name) for item in fields(Settings))
-    lines = [f"  {item.name.upper():{width}}  {item.metadata['help']}{default_text(item)}" for item in fields(Settings)]
+    lines = [f"  {item.name.upper():{width}}  {item.metadata['help']}{default_text(item)}"
+             for item in fields(Settings)]
     parser = argparse.ArgumentParser(
         prog="aiapiproxy", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Lets clients of the Anthropic Messages API use any OpenAI-compatible model.",
         epilog="Settings, from the environment or a .env file:\n" + "\n".join(lines))
-    parser.add_argument("--env-file", metavar="PATH", help="read settings from this file instead of ./.env")
-    parser.add_argument("--host", help="address to listen on; wins over SERVER_HOST")
-    parser.add_argument("--port", type=port_argument, help="port to listen on; wins over SERVER_PORT; 0: a free one")
-    parser.add_argument("--demo", action="store_true", help="serve with a built-in offline upstream; no key needed")
-    parser.add_argument("--check", action="store_true", help="check the configuration and the upstream, and exit")
-    parser.add_argument("--env", action="store_true", help='print what points Claude Code here: eval "$(aiapiproxy --env)"')
-    parser.add_argument("--replay", metavar="FILE", help="translate a recorded exchange (RECORD_DIR) again, and exit")
-    parser.add_argument("--version", action="version", version=f"aiapiproxy {__version__}")
+    add = parser.add_argument
+    add("--env-file", metavar="PATH", help="read settings from this file instead of ./.env")
+    add("--host", help="address to listen on; wins over SERVER_HOST")
+    add("--port", type=port_argument, help="port to listen on; wins over SERVER_PORT; 0: a free one")
+    add("--demo", action="store_true", help="serve with a built-in offline upstream; no key needed")
+    add("--check", action="store_true", help="check the configuration and the upstream, and exit")
+    add("--env", action="store_true",
+        help='print what points Claude Code here: eval "$(aiapiproxy --env)"')
+    add("--replay", metavar="FILE", help="translate a recorded exchange (RECORD_DIR) again, and exit")
+    add("--version", action="version", version=f"aiapiproxy {__version__}")
     return parser
 
 
 def default_text(item: Any) -> str:
+    """The default of a field of Settings, in brackets; "" where there is none."""
     default = item.default
     if isinstance(default, SplitResult):
         default = default.geturl()
@@ -8859,7 +9160,9 @@ def default_text(item: Any) -> str:
         default = ",".join(map(str, default))
     elif isinstance(default, bool):
         default = int(default)
-    return "" if default in ("", None) else f" [{default:g}]" if isinstance(default, float) else f" [{default}]"
+    if default in ("", None):
+        return ""
+    return f" [{default:g}]" if isinstance(default, float) else f" [{default}]"
 
 
 def port_argument(text: str) -> int:
@@ -8869,13 +9172,10 @@ def port_argument(text: str) -> int:
     return int(text)
 
 
-EX_CONFIG = 78                           # sysexits.h
-
-
 # ---- 35.3 configuration ----------------------------------------------------
 
 def load_configuration(options: Options) -> Tuple[Settings, List[StartWarning]]:
-    """The settings, and what the log should say about where they came from.  Raises ConfigError."""
+    """The settings, and warnings about the places where they stand.  Raises ConfigError."""
     path = options.env_file or next((path for path in ENV_FILES if os.path.exists(path)), "")
     dotenv, warnings = read_env_file(path, bool(options.env_file)) if path else ({}, [])
     overrides: Json = {}
@@ -8888,20 +9188,23 @@ def load_configuration(options: Options) -> Tuple[Settings, List[StartWarning]]:
                          claude_sonnet_model=DEMO_MODEL, claude_opus_model=DEMO_MODEL)
     settings = load_settings(os.environ, dotenv, **overrides)
     check_certificates(settings)
-    for name, near in misspelled_names([*dotenv, *(name for name in os.environ if name.startswith(OWN_PREFIXES))]):
-        warnings.append(("unknown_setting", {"message": f"{name} is not a setting: is {near} meant?"}))
+    own_names = [name for name in os.environ if name.startswith(OWN_PREFIXES)]
+    for name, near in misspelled_names([*dotenv, *own_names]):
+        warnings.append(
+            ("unknown_setting", {"message": f"{name} is not a setting: is {near} meant?"}))
     return settings, warnings
 
 
 def check_certificates(settings: Settings) -> None:
     """Raises ConfigError for CA certificates that cannot be loaded."""
-    if settings.openai_base_url.scheme == "https" and (settings.ssl_cert_file or settings.ssl_cert_dir):
+    name = "SSL_CERT_FILE" if settings.ssl_cert_file else "SSL_CERT_DIR"
+    path = settings.ssl_cert_file or settings.ssl_cert_dir
+    if settings.openai_base_url.scheme == "https" and path:
         try:
             tls_context(settings.ssl_cert_file, settings.ssl_cert_dir)
         except (OSError, ssl.SSLError) as error:
-            name = "SSL_CERT_FILE" if settings.ssl_cert_file else "SSL_CERT_DIR"
-            path = settings.ssl_cert_file or settings.ssl_cert_dir
-            raise ConfigError([f"{name} {path} cannot be read: {getattr(error, 'strerror', None) or error}"]) from None
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError([f"{name} {path} cannot be read: {reason}"]) from None
 
 
 def host_option(text: str) -> Tuple[str, ...]:
@@ -8911,232 +9214,33 @@ def host_option(text: str) -> Tuple[str, ...]:
         raise ConfigError([f"--host {error}"]) from None
 
 
-ENV_FILES = ("./.env", "/usr/local/etc/aiapiproxy/.env")
-OWN_PREFIXES = ("SERVER_", "OPENAI_", "CLAUDE_", "REQUEST_", "STREAM_", "LOG_", "ALLOWED_", "API_KEY_", "PROXY_",
-                "MAX_", "WORKERS", "UPSTREAM_", "PID_")
+def read_env_file(path: str, is_required: bool) -> Tuple[Dict[str, str], List[StartWarning]]:
+    """The variables of a file, and warnings about it.
 
-
-def read_env_file(path: str, is_demanded: bool) -> Tuple[Dict[str, str], List[StartWarning]]:
-    """The variables of a file, and the warnings about it.  Raises ConfigError for a demanded one that can't be read."""
-    warnings: List[StartWarning] = []
+    Raises ConfigError if the file cannot be read and is required, because --env-file named it.
+    """
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             text = file.read(ENV_FILE_SIZE)
             mode = os.fstat(file.fileno()).st_mode
     except OSError as error:
-        if is_demanded:
+        if is_required:
             raise ConfigError([f"--env-file {path} cannot be read: {error.strerror}"]) from None
-        if not isinstance(error, FileNotFoundError) and path == ENV_FILES[0]:
-            warnings.append(("env_file", {"message": f"{path} cannot be read: {error.strerror}"}))
-        return {}, warnings
+        if isinstance(error, FileNotFoundError) or path != ENV_FILES[0]:
+            return {}, []
+        return {}, [("env_file", {"message": f"{path} cannot be read: {error.strerror}"})]
     values, malformed = dotenv_values(text)
-    warnings += [("env_file", {"message": f"{path} line {index} is not NAME=value and is skipped"})
-                 for index in malformed[:20]]
+    warnings = [f"{path} line {index} is not NAME=value and is skipped" for index in malformed[:20]]
     if mode & 0o077 and stat.S_ISREG(mode):
-        warnings.append(("env_file", {"message": f"{path} can be read by others and holds a key: chmod 600 {path}"}))
-    return values, warnings
+        warnings.append(f"{path} can be read by others and holds a key: chmod 600 {path}")
+    return values, [("env_file", {"message": text}) for text in warnings]
 
 
+ENV_FILES = ("./.env", "/usr/local/etc/aiapiproxy/.env")
 ENV_FILE_SIZE = 1048576                  # characters
-
-
-# ---- 35.4 serving ----------------------------------------------------------
-
-async def serve(worker: ServeOptions) -> None:
-    """Serves until a signal asks for the end; a worker also ends when its supervisor is gone."""
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(log_loop_fault)
-    settings, is_alone = worker.settings, worker.lifeline < 0
-    demo, demo_url = DemoUpstream(), None
-    if worker.options.demo:
-        demo_url = urlsplit(f"http://127.0.0.1:{await demo.start()}/v1")
-        settings = replace(settings, openai_base_url=demo_url)
-    server = Service(settings, STATUS_PAGE, worker.board, worker.slot, worker.shortcuts)
-    await server.start(worker.sockets)
-    stop, insist = asyncio.Event(), asyncio.Event()
-
-    def asked_to_stop() -> None:
-        (insist if stop.is_set() else stop).set()
-
-    loop.add_signal_handler(signal.SIGTERM, asked_to_stop)
-    # A terminal sends Ctrl-C to all: a worker waits for its supervisor's word.
-    loop.add_signal_handler(signal.SIGINT, asked_to_stop if is_alone else int)
-    loop.add_signal_handler(signal.SIGHUP, lambda: reload(worker, server, demo_url))
-    if is_alone:
-        write_pid_file(settings.pid_file)
-        log(logging.INFO, "started", **start_facts(settings, server.port, worker.options.demo))
-    else:
-        loop.add_reader(worker.lifeline, asked_to_stop)      # readable only when the supervisor has died
-    worker.ready()
-    try:
-        await stop.wait()
-        if is_alone:
-            log(logging.INFO, "stopping", in_flight=server.app.in_flight)
-        else:
-            loop.remove_reader(worker.lifeline)
-        ways = {asyncio.ensure_future(server.drain(DRAIN_TIME)), asyncio.ensure_future(insist.wait())}
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        for way in ways:
-            way.cancel()
-        server.app.publish()
-        if is_alone:
-            log(logging.INFO, "stopped")
-    finally:
-        if is_alone:
-            remove_pid_file(settings.pid_file)
-
-
-@dataclass(eq=False, repr=False)
-class ServeOptions:
-    """What a process that serves was given; alone, or one of several under a Supervisor."""
-    settings: Settings
-    sockets: List[socket.socket]
-    options: Options
-    files: List[LogFile]
-    shortcuts: Shortcuts = PLAIN
-    board: Optional[SharedCounters] = None
-    slot: int = 0
-    lifeline: int = -1                   # a pipe that ends with the supervisor; -1: there is none
-    ready: Callable[[], Any] = int       # called once signals are handled
-
-
-def reload(worker: ServeOptions, server: Service, demo_url: Optional[SplitResult]) -> None:
-    """SIGHUP: log files anew, and the settings; a bad file leaves the old ones in force."""
-    for file in worker.files:
-        file.reopen_if_moved()
-    old = server.app.settings
-    try:
-        wanted, warnings = load_configuration(worker.options)
-        fresh = with_fixed_settings(wanted, old)
-    except ConfigError as error:
-        log(logging.ERROR, "reload_failed", message="the old settings stay: " + "; ".join(error.problems))
-        return
-    for event, facts in warnings:
-        log(logging.WARNING, event, **facts)
-    for name in ("server_host", "server_port", "workers"):
-        if getattr(wanted, name) != getattr(fresh, name):
-            log(logging.WARNING, "reloaded", message=f"{name.upper()} takes effect at the next start")
-    if demo_url is not None:
-        fresh = replace(fresh, openai_base_url=demo_url)
-    server.app.apply_settings(fresh)
-    LOG.setLevel(fresh.log_level)
-    log(logging.INFO, "reloaded", message="settings read again")
-
-
-def with_fixed_settings(fresh: Settings, old: Settings) -> Settings:
-    """New settings, but for what cannot change while the process runs.  Raises ConfigError."""
-    settings = replace(fresh, server_host=old.server_host, server_port=old.server_port, workers=old.workers)
-    check_exposure(settings)
-    return settings
-
-
-DRAIN_TIME = 10.0                        # seconds for running requests to end after the first signal
-
-
-def start_facts(settings: Settings, port: int, is_demo: bool) -> Json:
-    """What the first line of the log tells: where, to whom, which models, and how to point a client here."""
-    address = "http://" + url_authority(settings, port)
-    models = model_map(settings)
-    upstream = "the built-in demo" if is_demo else settings.hostname
-    shown = ", ".join(f"{family} → {name}" for family, name in models.items())
-    return {"message": f"aiapiproxy {__version__} listens on {address}, upstream {upstream} ({shown}). Claude Code: "
-            f"ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={token_hint(settings)} claude",
-            "address": address, "upstream": upstream, "models": models, "version": __version__}
-
-
-# ---- 35.5 several processes ------------------------------------------------
-
-class Supervisor:
-    """WORKERS processes on one listening socket, and their parent, which only watches them.
-
-    A worker that dies is replaced, at most once a second; the sockets stay open meanwhile, so nobody
-    is refused.  Signals go on to all workers; when the parent dies, they end.
-    """
-
-    def __init__(self, template: ServeOptions) -> None:
-        self._settings = template.settings
-        self._board = SharedCounters(self._settings.workers)
-        lifeline, self._held_end = os.pipe()
-        self._template = replace(template, board=self._board, lifeline=lifeline)
-        self._workers: Dict[int, int] = {}                   # process id -> slot
-        self._is_stopping = False
-
-    def run(self) -> int:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._pass_on)
-        write_pid_file(self._settings.pid_file)
-        try:
-            port = self._template.sockets[0].getsockname()[1]
-            log(logging.INFO, "started", **start_facts(self._settings, port, self._template.options.demo),
-                workers=self._settings.workers)
-            for slot in range(self._settings.workers):
-                self._start(slot)
-            while self._workers:
-                self._await_end()
-            log(logging.INFO, "stopped")
-        finally:
-            remove_pid_file(self._settings.pid_file)
-        return 0
-
-    def _start(self, slot: int) -> None:
-        """Forks a worker.  Signals wait meanwhile, so that none is lost between two owners."""
-        signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        pid = 0 if self._is_stopping else os.fork()
-        if pid:
-            self._workers[pid] = slot
-        elif not self._is_stopping:
-            self._work(slot, signals)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-
-    def _work(self, slot: int, signals: Set[signal.Signals]) -> None:
-        """The life of a worker; never returns."""
-        code = 1
-        try:
-            os.close(self._held_end)
-            for number in signals:
-                signal.signal(number, signal.SIG_DFL)
-            asyncio.run(serve(replace(self._template, slot=slot, ready=lambda: signal.pthread_sigmask(
-                signal.SIG_UNBLOCK, signals))))
-            code = 0
-        finally:
-            os._exit(code)
-
-    def _await_end(self) -> None:
-        began = time.monotonic()
-        pid, code = os.wait()
-        slot = self._workers.pop(pid, None)
-        if slot is None or self._is_stopping:
-            return
-        log(logging.ERROR, "worker_died", message=f"worker {slot} (pid {pid}) ended and is replaced", wait_status=code)
-        time.sleep(max(0.0, WORKER_PAUSE - (time.monotonic() - began)))
-        self._start(slot)
-
-    def _pass_on(self, number: int, frame: Any) -> None:
-        if number == signal.SIGHUP:
-            for file in self._template.files:
-                file.reopen_if_moved()
-            try:                                             # for workers that are started from now on
-                fresh, _ = load_configuration(self._template.options)
-                self._template.settings = with_fixed_settings(fresh, self._settings)
-            except ConfigError:
-                pass                                         # the workers tell it
-        elif self._is_stopping:
-            number = signal.SIGKILL                          # the second one insists
-        else:
-            self._is_stopping = True
-            number = signal.SIGTERM
-            log(logging.INFO, "stopping")
-            for item in self._template.sockets:              # else the backlog would go on accepting
-                item.close()
-        for pid in list(self._workers):
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                pass
-
-
-WORKER_PAUSE = 1.0                       # seconds between two starts of workers, lest a fault at the start eats a core
+# Variables of the environment that begin so are looked at for misspelled names.
+OWN_PREFIXES = ("SERVER_", "OPENAI_", "CLAUDE_", "REQUEST_", "STREAM_", "LOG_", "ALLOWED_",
+                "API_KEY_", "PROXY_", "MAX_", "WORKERS", "UPSTREAM_", "PID_")
 
 
 if __name__ == "__main__":
