@@ -8506,7 +8506,8 @@ DEMO_PAUSE = 0.02                        # seconds between two words
 # 32. STATUS PAGE
 # ============================================================================
 #
-# The page at /: it loads nothing from outside, and draws /status.
+# The page at /.  It loads nothing from outside, asks /status every 2 seconds and draws
+# the answer; the policy that get_front_page (27) sends with it forbids everything else.
 
 # ---- 32.1 page -------------------------------------------------------------
 
@@ -8518,54 +8519,52 @@ STATUS_PAGE = """\
 <link rel=icon href=data:,>
 <title id=title>aiapiproxy</title>
 <style>
-:root{color-scheme:dark light;--back:#dce3e7;--face:#f8fafb;--line:#ccd5da;--ink:#172126;--dim:#526069;
---cached:#5c9a92;--new:#1f5f9e;--out:#9a6200;--whole:#7f8b93;--ok:#1a7544;--bad:#b2332a}
-@media(prefers-color-scheme:dark){:root{--back:#0a0e11;--face:#13181c;--line:#283239;--ink:#dfe6e9;--dim:#94a3ad;
---cached:#3f7d78;--new:#8fc0ee;--out:#e3b261;--whole:#62717b;--ok:#67c38d;--bad:#f28b7d}}
+:root{color-scheme:dark light;--back:#dce3e7;--face:#f8fafb;--line:#ccd5da;--ink:#172126;
+--dim:#526069;--cached:#5c9a92;--new:#1f5f9e;--out:#9a6200;--whole:#7f8b93;--ok:#1a7544;
+--bad:#b2332a}
+@media(prefers-color-scheme:dark){:root{--back:#0a0e11;--face:#13181c;--line:#283239;--ink:#dfe6e9;
+--dim:#94a3ad;--cached:#3f7d78;--new:#8fc0ee;--out:#e3b261;--whole:#62717b;--ok:#67c38d;
+--bad:#f28b7d}}
 *{box-sizing:border-box;margin:0;padding:0;overflow-wrap:anywhere}
-body{background:var(--back);color:var(--ink);font:14px/1.5 system-ui,sans-serif;max-width:1440px;margin:auto;padding:16px}
+body{background:var(--back);color:var(--ink);font:14px/1.5 system-ui,sans-serif;max-width:1440px;
+margin:auto;padding:16px}
 pre,td,dl,b,code,.read p{font:13px/1.5 ui-monospace,Menlo,Consolas,monospace}
 h1,#state{font:600 18px system-ui,sans-serif}
-h2{font-size:14px}
-small,th,figure p,output{color:var(--dim);font-size:13px;font-weight:400}
+h2{font-size:14px} small,th,figure p,output{color:var(--dim);font-size:13px;font-weight:400}
 header{display:flex;flex-wrap:wrap;gap:2px 24px;align-items:baseline;padding:0 4px 14px}
-#health{flex:1}
-#fresh{margin-left:auto}
-p.lamp::before,td.lamp::before{content:"";display:inline-block;width:5px;height:5px;margin:0 9px 0 2px;border:2px solid;
-border-radius:9px}
+#health{flex:1} #fresh{margin-left:auto}
+p.lamp::before,td.lamp::before{content:"";display:inline-block;width:5px;height:5px;
+margin:0 9px 0 2px;border:2px solid;border-radius:9px}
 .ok .lamp::before{background:currentColor;color:var(--ok)}
 .bad .lamp::before{background:currentColor;border-radius:0;transform:rotate(45deg)}
 .bad .lamp::before,.off .lamp::before,.bad #state,.off #state,.errors b{color:var(--bad)}
-main{display:grid;grid-template-columns:repeat(12,1fr);gap:1px;background:var(--line);border:1px solid var(--line);
-border-radius:8px;overflow:hidden}
+main{display:grid;grid-template-columns:repeat(12,1fr);gap:1px;background:var(--line);
+border:1px solid var(--line);border-radius:8px;overflow:hidden}
 .off+main{filter:saturate(.2)}
 main>*{background:var(--face);padding:16px 20px;min-width:0;grid-column:span 6}
-.read{grid-column:span 3}
-.read p{font-size:30px;letter-spacing:-.04em}
+.read{grid-column:span 3} .read p{font-size:30px;letter-spacing:-.04em}
 figure,.errors+*{grid-column:span 4}
-.errors{grid-column:span 8}
-.all{grid-column:1/-1}
+.errors{grid-column:span 8} .all{grid-column:1/-1}
 dl{display:grid;grid-template-columns:auto 1fr;gap:6px 0;margin:10px 0}
 dd{padding-left:90px;background:linear-gradient(var(--new),var(--new)) 18px 9px/54px 1px no-repeat,
-radial-gradient(circle at 18px 9.5px,var(--new) 3px,#0000 4px),radial-gradient(circle at 72px 9.5px,var(--new) 3px,#0000 4px)}
+radial-gradient(circle at 18px 9.5px,var(--new) 3px,#0000 4px),
+radial-gradient(circle at 72px 9.5px,var(--new) 3px,#0000 4px)}
 pre{border:1px solid var(--line);padding:10px;margin:10px 0;white-space:pre-wrap}
-button{font:inherit;padding:3px 14px;margin-right:12px;color:inherit;background:none;border:1px solid;border-radius:4px}
+button{font:inherit;padding:3px 14px;margin-right:12px;color:inherit;background:none;
+border:1px solid;border-radius:4px}
 svg{display:block;width:100%;height:168px;margin-top:6px}
-text{fill:var(--dim);font-size:11px}
-path{color:var(--line);stroke:currentColor}
+text{fill:var(--dim);font-size:11px} path{color:var(--line);stroke:currentColor}
 i{display:inline-block;width:9px;height:9px;margin-right:6px;background:currentColor}
-figure b{color:var(--ink)}
-b+i{margin-left:12px}
-.cached{color:var(--cached)} .new{color:var(--new)} .out{color:var(--out)} .whole{color:var(--whole)}
+figure b{color:var(--ink)} b+i{margin-left:12px}
+.cached{color:var(--cached)} .new{color:var(--new)}
+.out{color:var(--out)} .whole{color:var(--whole)}
 ul:empty::after,tbody:empty::after{content:"None";color:var(--dim)}
-tbody::after{position:absolute;margin:6px 20px}
-li{list-style:none;margin-top:10px}
+tbody::after{position:absolute;margin:6px 20px} li{list-style:none;margin-top:10px}
 .scroll{overflow-x:auto;min-height:64px;margin:8px -20px 0}
 table{border-collapse:collapse;width:100%}
-th,td{text-align:left;white-space:nowrap;padding:5px 20px 5px 0;border-bottom:1px solid var(--line);max-width:25ch;
-overflow:hidden;text-overflow:ellipsis}
-td:last-child{max-width:14ch}
-.n{text-align:right}
+th,td{text-align:left;white-space:nowrap;padding:5px 20px 5px 0;border-bottom:1px solid var(--line);
+max-width:25ch;overflow:hidden;text-overflow:ellipsis}
+td:last-child{max-width:14ch} .n{text-align:right}
 tr>:first-child{position:sticky;left:0;background:var(--face);padding-left:20px}
 @media(max-width:1000px){:root main>*{grid-column:1/-1} :root .read{grid-column:span 6}}
 @media(max-width:600px){body{padding:8px} .read p{font-size:22px} #health{flex-basis:100%;order:1}}
@@ -8578,17 +8577,20 @@ tr>:first-child{position:sticky;left:0;background:var(--face);padding-left:20px}
 <main>
 <section class=read><h2>In flight</h2><p id=flying>–</p><small id=workers></small></section>
 <section class=read><h2>Requests</h2><p id=requests>–</p><small id=failed></small></section>
-<section class=read><h2>Prompt cache hits</h2><p id=hits>–</p><small>of prompt tokens, last hour</small></section>
+<section class=read><h2>Prompt cache hits</h2><p id=hits>–</p>
+<small>of prompt tokens, last hour</small></section>
 <section class=read><h2>Uptime</h2><p id=uptime>–</p><small id=version></small></section>
 <section><h2>Upstream</h2><code id=url></code><dl id=models></dl>
 <small>Other claude names go where sonnet goes; all others pass unchanged.</small></section>
-<section><h2>Point Claude Code here</h2><pre id=lines></pre><button id=copy>Copy</button><output id=copied></output></section>
+<section><h2>Point Claude Code here</h2><pre id=lines></pre>
+<button id=copy>Copy</button><output id=copied></output></section>
 <figure><h2>Prompt</h2><p id=prompt></p><svg role=img></svg></figure>
 <figure><h2>Output</h2><p id=output></p><svg role=img></svg></figure>
 <figure><h2>Latency</h2><p id=latency></p><svg role=img></svg></figure>
 <section class=errors><h2>Latest errors</h2><ul id=errors></ul></section>
 <section><h2>Learned adjustments</h2><ul id=learned></ul></section>
-<section class=all><h2>Last requests</h2><div class=scroll tabindex=0 role=region aria-label="Last requests">
+<section class=all><h2>Last requests</h2>
+<div class=scroll tabindex=0 role=region aria-label="Last requests">
 <table><thead><tr id=columns></thead><tbody id=recent></table></div></section>
 </main>
 <script>
@@ -8633,8 +8635,8 @@ const took = ms => ms == null ? '–' : ms < 999.5 ? Math.round(ms) + ' ms' :
 
 function span(s) {
   if (s < 60) return Math.floor(s) + ' s'
-  const [size, big, part, small] = s < 3600 ? [60, ' min ', 1, ' s'] : s < 86400 ? [3600, ' h ', 60, ' min'] :
-    [86400, ' d ', 3600, ' h']
+  const [size, big, part, small] = s < 3600 ? [60, ' min ', 1, ' s'] :
+    s < 86400 ? [3600, ' h ', 60, ' min'] : [86400, ' d ', 3600, ' h']
   return Math.floor(s / size) + big + Math.floor(s % size / part) + small
 }
 
@@ -8659,7 +8661,8 @@ const COLUMNS = [
 
 function addRequest(body, r) {
   const row = add(body, 'tr', '', hasFailed(r) ? 'bad' : r.outcome)
-  for (const [, value, look] of COLUMNS) add(row, 'td', value(r) || '–', look, {title: value(r) || ''})
+  for (const [, value, look] of COLUMNS)
+    add(row, 'td', value(r) || '–', look, {title: value(r) || ''})
 }
 
 // What to do: the first that fits "status outcome error".
@@ -8696,8 +8699,10 @@ function addError(list, r) {
 function plot(id, unit, format, summary, ...layers) {
   const {minutes} = data, caption = $(id), svg = caption.nextSibling
   const width = svg.clientWidth, slot = (width - 46) / 60
-  const peak = Math.max(...minutes.map(layers[0][2])), scale = 10 ** Math.floor(Math.log10(peak / 4 || 1))
-  const step = [1, 2, 5, 10].map(k => k * scale).find(step => step * 4 >= peak), top = Math.ceil(peak / step) * step
+  const peak = Math.max(...minutes.map(layers[0][2]))
+  const scale = 10 ** Math.floor(Math.log10(peak / 4 || 1))
+  const step = [1, 2, 5, 10].map(k => k * scale).find(step => step * 4 >= peak)
+  const top = Math.ceil(peak / step) * step
   const x = i => 46 + (i + .5) * slot
   const y = value => 146 - 120 * value / (top || 1)
   const line = (look, thick, d) => add(svg, 'path', '', look, {d, 'stroke-width': thick})
@@ -8725,13 +8730,16 @@ const total = (list, value) => brief(sum(list, value))
 
 function mean(list, value) {
   const busy = list.filter(value)
-  return took(busy.length ? sum(busy, m => value(m) * m.requests) / sum(busy, get('requests')) : null)
+  const weighted = sum(busy, m => value(m) * m.requests)
+  return took(busy.length ? weighted / sum(busy, get('requests')) : null)
 }
 
 function plots() {
   if (!data) return
-  plot('prompt', 'tokens per minute, last hour', brief, total, ['new', 'tokens', prompt], ['cached', 'of them cached', cached])
-  plot('output', 'tokens per minute, last hour', brief, total, ['out', 'tokens', get('output_tokens')])
+  const perMinute = 'tokens per minute, last hour'
+  plot('prompt', perMinute, brief, total,
+    ['new', 'tokens', prompt], ['cached', 'of them cached', cached])
+  plot('output', perMinute, brief, total, ['out', 'tokens', get('output_tokens')])
   plot('latency', 'mean per minute, last hour', ms => ms / 1000 + ' s', mean,
     ['whole', 'duration', get('duration_ms')], ['new', 'to first token', get('ttft_ms')])
 }
@@ -8742,14 +8750,17 @@ function say(look, state, reason, fresh) {
 }
 
 function show() {
-  const {minutes, models, reason, recent} = data, isReady = data.health === 'ready', all = sum(minutes, prompt)
-  say(isReady ? 'ok' : 'bad', isReady ? 'Ready' : 'Not ready', reason && reason + '. ' + advice(reason), clock(seen))
+  const {minutes, models, reason, recent} = data
+  const isReady = data.health === 'ready', all = sum(minutes, prompt)
+  say(isReady ? 'ok' : 'bad', isReady ? 'Ready' : 'Not ready',
+    reason && reason + '. ' + advice(reason), clock(seen))
   put({
     version: 'version ' + data.version,
     flying: count(data.in_flight),
     workers: 'workers: ' + data.workers,
     requests: count(data.requests),
-    failed: count(data.errors) + ' failed; ' + count(sum(minutes, get('requests'))) + ' in the last hour',
+    failed: count(data.errors) + ' failed; ' + count(sum(minutes, get('requests'))) +
+      ' in the last hour',
     hits: all ? (100 * sum(minutes, cached) / all).toFixed(1) + ' %' : '–',
     uptime: span(data.uptime_seconds),
     url: data.upstream.url})
@@ -8760,7 +8771,8 @@ function show() {
   renew('lines', data.environment, (pre, line) => add(pre, 'div', line))
   renew('recent', recent, addRequest)
   renew('errors', recent.filter(r => hasFailed(r) && alike(r)[0] === r).slice(0, 5), addError)
-  renew('learned', data.adjustments, (list, a) => add(list, 'li', a.model + ': ' + a.adjustment + ' ' + a.value))
+  renew('learned', data.adjustments, (list, a) =>
+    add(list, 'li', a.model + ': ' + a.adjustment + ' ' + a.value))
   plots()
 }
 
@@ -8773,7 +8785,8 @@ async function poll() {
     seen = Date.now()
     show()
   } catch (error) {
-    say('off', 'Not reachable', error.message, 'since ' + clock(seen) + ', ' + span((Date.now() - seen) / 1000))
+    say('off', 'Not reachable', error.message,
+      'since ' + clock(seen) + ', ' + span((Date.now() - seen) / 1000))
   }
   clearTimeout(timer)
   timer = setTimeout(poll, document.hidden ? 1e4 : 2e3)
