@@ -8360,80 +8360,57 @@ CHECK_COLOURS = {"ok": 32, "warn": 33, "fail": 31}       # green, yellow, red
 # ============================================================================
 #
 # The upstream of --demo: a loopback listener in this process that speaks real Chat
-# Completions, so that a newcomer sees the whole path work without a key.
+# Completions, so that a newcomer sees the whole path work without a key.  It runs on the
+# program's own Server (20), and answers a conversation with a few words about itself, or
+# with a tool call when it is asked for one.
 
-# ---- 31.1 demo -------------------------------------------------------------
+# ---- 31.1 server -----------------------------------------------------------
 
-class DemoUpstream:
-    """Answers every conversation with a few words about itself, or a tool call when it is asked for one."""
+async def start_demo() -> int:
+    """Starts the upstream of --demo on a free port of 127.0.0.1.  Returns the port."""
+    server = Server(demo_response, demo_rejection, bool, random_id)
+    await server.start(listening_sockets(["127.0.0.1"], 0))
+    return server.port
 
-    async def start(self) -> int:
-        """Listens on a free port of the loopback address, and returns it."""
-        self._tasks: Set[asyncio.Task] = set()               # asyncio keeps no reference
-        self._server = await asyncio.get_running_loop().create_server(self._protocol, "127.0.0.1", 0)
-        return self._server.sockets[0].getsockname()[1]
 
-    def _protocol(self) -> ConnectionProtocol:
-        loop = asyncio.get_running_loop()
+async def demo_response(exchange: Exchange) -> Optional[Response]:
+    """The list of models, or a completion; None after one that was streamed word by word."""
+    if exchange.request.path.endswith("/models"):
+        return json_response({"object": "list", "data": [{"id": DEMO_MODEL, "object": "model"}]})
+    params = await exchange.json(DEMO_BODY)
+    message = demo_message(params)
+    finish = "tool_calls" if "tool_calls" in message else "stop"
+    usage = {"prompt_tokens": estimated_request_tokens(params),
+             "completion_tokens": estimated_tokens(str(message))}
+    if not params.get("stream"):
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        return json_response({"object": "chat.completion", "model": DEMO_MODEL, "usage": usage,
+                              "choices": [choice]})
+    exchange.watch_client()
+    for delta in demo_deltas(message):
+        await exchange.send(demo_chunk([{"index": 0, "delta": delta, "finish_reason": None}]))
+        await asyncio.sleep(DEMO_PAUSE)
+    end = demo_chunk([{"index": 0, "delta": {}, "finish_reason": finish}])
+    await exchange.send(end + demo_chunk([], usage) + b"data: [DONE]\n\n", is_last=True)
+    return None
 
-        def accept(protocol: ConnectionProtocol, transport: Any) -> None:
-            task = loop.create_task(self._serve(ByteStream(protocol, transport)))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
 
-        return ConnectionProtocol(accept)
+def demo_rejection(exchange: Exchange, error: ProtocolError) -> Response:
+    return json_response({"error": {"message": error.message}}, error.status)
 
-    async def _serve(self, stream: ByteStream) -> None:
-        try:
-            while True:
-                head, rest = await stream.head(request_head_end)
-                request = parse_request_head(head[:-4])
-                body = LengthBody(int(request.headers.get("content-length", 0)))
-                data = bytearray(body.feed(rest))
-                while not body.done:
-                    piece = await stream.read()
-                    if not piece:
-                        raise EOFError
-                    data += body.feed(piece)
-                await self._answer(stream, request, bytes(data))
-        except (OSError, EOFError, ProxyError, ValueError, asyncio.CancelledError):
-            pass
-        finally:
-            stream.close()
 
-    async def _answer(self, stream: ByteStream, request: Request, body: bytes) -> None:
-        if request.path.endswith("/models"):
-            await self._send_json(stream, {"object": "list", "data": [{"id": DEMO_MODEL, "object": "model"}]})
-            return
-        params = json.loads(body)
-        message = demo_message(params)
-        finish = "tool_calls" if "tool_calls" in message else "stop"
-        usage = {"prompt_tokens": estimated_request_tokens(params), "completion_tokens": estimated_tokens(str(message))}
-        if not params.get("stream"):
-            await self._send_json(stream, {"object": "chat.completion", "model": DEMO_MODEL, "usage": usage,
-                                           "choices": [{"index": 0, "message": message, "finish_reason": finish}]})
-            return
-        stream.write(encoded_head("HTTP/1.1 200 OK", [
-            ("content-type", "text/event-stream"), ("transfer-encoding", "chunked")]))
-        for delta in demo_deltas(message):
-            self._send_chunk(stream, [{"index": 0, "delta": delta, "finish_reason": None}])
-            await stream.drain()
-            await asyncio.sleep(DEMO_PAUSE)
-        self._send_chunk(stream, [{"index": 0, "delta": {}, "finish_reason": finish}])
-        self._send_chunk(stream, [], usage)
-        stream.write(encoded_chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
+def demo_chunk(choices: List[Json], usage: Optional[Json] = None) -> bytes:
+    """A chunk of a completion as a server-sent event.  [OpenAI: chunk object]"""
+    chunk = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "model": DEMO_MODEL,
+             "choices": choices, "usage": usage}
+    return b"data: " + json_bytes(chunk) + b"\n\n"
 
-    def _send_chunk(self, stream: ByteStream, choices: List[Json], usage: Optional[Json] = None) -> None:
-        chunk = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "model": DEMO_MODEL, "choices": choices,
-                 "usage": usage}
-        stream.write(encoded_chunk(b"data: " + json_bytes(chunk) + b"\n\n"))
 
-    async def _send_json(self, stream: ByteStream, value: Json) -> None:
-        data = json_bytes(value)
-        stream.write(encoded_head("HTTP/1.1 200 OK", [
-            ("content-type", "application/json"), ("content-length", str(len(data)))]) + data)
-        await stream.drain()
+DEMO_BODY = 1 << 30                      # bytes; the proxy has checked MAX_REQUEST_SIZE
+DEMO_PAUSE = 0.02                        # seconds between two words
 
+
+# ---- 31.2 answers ----------------------------------------------------------
 
 def demo_message(params: Json) -> Json:
     """The assistant message that answers a conversation."""
@@ -8499,7 +8476,6 @@ def demo_deltas(message: Json) -> Iterator[Json]:
 
 DEMO_MODEL = "aiapiproxy-demo"
 DEMO_END = "Set OPENAI_API_KEY and OPENAI_BASE_URL to talk to a real model."
-DEMO_PAUSE = 0.02                        # seconds between two words
 
 
 # ============================================================================
@@ -8919,7 +8895,7 @@ class Supervisor:
 
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-WORKER_PAUSE = 1.0                       # seconds; a crash at start is no busy loop
+WORKER_PAUSE = 1.0                       # seconds; so a crash is no busy loop
 
 
 # ============================================================================
@@ -9101,7 +9077,7 @@ def main(arguments: Optional[List[str]] = None, shortcuts: Shortcuts = SHORTCUTS
     serve_options = ServeOptions(
         settings, sockets, files, lambda: load_configuration(options),
         partial(Service, page=STATUS_PAGE, shortcuts=shortcuts),
-        DemoUpstream().start if options.demo else None)
+        start_demo if options.demo else None)
     if settings.workers > 1:
         return Supervisor(serve_options).run()
     try:
