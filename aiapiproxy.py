@@ -143,15 +143,27 @@ __version__ = "1.0.0"
 # ---- 1.1 words -------------------------------------------------------------
 
 Json = Dict[str, Any]
-NewId = Callable[[int], str]             # a random string of so many letters and digits
+NewId = Callable[[int], str]             # n -> n random letters and digits
 
+
+# Parsed JSON is of unknown types until one of these functions has looked at it.  A bool is an int
+# for Python, but `true` is no number of JSON.
 
 def is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
 def is_name(value: Any) -> bool:
+    """Whether a value is a string with something in it."""
     return isinstance(value, str) and value != ""
+
+
+def is_boolean(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def is_integer(value: Any) -> bool:
@@ -163,24 +175,29 @@ def is_number(value: Any) -> bool:
 
 
 def text_part(text: str) -> Json:
+    """A text block of the Messages API, which is a text part of Chat Completions too."""
     return {"type": "text", "text": text}
 
 
 def sha256_hex(text: str) -> str:
+    """64 hex digits that are always the same for the same text."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
 # ---- 1.2 redaction ---------------------------------------------------------
 
 def redacted(text: str, secrets: Iterable[str]) -> str:
-    """Text for people: no key, no control character, not too long."""
+    """A text of somebody else's that people may read: no key, no control character, not too long.
+
+    The last four characters of a key stay, so that people can tell which of their keys it is.
+    """
     for secret in secrets:
         if secret in text:
             text = text.replace(secret, f"sk-…{secret[-4:]}")
     return CONTROL.sub(" ", KEY_LIKE.sub(r"sk-…\1", text))[:ERROR_TEXT]
 
 
-ERROR_TEXT = 4096                        # characters of an upstream's message that are passed on
+ERROR_TEXT = 4096                        # characters of an upstream's message
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 KEY_LIKE = re.compile(r"\bsk-[A-Za-z0-9_-]{8,}([A-Za-z0-9_-]{4})")
 
@@ -188,7 +205,12 @@ KEY_LIKE = re.compile(r"\bsk-[A-Za-z0-9_-]{8,}([A-Za-z0-9_-]{4})")
 # ---- 1.3 errors ------------------------------------------------------------
 
 class ProxyError(Exception):
-    """A failure with the answer it deserves.  `headers` go into the answer, lower-case names."""
+    """A failure that is told to the client.
+
+    `message` is the sentence for the client, `log_message` the text for the log: an upstream's
+    message may quote the prompt, so it is not logged.  `headers` are added to the response, names in
+    lower case; `details` is a member of the error object; `outcome` is its label in the metrics.
+    """
 
     outcome = "rejected"
 
@@ -200,11 +222,11 @@ class ProxyError(Exception):
         self.kind = kind or error_kind(status)
         self.headers = headers or {}
         self.details = details
-        self.log_message = message          # what the log may say: an upstream's own words can quote the prompt
+        self.log_message = message
 
 
 class ProtocolError(ProxyError):
-    """A client broke HTTP/1.1: it is answered, and its connection closed."""
+    """A client broke HTTP/1.1: it gets an answer, then its connection is closed."""
 
 
 class UpstreamError(ProxyError):
@@ -225,13 +247,16 @@ class UpstreamError(ProxyError):
 
 
 class ConnectionLost(UpstreamError):
-    """The upstream's connection failed; `has_response` is False while no byte of an answer had come."""
+    """The upstream's connection failed.
+
+    `has_response` is False if no byte of an answer has arrived; such a request can be sent again.
+    """
 
     has_response = False
 
 
 class ClientDisconnected(Exception):
-    """The client closed its connection: there is nobody to answer."""
+    """The client closed its connection, so nobody reads an answer."""
 
 
 class ConfigError(Exception):
@@ -243,12 +268,12 @@ class ConfigError(Exception):
 
 
 def error_kind(status: int) -> str:
-    """The `error.type` that goes with an HTTP status."""
+    """The `error.type` that belongs to an HTTP status."""
     return ERROR_KINDS.get(status) or ("invalid_request_error" if status < 500 else "api_error")
 
 
 def error_fields(error: ProxyError, request_id: str) -> Json:
-    """The envelope of an error, as a body or as the data of an `error` event."""
+    """The error object of the Messages API, for a response's body or the data of an `error` event."""
     members: Json = {"type": error.kind, "message": error.message}
     if error.details is not None:
         members["details"] = error.details
@@ -278,32 +303,39 @@ PLAIN = Shortcuts()
 # ============================================================================
 #
 # Incoming JSON is hostile: numbers that no float can hold, nesting that no stack can
-# hold, lone surrogates.  Outgoing JSON is compact ASCII and never holds a lone
-# surrogate, which would crash Python clients.  [RFC 8259]
+# hold, lone surrogates.  There is one reader for each sender: client_json is strict
+# and bounded, upstream_json takes every dialect, model_json reads JSON that a model
+# wrote.  Outgoing JSON is compact ASCII without lone surrogates, because a client in
+# Python crashes when it encodes one.  [RFC 8259]
 
 # ---- 2.1 writing -----------------------------------------------------------
 
 def json_text(value: Any) -> str:
-    """Compact ASCII JSON.  Raises ValueError for NaN, infinity and what is nested too deep."""
+    """Compact ASCII JSON.  Raises ValueError for NaN, infinity and values nested too deeply."""
     try:
         text = _encoder.encode(value)
-        if text.rfind("\\ud") >= 0:                      # pairs, or halves; from behind: 3 times as fast
-            whole = without_lone_surrogates(value)
-            text = text if whole is value else _encoder.encode(whole)
+        # `\ud` marks a surrogate, paired or lone; rfind is three times as fast as find.
+        if text.rfind("\\ud") >= 0:
+            clean = without_lone_surrogates(value)
+            text = text if clean is value else _encoder.encode(clean)
         return text
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
 def without_lone_surrogates(value: Any) -> Any:
-    """A JSON value in which each half of a surrogate pair has met its other half or is U+FFFD; itself if it has none."""
+    """A JSON value whose surrogates are paired or replaced by U+FFFD; itself if it has no lone one.
+
+    Two neighbouring halves become one character: upstreams split an emoji between two chunks.
+    """
     if isinstance(value, str):
         return well_formed_text(value)
     if isinstance(value, list):
         items = [without_lone_surrogates(item) for item in value]
         return value if all(map(operator.is_, items, value)) else items
     if isinstance(value, dict):
-        pairs = [(well_formed_text(key), without_lone_surrogates(item)) for key, item in value.items()]
+        pairs = [(well_formed_text(key), without_lone_surrogates(item))
+                 for key, item in value.items()]
         is_same = all([key is old and item is value[old] for (key, item), old in zip(pairs, value)])
         return value if is_same else dict(pairs)
     return value
@@ -321,13 +353,18 @@ def well_formed_text(text: str) -> str:
 
 
 def json_bytes(value: Any) -> bytes:
+    """json_text as bytes.  Raises ValueError like it."""
     return json_text(value).encode("ascii")
 
 
 def utf8_json_bytes(value: Any) -> bytes:
-    """JSON as UTF-8: for megabytes beyond ASCII a fifth of the time of json_bytes, and half the size.  Raises like it."""
+    """Compact JSON in UTF-8.  Raises ValueError like json_text.
+
+    For megabytes of non-ASCII text it takes a fifth of the time of json_bytes, and half the size.
+    """
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"),
+                          allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:
         return json_bytes(value)
     except RecursionError:
@@ -335,7 +372,7 @@ def utf8_json_bytes(value: Any) -> bytes:
 
 
 def readable_json(value: Any) -> str:
-    """JSON as a model sees it: not escaped."""
+    """Compact JSON without escapes, the form in which a model reads it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -344,18 +381,7 @@ _encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circul
 
 # ---- 2.2 reading -----------------------------------------------------------
 
-def json_value(text: str) -> Any:
-    """The value of JSON text; raw control characters inside strings are let pass.
-
-    Raises ValueError for all that is not JSON, NaN and infinity included.
-    """
-    try:
-        return _tolerant_decoder.decode(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def request_text(body: Union[bytes, bytearray]) -> str:
+def client_text(body: Union[bytes, bytearray]) -> str:
     """The text of a client's body, without a byte order mark.  Raises ProxyError(400)."""
     try:
         text = body.decode()
@@ -364,9 +390,11 @@ def request_text(body: Union[bytes, bytearray]) -> str:
     return text[1:] if text.startswith("\ufeff") else text
 
 
-def request_value(text: str) -> Any:
-    """Parsing holds all streams, so it is bounded: by the number of values, and by keeping the garbage
-    collector from looking at all of them again and again.  32 MB of whatever takes under 0.4 s.
+def client_json(text: str) -> Any:
+    """The value of a client's JSON text.  Raises ProxyError(400).
+
+    Parsing blocks the event loop, so the number of values is bounded, and the garbage collector,
+    which would traverse all new objects again and again, pauses: 32 MB take under 0.4 s.
     """
     is_large = len(text) > 1048576
     if is_large and text.count(",") > MAX_VALUES:
@@ -377,7 +405,8 @@ def request_value(text: str) -> Any:
     try:
         return _client_decoder.decode(text)
     except json.JSONDecodeError as error:
-        raise ProxyError(400, f"{NOT_JSON}: {error.msg} (line {error.lineno}, column {error.colno})") from None
+        raise ProxyError(400, f"{NOT_JSON}: {error.msg} "
+                         f"(line {error.lineno}, column {error.colno})") from None
     except ValueError as error:
         raise ProxyError(400, f"{NOT_JSON}: {str(error)[:200]}") from None
     except RecursionError:
@@ -388,7 +417,40 @@ def request_value(text: str) -> Any:
 
 
 NOT_JSON = "Request body is not valid JSON"
-MAX_VALUES = 500000                      # by their commas, those in texts included: what a million tokens can have
+# JSON values of a body, counted by commas, those inside of texts included.  A context window of a
+# million tokens cannot hold more.
+MAX_VALUES = 500000
+
+
+def upstream_json(text: str) -> Any:
+    """The value of JSON text from an upstream.  Raises ValueError.
+
+    Raw control characters, NaN and infinity are accepted, because servers send them.
+    """
+    try:
+        return _upstream_decoder.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def model_json(text: str) -> Any:
+    """The value of JSON text that a model wrote, or that travelled through a client.
+
+    Raw control characters inside strings are accepted: models don't escape line breaks.  Raises
+    ValueError for other faults, NaN and infinity included.
+    """
+    try:
+        return _model_decoder.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def leading_model_json(text: str) -> Tuple[Any, int]:
+    """The value at the start of a text that a model wrote, and its end.  Raises ValueError."""
+    try:
+        return _model_decoder.raw_decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def finite_float(text: str) -> float:
@@ -403,15 +465,18 @@ def reject_constant(name: str) -> None:
 
 
 _client_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant)
-_tolerant_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant, strict=False)
-_upstream_decoder = json.JSONDecoder(strict=False)        # for what an upstream sends, whatever it holds
+_model_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant,
+                                  strict=False)
+_upstream_decoder = json.JSONDecoder(strict=False)
 
 
 # ============================================================================
 # 3. MODELS AND HOSTS
 # ============================================================================
 #
-# Facts about hosts and models, as tables that are matched against names.
+# Nobody configures what an upstream can do: it is read off the host of its URL and the
+# name of the model, with the tables of this section.  What they don't know, an
+# upstream's error can tell (14).
 
 # ---- 3.1 hosts -------------------------------------------------------------
 
@@ -428,15 +493,15 @@ def is_loopback(host: str) -> bool:
 
 
 def class_of_host(hostname: str) -> str:
-    """What kind of upstream a host name stands for: a key of HOST_CLASSES, or `other`."""
+    """The kind of upstream behind a host name: a key of HOST_CLASSES, or `other`."""
     name = hostname.lower().rstrip(".")
     for kind, endings in HOST_CLASSES.items():
-        if any(name == ending.lstrip(".") if ending[0] != "." else name.endswith(ending) for ending in endings):
+        if any(name.endswith(ending) if ending[0] == "." else name == ending for ending in endings):
             return kind
     return "other"
 
 
-HOST_CLASSES = {
+HOST_CLASSES = {                         # a leading dot: any name that ends so
     "openai": ("api.openai.com", ".api.openai.com"),
     "azure": (".openai.azure.com", ".services.ai.azure.com", ".cognitiveservices.azure.com"),
     "openrouter": ("openrouter.ai", ".openrouter.ai"),
@@ -448,15 +513,15 @@ HOST_CLASSES = {
 
 # ---- 3.2 names of models ---------------------------------------------------
 
-def gpt_version(base: str) -> Tuple[int, int]:
+def gpt_version(base_name: str) -> Tuple[int, int]:
     """(5, 1) for gpt-5.1-mini; (0, 0) for a name of another kind."""
-    match = re.match(r"gpt-(\d{1,4})(?:\.(\d{1,4}))?", base)
+    match = re.match(r"gpt-(\d{1,4})(?:\.(\d{1,4}))?", base_name)
     return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
 
 
-def is_chat_variant(base: str) -> bool:
-    """gpt-5-chat-latest and its like: reasoning models by their fields, but without effort."""
-    return base.startswith("gpt-5") and "-chat" in base
+def is_chat_variant(base_name: str) -> bool:
+    """Whether a model is like gpt-5-chat-latest: a reasoning model's fields, but no effort."""
+    return base_name.startswith("gpt-5") and "-chat" in base_name
 
 
 # ---- 3.3 efforts -----------------------------------------------------------
@@ -469,18 +534,19 @@ def nearest_effort(wanted: str, allowed: Sequence[str]) -> str:
     return (lower or ranked[:1])[-1] if ranked else wanted
 
 
-def allowed_efforts(base: str, host: str) -> Tuple[str, ...]:
-    if is_chat_variant(base):
+def allowed_efforts(base_name: str, host_class: str) -> Tuple[str, ...]:
+    """The values of reasoning_effort that a model takes; none for a model without the field."""
+    if is_chat_variant(base_name):
         return ()
     for pattern, hosts, allowed in EFFORT_LISTS:
-        if re.search(pattern, base) and (not hosts or host in hosts):
+        if re.search(pattern, base_name) and (not hosts or host_class in hosts):
             return tuple(allowed.split())
     return ()
 
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")     # in rising order
 CLIENT_EFFORTS = ("low", "medium", "high", "xhigh", "max")
-EFFORT_LISTS: Tuple[Tuple[str, Tuple[str, ...], str], ...] = (      # model, hosts (none: all), efforts
+EFFORT_LISTS: Tuple[Tuple[str, Tuple[str, ...], str], ...] = (   # model, hosts (none: all), efforts
     (r"^o1-(mini|preview)", (), ""),
     (r"^o\d", (), "low medium high"),
     (r"^gpt-5-pro", (), "high"),
@@ -495,66 +561,75 @@ EFFORT_LISTS: Tuple[Tuple[str, Tuple[str, ...], str], ...] = (      # model, hos
 )
 
 
-# ---- 3.4 profiles ----------------------------------------------------------
-
-class Target(NamedTuple):
-    """An upstream and a model there: where a request is sent."""
-    model: str                               # as the upstream knows it
-    hostname: str
-    host_class: str                          # a key of HOST_CLASSES, or "other"
-    path: str                                # of the request's URL
-    uses_own_key: bool                       # OPENAI_API_KEY, not the client's key
-
+# ---- 3.4 reasoning that the client sees ------------------------------------
 
 class ThinkingDisplay(enum.Enum):
-    """What the client wants to see of the model's reasoning."""
+    """How much of the model's reasoning the client wants to see."""
     HIDDEN = 0
     OMITTED = 1          # thinking blocks with a signature, without their text
     SHOWN = 2
 
 
 def thinking_display(thinking: Optional[Json]) -> ThinkingDisplay:
+    """The display that the field `thinking` asks for.  [Anthropic: extended thinking]"""
     if not thinking or thinking.get("type") not in ("enabled", "adaptive"):
         return ThinkingDisplay.HIDDEN
-    return ThinkingDisplay.OMITTED if thinking.get("display") == "omitted" else ThinkingDisplay.SHOWN
+    is_omitted = thinking.get("display") == "omitted"
+    return ThinkingDisplay.OMITTED if is_omitted else ThinkingDisplay.SHOWN
+
+
+# ---- 3.5 targets and profiles ----------------------------------------------
+
+class Target(NamedTuple):
+    """An upstream and a model there: where a request is sent."""
+    model: str                           # as the upstream knows it
+    hostname: str
+    host_class: str                      # a key of HOST_CLASSES, or "other"
+    path: str                            # of the request's URL
+    uses_own_key: bool                   # OPENAI_API_KEY, not the client's key
+    api: str = "chat"                    # a key of APIS
 
 
 class ModelProfile(NamedTuple):
-    """What kind of upstream and model a request goes to."""
-    host_class: str      # a key of HOST_CLASSES, or "other"
-    model: str           # as the upstream knows it
-    base_name: str       # lower case, without vendor prefix: what the tables match
-    is_reasoning: bool   # refuses max_tokens, sampling and stop
+    """All that the tables know of the upstream and the model of a request."""
+    host_class: str                      # a key of HOST_CLASSES, or "other"
+    model: str                           # as the upstream knows it
+    base_name: str                       # lower case, without vendor prefix
+    is_reasoning: bool                   # refuses max_tokens, sampling and stop
     limit_field: str                     # the name of max_tokens here
-    token_cap: Optional[int]             # the most tokens that an answer can have, if known
-    efforts: Tuple[str, ...]             # what reasoning_effort takes; empty: nothing
+    token_cap: Optional[int]             # tokens of the longest answer, if known
+    efforts: Tuple[str, ...]             # values of reasoning_effort; empty: none
 
 
-# Model names are the client's to choose: an upstream serves a few dozen at most.
+# Clients choose the names of models, so the cache is bounded; an upstream serves a few dozen.
 @lru_cache(maxsize=256)
-def model_profile(model: str, host: str) -> ModelProfile:
-    base = re.sub(r"^ft:", "", model.lower()).rpartition("/")[2]
-    is_reasoning = bool(re.match(r"o\d|codex", base)) or gpt_version(base) >= (5, 0)
-    cap = next((cap for pattern, cap in TOKEN_CAPS if re.match(pattern, base)), None)
-    limit_field = "max_completion_tokens" if is_reasoning else "max_tokens"
-    return ModelProfile(host, model, base, is_reasoning, limit_field, cap, allowed_efforts(base, host))
+def model_profile(model: str, host_class: str) -> ModelProfile:
+    """The profile of a model by its name, without vendor (openai/) and fine-tuning (ft:) prefix."""
+    base_name = re.sub(r"^ft:", "", model.lower()).rpartition("/")[2]
+    is_reasoning = bool(re.match(r"o\d|codex", base_name)) or gpt_version(base_name) >= (5, 0)
+    cap = next((cap for pattern, cap in TOKEN_CAPS if re.match(pattern, base_name)), None)
+    return ModelProfile(host_class, model, base_name, is_reasoning,
+                        "max_completion_tokens" if is_reasoning else "max_tokens", cap,
+                        allowed_efforts(base_name, host_class))
 
 
 UNKNOWN_PROFILE = ModelProfile("other", "", "", False, "max_tokens", None, ())
 
 
 def capped_limit(requested: int, profile: ModelProfile) -> int:
-    """max_tokens, capped to what the model can give."""
-    return requested if profile.token_cap is None or requested < profile.token_cap else profile.token_cap
+    """max_tokens, but no more than the model can give: upstreams refuse a larger number.
+
+    Clients ask for as much as Claude can give; Claude Code's number is 32000 or 128000.
+    """
+    return requested if profile.token_cap is None else min(requested, profile.token_cap)
 
 
-# Clients ask for what Claude can give; a larger value than the model's is an error upstream.
 TOKEN_CAPS = (
     (r"gpt-4o-2024-05-13$", 4096),
     (r"gpt-4o|chatgpt-4o", 16384),
     (r"gpt-4\.1", 32768),
     (r"gpt-4-turbo|gpt-4-1106|gpt-4-0125|gpt-4-vision|gpt-3\.5", 4096),
-    (r"gpt-4$|gpt-4-0", 4096),               # half of its window of 8192
+    (r"gpt-4$|gpt-4-0", 4096),           # half of its window of 8192
     (r"gpt-4-32k", 8192),
     (r"gpt-5.*-chat", 16384),
     (r"gpt-([5-9]|\d\d)", 128000),
@@ -567,40 +642,68 @@ TOKEN_CAPS = (
 # 4. CONVERSATION
 # ============================================================================
 #
-# The client's request, checked and read once.  A field that no upstream can honour is
-# dropped, unless dropping it would make the answer wrong in a way that the client
-# cannot see: then the request is rejected with a sentence that names the field.
-# Nothing here changes the client's objects.  [Anthropic: Messages]
+# The client's params, checked and read once, in no API's words.  A field that no upstream
+# can honour is dropped, unless dropping it would make the answer wrong in a way that
+# the client cannot see: then the request is rejected with a sentence that names the
+# field.  Nothing here changes the client's objects.  [Anthropic: Messages]
 
-# ---- 4.1 translation -------------------------------------------------------
+# ---- 4.1 the conversation --------------------------------------------------
 
 @dataclass(eq=False, repr=False)
-class Translation:
-    """One request as the upstream gets it, and what translating its answer needs."""
-    requested_model: str                    # the answer's `model`
-    target: Target
-    profile: ModelProfile
-    body: Json                              # the Chat Completions request
-    is_streamed: bool                       # the client wants events
-    thinking: ThinkingDisplay = ThinkingDisplay.HIDDEN
-    tool_names: Dict[str, str] = field(default_factory=dict)     # the upstream's -> the client's
-    history_call_ids: Set[str] = field(default_factory=set)             # tool call ids in the history
-    stop_sequences: Tuple[str, ...] = ()
-    prefill: str = ""                       # the assistant text that the answer continues
-    is_single_call: bool = False            # only the first tool call counts
-    is_empty: bool = False                  # max_tokens 0: nothing is to be generated
-    secrets: Tuple[str, ...] = ()           # what must not be seen in errors
-    sent_bytes: int = 0                     # size of the upstream's request
-    is_mostly_non_ascii: bool = False                   # large and mostly beyond ASCII: sent as UTF-8
-    dropped_fields: List[str] = field(default_factory=list)             # worth a line in the log
-    token_estimate: int = 0                 # see input_estimate
-    estimate_tokens: Callable[[Json], int] = len
+class Conversation:
+    """The params, read once: all that a writer of a body needs, with no upstream in mind."""
+    turns: List[Turn]                    # strictly alternating
+    system: List[str]                    # texts that stand before all turns
+    tools: List[Tool]                    # in the order in which they are sent
+    tool_names: Dict[str, str]           # the client's -> the upstream's
+    choice: Optional[ToolChoice]         # None: the client did not say
+    effort: Optional[str]                # one of EFFORTS; None: the client did not say
+    display: ThinkingDisplay
+    answer_schema: Optional[Json]        # the answer must be JSON that matches it
+    max_tokens: Optional[int]            # None: nothing is generated, only counted
+    sampling: Json                       # temperature, top_p
+    stop_sequences: Tuple[str, ...]
+    is_streamed: bool                    # the client wants events
+    user_id: str
+    session_id: str
+    wants_standard_tier: bool
+    call_ids: Set[str]                   # of the history's tool calls, as the client wrote them
+    dropped_fields: List[str]            # fields and tools that are worth a line in the log
 
-    def input_estimate(self) -> int:
-        """Estimated tokens of the prompt, counted once, when first asked for."""
-        if not self.token_estimate:
-            self.token_estimate = self.estimate_tokens(self.body)
-        return self.token_estimate
+    def upstream_name(self, tool_name: str) -> str:
+        """The name under which the upstream knows a tool, also one that only the history has."""
+        return self.tool_names.get(tool_name) or upstream_tool_name(tool_name)
+
+
+def conversation_of(params: Json, session_id: str = "", is_counting: bool = False) -> Conversation:
+    """The Conversation of a request; `is_counting` for count_tokens, which has no max_tokens.
+
+    check_fields must have passed the params.  Raises ProxyError(400) naming the field.
+    """
+    transcript = transcript_of(params["messages"])
+    tools = tools_of(params, transcript)
+    schema = answer_schema(params)
+    system = system_texts(params.get("system")) + transcript.system
+    if tools.server_names:
+        system.append(f"Not available in this session: {', '.join(tools.server_names)}. "
+                      "Do not claim to have used them.")
+    user_id = (params.get("metadata") or {}).get("user_id")
+    return Conversation(
+        turns=transcript.turns, system=system, tools=tools.loaded, tool_names=tools.names,
+        choice=tool_choice(params, tools), effort=requested_effort(params, transcript.effort),
+        display=thinking_display(params.get("thinking")), answer_schema=schema,
+        max_tokens=None if is_counting else params["max_tokens"],
+        sampling={name: params[name] for name in ("temperature", "top_p")
+                  if params.get(name) is not None},
+        stop_sequences=tuple(filter(None, params.get("stop_sequences") or ())),
+        is_streamed=params.get("stream") is True,
+        user_id=user_id if isinstance(user_id, str) else "", session_id=session_id,
+        wants_standard_tier=params.get("service_tier") == "standard_only",
+        call_ids=transcript.call_ids, dropped_fields=[
+            *(name for name in LOGGED_FIELDS if params.get(name) is not None), *tools.server_names])
+
+
+LOGGED_FIELDS = ("inference_geo", "container")      # dropped, and somebody may miss their effect
 
 
 # ---- 4.2 fields ------------------------------------------------------------
@@ -621,34 +724,52 @@ def check_fields(params: Json, is_counting: bool) -> None:
     if not is_counting and params["max_tokens"] < 0:
         raise ProxyError(400, "max_tokens: Input should be greater than or equal to 0")
     if params.get("thread") is not None:
+        # The SDKs' thread helper reads the details, and sends the whole conversation instead.
         raise ProxyError(400, "thread: not supported by this endpoint; send the whole conversation",
-                         details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
+                         details={"error_code": "thread_unsupported_request",
+                                  "unsupported": ["thread"]})
+
+
+def is_model_name(value: Any) -> bool:
+    return is_name(value) and value != "[1m]"           # a mark of Claude Code, and no model
+
+
+def is_system(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(map(is_text_block, value)))
+
+
+def is_text_block(value: Any) -> bool:
+    return is_object(value) and value.get("type") == "text" and isinstance(value.get("text"), str)
+
+
+def is_text_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 REQUIRED_FIELDS = ("model", "messages", "max_tokens")
 FIELD_CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
-    "model": (lambda value: isinstance(value, str) and value not in ("", "[1m]"), "Input should be a valid string"),
-    "messages": (lambda value: isinstance(value, list), "Input should be a valid list"),
+    "model": (is_model_name, "Input should be a valid string"),
+    "messages": (is_list, "Input should be a valid list"),
     "max_tokens": (is_integer, "Input should be a valid integer"),
-    "stream": (lambda value: isinstance(value, bool), "Input should be a valid boolean"),
-    "system": (lambda value: isinstance(value, str) or (isinstance(value, list) and not any(
-        not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str)
-        for block in value)), "Input should be a valid string or list of text blocks"),
+    "stream": (is_boolean, "Input should be a valid boolean"),
+    "system": (is_system, "Input should be a valid string or list of text blocks"),
     "temperature": (is_number, "Input should be a valid number"),
     "top_p": (is_number, "Input should be a valid number"),
-    "stop_sequences": (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
-                       "Input should be a valid list of strings"),
+    "stop_sequences": (is_text_list, "Input should be a valid list of strings"),
     "thinking": (is_object, "Input should be an object"),
     "metadata": (is_object, "Input should be an object"),
     "output_config": (is_object, "Input should be an object"),
-    "tools": (lambda value: isinstance(value, list), "Input should be a valid list"),
+    "tools": (is_list, "Input should be a valid list"),
     "mcp_servers": (lambda value: value == [], "MCP servers are not supported by this endpoint"),
     "compaction": (lambda value: False, "not supported by this endpoint"),
 }
 
 
 def requested_effort(params: Json, later_effort: Optional[str]) -> Optional[str]:
-    """The effort that the client means, or None."""
+    """The effort that the client wants; `later_effort` is that of a system message.
+
+    A budget of thinking tokens has no counterpart in OpenAI's APIs, so its size picks an effort.
+    """
     thinking = params.get("thinking") or {}
     if not thinking and "output_config" not in params:
         return later_effort
@@ -664,18 +785,37 @@ def requested_effort(params: Json, later_effort: Optional[str]) -> Optional[str]
 
 
 def system_texts(system: Any) -> List[str]:
-    """The texts of the `system` field, without the client's attribution line."""
-    if not system:
-        return []
-    texts = [system] if isinstance(system, str) else [block["text"] for block in system]
-    # It changes with every request and would spoil the upstream's prompt cache.
+    """The texts of the `system` field, without the client's attribution line.
+
+    Claude Code's line changes with every request and would spoil the upstream's prompt cache.
+    """
+    texts = [system] if isinstance(system, str) else [block["text"] for block in system or ()]
     return [text for text in texts if text and not text.startswith("x-anthropic-billing-header:")]
 
 
+def answer_schema(params: Json) -> Optional[Json]:
+    """The JSON schema that the answer must match; `output_format` is the field's older name."""
+    wanted = (params.get("output_config") or {}).get("format")
+    if wanted is None:
+        wanted = params.get("output_format")
+    if wanted is None:
+        return None
+    if not is_object(wanted) or wanted.get("type") != "json_schema" \
+            or not is_object(wanted.get("schema")):
+        raise ProxyError(400, 'output_config.format: Input should be '
+                         '{"type": "json_schema", "schema": {...}}')
+    return wanted["schema"]
+
+
 # ---- 4.3 turns -------------------------------------------------------------
+#
+# A message is system text, or belongs to a turn: consecutive messages of one role are one
+# turn.  A system message before all others is joined to the `system` field.  A later one
+# becomes a Reminder in the user turn beside it, because the chat templates of many
+# models refuse a second system message.
 
 class Reminder(str):
-    """The text of a later system message, as it stands among the blocks of a user turn."""
+    """The text of a later system message; it stands among the blocks of a user turn."""
 
 
 Block = Union[Json, Reminder]
@@ -688,45 +828,45 @@ class Turn(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class Conversation:
-    """The messages of a request, checked, with the system messages taken out or folded in."""
+class Transcript:
+    """The messages of a request, checked, as turns and as the facts that stand in them."""
     turns: List[Turn] = field(default_factory=list)
-    system: List[str] = field(default_factory=list)          # texts that stand before all turns
+    system: List[str] = field(default_factory=list)          # texts before all turns
     effort: Optional[str] = None                             # of the newest system message with one
-    ids: Set[str] = field(default_factory=set)               # of tool calls, as written and decoded
-    named_tools: Set[str] = field(default_factory=set)       # tools that the history speaks of
+    call_ids: Set[str] = field(default_factory=set)
+    named_tools: Set[str] = field(default_factory=set)       # tools that the history names
     added_tools: List[Json] = field(default_factory=list)    # definitions inside messages
     removed_tools: Set[str] = field(default_factory=set)
 
 
-def read_conversation(messages: List[Any]) -> Conversation:
+def transcript_of(messages: List[Any]) -> Transcript:
     """Checks all messages and lays them out in turns.  Raises ProxyError(400)."""
-    conversation = Conversation()
-    entries: List[Turn] = []
-    has_begun = False
     if len(messages) > MAX_MESSAGES:
         raise ProxyError(400, f"messages: at most {MAX_MESSAGES} are allowed")
     checked = [checked_message(message, index) for index, message in enumerate(messages)]
-    last_user = len(messages) - 1
-    while last_user >= 0 and checked[last_user].role != "user":
-        last_user -= 1
+    transcript, entries = Transcript(), []
+    last_user = max((at for at, turn in enumerate(checked) if turn.role == "user"), default=-1)
+    has_begun = False
     for index, turn in enumerate(checked):
         if turn.role != "system":
             has_begun = True
-            record_history(turn.blocks, conversation)
+            note_history(transcript, turn.blocks)
             entries.append(turn)
             continue
-        text = read_system_message(messages[index], turn.blocks, conversation)
-        if not text or (messages[index].get("clear_at") == "next_user_message" and index < last_user):
-            continue
-        if has_begun:
-            entries.append(Turn("system", [Reminder(f"<system-reminder>\n{text}\n</system-reminder>")]))
-        else:
-            conversation.system.append(text)
+        text = read_system_message(transcript, messages[index], turn.blocks)
+        is_over = messages[index].get("clear_at") == "next_user_message" and index < last_user
+        if text and not is_over and has_begun:
+            reminder = Reminder(f"<system-reminder>\n{text}\n</system-reminder>")
+            entries.append(Turn("system", [reminder]))
+        elif text and not is_over:
+            transcript.system.append(text)
     if not has_begun:
-        raise ProxyError(400, "messages: at least one user message is required")
-    conversation.turns = merged_turns([entry for entry in entries if not is_empty_turn(entry)])
-    return conversation
+        raise ProxyError(400, NO_USER_MESSAGE)
+    transcript.turns = merged_turns([entry for entry in entries if not is_empty_turn(entry)])
+    return transcript
+
+
+NO_USER_MESSAGE = "messages: at least one user message is required"
 
 
 def checked_message(message: Any, index: int) -> Turn:
@@ -743,44 +883,42 @@ def checked_message(message: Any, index: int) -> Turn:
     return Turn(role, blocks)
 
 
-def record_history(blocks: List[Block], conversation: Conversation) -> None:
-    """Remembers which ids and tools the history has."""
+def note_history(transcript: Transcript, blocks: List[Block]) -> None:
+    """Notes the ids of tool calls, and the tools that calls and tool search results name."""
     for block in blocks:
         if block["type"] == "tool_use":
-            conversation.ids.add(block["id"])
-            conversation.named_tools.add(block["name"])
+            transcript.call_ids.add(block["id"])
+            transcript.named_tools.add(block["name"])
         elif block["type"] == "tool_result" and isinstance(block.get("content"), list):
-            conversation.named_tools.update(item["tool_name"] for item in block["content"]
-                                    if item["type"] == "tool_reference" and is_name(item.get("tool_name")))
+            transcript.named_tools.update(
+                item["tool_name"] for item in block["content"]
+                if item["type"] == "tool_reference" and is_name(item.get("tool_name")))
 
 
-def read_system_message(message: Json, blocks: List[Block], conversation: Conversation) -> str:
-    """The text of a system message; its effort and its changes of tools go into `talk`."""
+def read_system_message(transcript: Transcript, message: Json, blocks: List[Block]) -> str:
+    """Returns the text of a system message; notes its effort and the tools it adds and removes."""
     config = message.get("output_config")
     effort = config.get("effort") if is_object(config) else None
     if effort in CLIENT_EFFORTS:
-        conversation.effort = effort
-    texts = []
+        transcript.effort = effort
     for block in blocks:
         tool = block.get("tool") if is_object(block.get("tool")) else {}
         name = tool.get("name") or tool.get("tool_name")
-        if block["type"] == "text":
-            texts.append(block["text"])
-        elif block["type"] == "tool_removal" and is_name(name):
-            conversation.removed_tools.add(name)
+        if block["type"] == "tool_removal" and is_name(name):
+            transcript.removed_tools.add(name)
         elif block["type"] == "tool_addition":
             definition = tool.get("definition")
             if tool.get("type") == "tool_definition" and is_object(definition):
-                conversation.added_tools.append(definition)
+                transcript.added_tools.append(definition)
                 name = definition.get("name")
             if is_name(name):
-                conversation.removed_tools.discard(name)
-                conversation.named_tools.add(name)
-    return "\n\n".join(texts)
+                transcript.removed_tools.discard(name)
+                transcript.named_tools.add(name)
+    return "\n\n".join(block["text"] for block in blocks if block["type"] == "text")
 
 
 def merged_turns(entries: List[Turn]) -> List[Turn]:
-    """Strictly alternating turns.  A reminder joins the user turn before it, else the one after it."""
+    """Strictly alternating turns.  A reminder joins the user turn before it, else the one after."""
     turns: List[Turn] = []
     waiting: List[Block] = []
     for role, blocks in entries:
@@ -801,27 +939,29 @@ def merged_turns(entries: List[Turn]) -> List[Turn]:
 
 
 def is_empty_turn(turn: Turn) -> bool:
-    """Whether nothing of a message reaches the upstream, so that its neighbours become one turn."""
+    """Whether no block of a message reaches the upstream, so that its neighbours are one turn."""
     if turn.role == "system":
         return False
     for block in turn.blocks:
         kind = block["type"]
-        if kind not in UNSENT_BLOCKS[turn.role] and (kind != "compaction" or isinstance(block.get("content"), str)):
+        if kind not in UNSENT_BLOCKS[turn.role] \
+                and (kind != "compaction" or isinstance(block.get("content"), str)):
             return False
     return True
 
 
 UNSENT_BLOCKS = {
     "user": ("thinking", "redacted_thinking"),
-    "assistant": ("thinking", "redacted_thinking", "tool_search_tool_result", "mcp_tool_listing", "fallback",
-                  "container_upload"),
+    "assistant": ("thinking", "redacted_thinking", "tool_search_tool_result", "mcp_tool_listing",
+                  "fallback", "container_upload"),
 }
 
 
 # ---- 4.4 problems of a message ---------------------------------------------
-
-# Each function below gives the problem of a part of the request, as a path inside that part and a
-# sentence, or "" where there is none: the path is put together only where something is wrong.
+#
+# Each function returns the problem of one part of the request: a path inside that part and
+# a sentence, or "" if there is none.  The callers put their own path in front, so that
+# a path is built only if something is wrong.
 
 def message_problem(message: Any) -> str:
     if not isinstance(message, dict):
@@ -832,8 +972,9 @@ def message_problem(message: Any) -> str:
     if isinstance(content, list):
         return content_problem(content)
     if content is None:
-        return "" if role == "system" and message.get("output_config") is not None else ".content: Field required"
-    return "" if isinstance(content, str) else ".content: Input should be a valid string or list"
+        has_effort = role == "system" and message.get("output_config") is not None
+        return "" if has_effort else ".content: Field required"
+    return "" if isinstance(content, str) else WRONG_CONTENT
 
 
 def content_problem(blocks: List[Any]) -> str:
@@ -858,8 +999,9 @@ def block_problem(block: Any) -> str:
 
 
 def tool_use_problem(block: Json) -> str:
-    return "" if is_name(block.get("id")) and is_name(block.get("name")) else \
-        ".name: Field required" if is_name(block.get("id")) else ".id: Field required"
+    if not is_name(block.get("id")):
+        return ".id: Field required"
+    return "" if is_name(block.get("name")) else ".name: Field required"
 
 
 def tool_result_problem(block: Json) -> str:
@@ -868,7 +1010,7 @@ def tool_result_problem(block: Json) -> str:
     content = block.get("content")
     if isinstance(content, list):
         return content_problem(content)
-    return "" if content is None or isinstance(content, str) else ".content: Input should be a valid string or list"
+    return "" if content is None or isinstance(content, str) else WRONG_CONTENT
 
 
 def source_problem(block: Json) -> str:
@@ -877,12 +1019,14 @@ def source_problem(block: Json) -> str:
     if kind == "file":
         return ".source: file sources are not supported by this endpoint; send base64 or url"
     member = SOURCES[block["type"]].get(kind) if isinstance(kind, str) else None
-    if member is None or not isinstance(source.get(member), (str, list) if member == "content" else str):
+    types = (str, list) if member == "content" else str
+    if member is None or not isinstance(source.get(member), types):
         return ".source: Field required"
     problem = content_problem(source[member]) if isinstance(source[member], list) else ""
     return problem and f".source{problem}"
 
 
+WRONG_CONTENT = ".content: Input should be a valid string or list"
 BLOCK_PROBLEMS: Dict[str, Callable[[Json], str]] = {
     "image": source_problem, "document": source_problem, "tool_use": tool_use_problem,
     "tool_result": tool_result_problem}
@@ -891,181 +1035,264 @@ SOURCES = {          # kind of block -> type of source -> the member that holds 
     "document": {"base64": "data", "url": "url", "text": "data", "content": "content"},
 }
 
-MAX_MESSAGES = 100000                    # as the Anthropic API
+MAX_MESSAGES = 100000                    # the Anthropic API's limit
 
 
 # ---- 4.5 tools -------------------------------------------------------------
+#
+# Three kinds of tools: custom ones, with a schema of the client's; client tools, whose schema
+# Anthropic defines (4.6); server tools, which only Anthropic's servers could run.  The last
+# are dropped, and the system text names them, so that a model does not invent their results.
+
+class Tool(NamedTuple):
+    """A tool that the model can be given."""
+    name: str                            # the client's
+    description: str
+    schema: Json
+    is_strict: bool                      # the client wants strict, and the schema qualifies
+    is_deferred: bool
+
 
 class Tools(NamedTuple):
-    """The tools of a request, as functions and by name."""
-    functions: List[Json]
-    names: Dict[str, str]           # the upstream's name -> the client's
-    renamed: Dict[str, str]         # the client's name -> the upstream's, where the made one was taken
-    server_names: List[str]         # tools that only Anthropic's servers could run
+    """The tools of a request."""
+    loaded: List[Tool]                   # those that are sent
+    names: Dict[str, str]                # of all of them: the client's -> the upstream's
+    server_names: List[str]
 
 
-NO_TOOLS = Tools([], {}, {}, [])
+class ToolChoice(NamedTuple):
+    """Which tools the model may or must call."""
+    kind: str                            # auto, any, tool, none
+    name: str                            # of the tool for `tool`
+    is_single: bool                      # one call at most
 
 
-def usable_tools(definitions: List[Any], choice: Any, conversation: Conversation, profile: ModelProfile) -> Tools:
-    """The tools that the model gets, deferred ones last.  Raises ProxyError(400)."""
-    functions: Dict[str, Json] = {}
-    deferred: Set[str] = set()
+def tools_of(params: Json, transcript: Transcript) -> Tools:
+    """All tools of a request.  Raises ProxyError(400)."""
+    tools, server_names = defined_tools(params.get("tools") or ())
+    deferred = {tool.name for tool in tools.values() if tool.is_deferred}
+    for definition in transcript.added_tools:           # a later definition replaces an earlier one
+        tool = read_tool(definition, "tools")
+        if tool is not None:
+            tools[tool.name] = tool
+    choice = params.get("tool_choice")
+    chosen = choice.get("name") if is_object(choice) else None
+    wanted = transcript.named_tools | ({chosen} if is_name(chosen) else set())
+    loaded = [tools[name] for name in loaded_names(list(tools), deferred, wanted)
+              if name not in transcript.removed_tools]
+    return Tools(loaded, upstream_tool_names(list(tools)), server_names)
+
+
+def defined_tools(definitions: Iterable[Any]) -> Tuple[Dict[str, Tool], List[str]]:
+    """(the tools of the field `tools` by name, the names of server tools)."""
+    tools: Dict[str, Tool] = {}
     server_names: List[str] = []
-    for index, tool in enumerate(definitions):
-        where = f"tools.{index}"
-        function = tool_function(tool, where, profile)
-        if function is None:
-            server_names += server_tool_name(tool)
-            continue
-        name = tool["name"] if isinstance(tool.get("name"), str) and tool["name"] else function["name"]
-        if name in functions:
+    for index, definition in enumerate(definitions):
+        tool = read_tool(definition, f"tools.{index}")
+        if tool is None:
+            server_names += server_tool_name(definition)
+        elif tool.name in tools:
             raise ProxyError(400, "tools: Tool names must be unique.")
-        functions[name] = function
-        if tool.get("defer_loading") is True:
-            deferred.add(name)
-    for definition in conversation.added_tools:
-        function = tool_function(definition, "tools", profile)
-        if function is not None:
-            functions[definition.get("name") or function["name"]] = function
-    wanted = set(conversation.named_tools)
-    if is_object(choice) and is_name(choice.get("name")):
-        wanted.add(choice["name"])
-    has_search = bool(deferred) and any(re.search(r"tool_?search", name, re.I) for name in functions.keys() - deferred)
-    loaded = [name for name in functions if name not in deferred or not has_search]
-    loaded += [name for name in functions if name not in loaded and name in wanted]
-    loaded = [name for name in loaded if name not in conversation.removed_tools]
-    renamed = renamed_tools(functions)
-    return Tools([{"type": "function", "function": functions[name]} for name in loaded],
-                 {functions[name]["name"]: name for name in loaded}, renamed, server_names)
+        else:
+            tools[tool.name] = tool
+    return tools, server_names
 
 
-def renamed_tools(functions: Dict[str, Json]) -> Dict[str, str]:
-    """Gives another name to each function whose made name is already that of a tool."""
-    taken = {name for name, function in functions.items() if function["name"] == name}
-    renamed = {}
-    for name, function in functions.items():
-        number = 1
-        while function["name"] in taken and function["name"] != name:
-            number += 1
-            function["name"] = renamed[name] = upstream_tool_name(name)[:-8] + sha256_hex(f"{name}#{number}")[:8]
-        taken.add(function["name"])
-    return renamed
+def loaded_names(names: List[str], deferred: Set[str], wanted: Set[str]) -> List[str]:
+    """The names of the tools that are sent: a deferred one only when wanted, and after the others.
+
+    That needs a tool of the client's that searches the deferred ones (Claude Code's ToolSearch);
+    without one all tools are sent.
+    """
+    if not any(re.search(r"tool_?search", name, re.I) for name in names if name not in deferred):
+        return names
+    return [*(name for name in names if name not in deferred),
+            *(name for name in names if name in deferred and name in wanted)]
 
 
-def tool_function(tool: Any, where: str, profile: ModelProfile) -> Optional[Json]:
-    """The OpenAI function for a tool; None for one that the proxy cannot offer."""
-    if not is_object(tool):
+def read_tool(definition: Any, where: str) -> Optional[Tool]:
+    """The Tool of a definition; None for a server tool.  Raises ProxyError(400)."""
+    if not is_object(definition):
         raise ProxyError(400, f"{where}: Input should be an object")
-    kind = tool.get("type")
+    kind, name, schema = (definition.get(key) for key in ("type", "name", "input_schema"))
+    is_deferred = definition.get("defer_loading") is True
     if isinstance(kind, str) and kind != "custom":
-        if re.match(SERVER_TOOLS, kind) or kind.startswith("tool_search_tool_"):
+        if is_server_tool(kind):
             return None
-        build = next((build for prefix, build in CLIENT_TOOLS.items() if kind.startswith(prefix)), None)
-        if build is not None and not is_object(tool.get("input_schema")):
-            return synthesized_function(tool, build(tool))
-        if not is_object(tool.get("input_schema")):
-            return None
-    if not is_name(tool.get("name")):
+        if not is_object(schema):
+            tool = client_tool(definition)
+            return tool and Tool(name if is_name(name) else tool.name, tool.description,
+                                 {"type": "object", "properties": tool.properties,
+                                  "required": list(tool.required)}, False, is_deferred)
+    if not is_name(name):
         raise ProxyError(400, f"{where}.name: Field required")
-    if not is_object(tool.get("input_schema")):
+    if not is_object(schema):
         raise ProxyError(400, f"{where}.input_schema: Field required")
-    function: Json = {"name": upstream_tool_name(tool["name"])}
-    if is_name(tool.get("description")):
-        function["description"] = tool["description"]
-    function["parameters"] = clean_schema(tool["input_schema"])
-    if tool.get("strict") is True and profile.host_class in ("openai", "azure") and qualifies_as_strict(tool["input_schema"]):
-        function["strict"] = True
-    return function
+    description = definition.get("description")
+    is_strict = definition.get("strict") is True and qualifies_as_strict(schema)
+    return Tool(name, description if is_name(description) else "", clean_schema(schema), is_strict,
+                is_deferred)
 
 
-def server_tool_name(tool: Json) -> List[str]:
-    """The name under which a dropped tool is told to the model; tool search needs no word."""
-    kind = tool["type"]
+def is_server_tool(kind: str) -> bool:
+    return bool(re.match(SERVER_TOOLS, kind)) or kind.startswith("tool_search_tool_")
+
+
+def server_tool_name(definition: Json) -> List[str]:
+    """The name of a server tool for the system text; none for tool search: all tools are loaded."""
+    kind, name = definition["type"], definition.get("name")
     if kind.startswith("tool_search_tool_"):
         return []
-    return [tool["name"] if is_name(tool.get("name")) else tool.get("mcp_server_name") or kind]
+    return [name if is_name(name) else str(definition.get("mcp_server_name") or kind)]
 
 
-SERVER_TOOLS = r"(web_search|web_fetch|code_execution|advisor)_\d{8}$|mcp_toolset$|(computer|browser)_toolset_"
+SERVER_TOOLS = r"(web_search|web_fetch|code_execution|advisor)_\d{8}$|mcp_toolset$|" \
+    r"(computer|browser)_toolset_"
+
+
+def tool_choice(params: Json, tools: Tools) -> Optional[ToolChoice]:
+    """The client's choice, or None.  Raises ProxyError(400)."""
+    choice = params.get("tool_choice")
+    if choice is None:
+        return None
+    kind = choice.get("type") if is_object(choice) else None
+    if kind not in ("auto", "any", "tool", "none"):
+        raise ProxyError(400, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
+    if kind in ("any", "tool"):
+        check_choice(kind, choice.get("name"), bool(params.get("tools")), tools)
+    is_single = kind != "none" and choice.get("disable_parallel_tool_use") is True
+    return ToolChoice(kind, choice["name"] if kind == "tool" else "", is_single)
+
+
+def check_choice(kind: str, name: Any, has_definitions: bool, tools: Tools) -> None:
+    """Raises ProxyError(400) if the tool that must be called is not there."""
+    if has_definitions and (tools.loaded if kind == "any" else
+                            any(tool.name == name for tool in tools.loaded)):
+        return
+    server = name if kind == "tool" else (tools.server_names or [None])[0]
+    if has_definitions and server in tools.server_names:
+        raise ProxyError(400, f"tool_choice: {server} is a server tool, "
+                         "which this endpoint does not provide")
+    if kind == "any" or not has_definitions:
+        raise ProxyError(400, "tool_choice: may only be specified while providing tools")
+    raise ProxyError(400, f"tool_choice.name: Tool '{name}' not found in provided tools")
 
 
 # ---- 4.6 tools that Anthropic defines --------------------------------------
+#
+# The client knows these tools by their type alone, and the model by training.  Another model
+# needs the description and the schema that are written here.  A type of an unknown date
+# counts as the newest of its kind.  [Anthropic: client tools]
 
-def synthesized_function(tool: Json, made: Tuple[str, str, Json, Sequence[str]]) -> Json:
-    """The function for a client tool that Anthropic defines by its type alone."""
-    name, description, properties, required = made
-    return {"name": upstream_tool_name(tool["name"] if is_name(tool.get("name")) else name),
-            "description": description,
-            "parameters": {"type": "object", "properties": properties, "required": list(required)}}
-
-
-def bash_tool(tool: Json) -> Tuple[str, str, Json, Sequence[str]]:
-    return ("bash", "Runs a command in a persistent bash session and returns what it prints. "
-            "Set restart to true to start the session anew.",
-            {"command": STRING, "restart": {"type": "boolean"}}, ())
+class ClientTool(NamedTuple):
+    """The definition of a tool that Anthropic knows by its type."""
+    name: str                            # if the client gives none
+    description: str
+    properties: Json
+    required: Tuple[str, ...] = ()
 
 
-def edit_tool(tool: Json) -> Tuple[str, str, Json, Sequence[str]]:
-    """The text editor: the older kind can undo, the newer takes the inserted text by its own name."""
-    is_old = tool["type"] < "text_editor_20250429" and tool["type"].startswith("text_editor_20")
-    commands = ["view", "create", "str_replace", "insert"] + (["undo_edit"] if is_old else [])
-    properties = {"command": {"type": "string", "enum": commands}, "path": STRING, "file_text": STRING,
-                  "old_str": STRING, "new_str": STRING, "insert_line": INTEGER, "view_range": INTEGERS}
+def client_tool(definition: Json) -> Optional[ClientTool]:
+    """The ClientTool of a definition's type, or None."""
+    for prefix, build in CLIENT_TOOLS.items():
+        if definition["type"].startswith(prefix):
+            return build(definition)
+    return None
+
+
+def bash_tool(definition: Json) -> ClientTool:
+    return ClientTool(
+        "bash", "Runs a command in a persistent bash session and returns what it prints. "
+        "Set restart to true to start the session anew.",
+        {"command": STRING, "restart": {"type": "boolean"}})
+
+
+def edit_tool(definition: Json) -> ClientTool:
+    """The text editor: the older kind can undo, the newer has a name of its own for new text."""
+    kind, limit = definition["type"], definition.get("max_characters")
+    is_old = "text_editor_20" <= kind < "text_editor_20250429"
     inserted = "new_str" if is_old else "insert_text"
-    if not is_old:
-        properties["insert_text"] = STRING
-    description = f"Views, creates and edits text files. The insert command puts {inserted} after insert_line."
-    if is_integer(tool.get("max_characters")):
-        description += f" A view shows at most {tool['max_characters']} characters."
-    return ("str_replace_editor" if is_old else "str_replace_based_edit_tool", description, properties,
-            ("command", "path"))
+    properties: Json = {
+        "command": word_of("view create str_replace insert" + (" undo_edit" if is_old else "")),
+        "path": STRING, "file_text": STRING, "old_str": STRING, "new_str": STRING,
+        "insert_line": INTEGER, "view_range": INTEGERS}
+    properties.setdefault(inserted, STRING)
+    view = f" A view shows at most {limit} characters." if is_integer(limit) else ""
+    return ClientTool(
+        "str_replace_editor" if is_old else "str_replace_based_edit_tool",
+        f"Views, creates and edits text files. The insert command puts {inserted} after "
+        f"insert_line.{view}", properties, ("command", "path"))
 
 
-def memory_tool(tool: Json) -> Tuple[str, str, Json, Sequence[str]]:
-    commands = ["view", "create", "str_replace", "insert", "delete", "rename"]
-    strings = dict.fromkeys(("path", "file_text", "old_str", "new_str", "insert_text", "old_path", "new_path"), STRING)
-    return ("memory", "Reads and writes files that persist between conversations. All paths lie under /memories.",
-            {"command": {"type": "string", "enum": commands}, **strings, "insert_line": INTEGER,
-             "view_range": INTEGERS}, ("command",))
+def memory_tool(definition: Json) -> ClientTool:
+    return ClientTool(
+        "memory", "Reads and writes files that persist between conversations. "
+        "All paths lie under /memories.",
+        {"command": word_of("view create str_replace insert delete rename"), "path": STRING,
+         "file_text": STRING, "old_str": STRING, "new_str": STRING, "insert_text": STRING,
+         "old_path": STRING, "new_path": STRING, "insert_line": INTEGER, "view_range": INTEGERS},
+        ("command",))
 
 
-def computer_tool(tool: Json) -> Tuple[str, str, Json, Sequence[str]]:
-    actions = list(COMPUTER_ACTIONS)
-    if tool["type"] != "computer_20241022":
-        actions += ["left_mouse_down", "left_mouse_up", "triple_click", "scroll", "hold_key", "wait"]
-    if tool["type"] >= "computer_20251124" and tool.get("enable_zoom"):
-        actions.append("zoom")
-    size = f"{tool.get('display_width_px')} x {tool.get('display_height_px')}"
-    return ("computer", f"Controls a screen of {size} pixels with mouse and keyboard, and takes screenshots of it.",
-            {"action": {"type": "string", "enum": actions}, "coordinate": INTEGERS, "start_coordinate": INTEGERS,
-             "text": STRING, "scroll_direction": {"type": "string", "enum": ["up", "down", "left", "right"]},
-             "scroll_amount": INTEGER, "duration": {"type": "number"}, "region": INTEGERS}, ("action",))
+def computer_tool(definition: Json) -> ClientTool:
+    """Mouse, keyboard and screen; each date of the type has more actions than the one before."""
+    kind, actions = definition["type"], COMPUTER_ACTIONS
+    if kind != "computer_20241022":
+        actions += " left_mouse_down left_mouse_up triple_click scroll hold_key wait"
+    if kind >= "computer_20251124" and definition.get("enable_zoom"):
+        actions += " zoom"
+    size = f"{definition.get('display_width_px')} x {definition.get('display_height_px')}"
+    return ClientTool(
+        "computer", f"Controls a screen of {size} pixels with mouse and keyboard, "
+        "and takes screenshots of it.",
+        {"action": word_of(actions), "coordinate": INTEGERS, "start_coordinate": INTEGERS,
+         "text": STRING, "scroll_direction": word_of("up down left right"),
+         "scroll_amount": INTEGER, "duration": {"type": "number"}, "region": INTEGERS}, ("action",))
+
+
+def word_of(words: str) -> Json:
+    """The schema of a string that is one of some words."""
+    return {"type": "string", "enum": words.split()}
 
 
 STRING: Json = {"type": "string"}
 INTEGER: Json = {"type": "integer"}
 INTEGERS: Json = {"type": "array", "items": INTEGER}
-COMPUTER_ACTIONS = ("key", "type", "mouse_move", "left_click", "left_click_drag", "right_click", "middle_click",
-                    "double_click", "screenshot", "cursor_position")
-CLIENT_TOOLS: Dict[str, Callable[[Json], Tuple[str, str, Json, Sequence[str]]]] = {
-    "bash_": bash_tool, "text_editor_": edit_tool, "memory_": memory_tool, "computer_2": computer_tool,
-}
+COMPUTER_ACTIONS = "key type mouse_move left_click left_click_drag right_click middle_click " \
+    "double_click screenshot cursor_position"
+CLIENT_TOOLS: Dict[str, Callable[[Json], ClientTool]] = {
+    "bash_": bash_tool, "text_editor_": edit_tool, "memory_": memory_tool,
+    "computer_2": computer_tool}
 
 
 # ---- 4.7 names of tools ----------------------------------------------------
 
-def upstream_tool_name(name: str, renamed: Mapping[str, str] = {}) -> str:
-    """A name that OpenAI takes: the same for the same name, in every turn.  [OpenAI: function name]"""
-    if name in renamed:
-        return renamed[name]
+def upstream_tool_name(name: str) -> str:
+    """A name that OpenAI takes; always the same for the same name, so that prompts stay cacheable.
+
+    MCP's names (mcp__server__tool) often have more than 64 characters.  [OpenAI: function name]
+    """
     if TOOL_NAME.fullmatch(name):
         return name
     return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:55] + "_" + sha256_hex(name)[:8]
 
 
+def upstream_tool_names(names: Sequence[str]) -> Dict[str, str]:
+    """The upstream's name for each tool; one whose made name is taken gets another."""
+    taken = {name for name in names if TOOL_NAME.fullmatch(name)}
+    upstream_names = {}
+    for name in names:
+        made, number = upstream_tool_name(name), 1
+        while made in taken and made != name:
+            number += 1
+            made = upstream_tool_name(name)[:-8] + sha256_hex(f"{name}#{number}")[:8]
+        taken.add(made)
+        upstream_names[name] = made
+    return upstream_names
+
+
 def client_tool_name(name: str, names: Dict[str, str]) -> str:
-    """The client's name for a tool that the model calls."""
+    """The client's name for a tool that the model calls; some models put `functions.` before it."""
     if name not in names and name.startswith("functions.") and name[10:] in names:
         name = name[10:]
     return names.get(name, name)
@@ -1079,7 +1306,7 @@ TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 def clean_schema(schema: Any) -> Json:
     """A schema for `parameters` that every upstream can read: an object with properties.
 
-    What is already right is returned as it is; the client's own objects are never changed.
+    A schema that is right already is returned itself; the client's own objects are never changed.
     """
     if not is_object(schema):
         return {"type": "object", "properties": {}}
@@ -1093,41 +1320,46 @@ def clean_schema(schema: Any) -> Json:
 
 
 def is_complete_schema(root: Json) -> bool:
-    """Whether nothing inside a schema needs a change: a quick look, for that is the usual case."""
+    """Whether nothing inside a schema needs a change, which nearly always holds."""
     waiting = [root]
     seen = 0
     while waiting:
         schema = waiting.pop()
         seen += 1
         if seen > MAX_SUBSCHEMAS:
-            raise ProxyError(400, f"tools: an input_schema with more than {MAX_SUBSCHEMAS} parts is not supported")
+            raise ProxyError(400, f"tools: an input_schema with more than {MAX_SUBSCHEMAS} parts "
+                             "is not supported")
+        if lacks_properties(schema):
+            return False
         for key in schema.keys() & SUBSCHEMA_KEYS:
             value = schema[key]
             if key in SUBSCHEMA_MAPS:
                 value = list(value.values()) if isinstance(value, dict) else ()
             items = value if isinstance(value, (list, tuple)) else (value,)
             waiting += [item for item in items if isinstance(item, dict)]
-        if schema.get("type") == "object" and "additionalProperties" not in schema \
-                and not isinstance(schema.get("properties"), dict):
-            return False
     return isinstance(root.get("properties"), dict)
 
 
-MAX_SUBSCHEMAS = 50000                   # of one tool: each is looked at, and holds all streams meanwhile
+# Subschemas of one tool: a walk over them blocks the event loop.
+MAX_SUBSCHEMAS = 50000
+
+
+def lacks_properties(schema: Json) -> bool:
+    """Whether an object's schema has neither properties nor a word on additional ones."""
+    return schema.get("type") == "object" and "additionalProperties" not in schema \
+        and not isinstance(schema.get("properties"), dict)
 
 
 def complete_object(schema: Any) -> Any:
-    """A nested schema of type object gets the `properties` that some upstreams insist on."""
+    """A nested schema; one of an object gets the `properties` that some upstreams insist on."""
     if not is_object(schema):
         return schema
     schema = mapped_subschemas(schema, complete_object)
-    if schema.get("type") == "object" and "additionalProperties" not in schema and not is_object(schema.get("properties")):
-        return {**schema, "properties": {}}
-    return schema
+    return {**schema, "properties": {}} if lacks_properties(schema) else schema
 
 
 def mapped_subschemas(schema: Json, change: Callable[[Any], Any]) -> Json:
-    """`schema` with `change` made to each schema directly inside it; itself when nothing changes."""
+    """`schema` with `change` applied to each schema directly inside it; itself if none changes."""
     changed: Json = {}
     for key in schema.keys() & SUBSCHEMA_KEYS:
         value = schema[key]
@@ -1146,7 +1378,8 @@ def mapped_subschemas(schema: Json, change: Callable[[Any], Any]) -> Json:
 
 SUBSCHEMA_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 SUBSCHEMA_KEYS = SUBSCHEMA_MAPS | frozenset((
-    "items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "not", "if", "then", "else"))
+    "items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "not", "if", "then",
+    "else"))
 
 
 def qualifies_as_strict(schema: Any, is_root: bool = True) -> bool:
@@ -1156,10 +1389,7 @@ def qualifies_as_strict(schema: Any, is_root: bool = True) -> bool:
     if is_root and (schema.get("type") != "object" or "anyOf" in schema):
         return False
     if schema.get("type") == "object" or "properties" in schema:
-        properties = schema.get("properties")
-        required = schema.get("required")
-        if schema.get("additionalProperties") is not False or not is_object(properties) \
-                or not isinstance(required, list) or {*map(str, required)} < {*properties}:
+        if not requires_all_properties(schema):
             return False
     nested: List[Any] = []
     for key in schema.keys() & {"properties", "$defs", "definitions"}:
@@ -1169,8 +1399,46 @@ def qualifies_as_strict(schema: Any, is_root: bool = True) -> bool:
     return all(qualifies_as_strict(item, False) for item in nested)
 
 
-NOT_STRICT = frozenset(("patternProperties", "allOf", "not", "if", "oneOf", "prefixItems", "dependentSchemas",
-                        "unevaluatedProperties"))
+def requires_all_properties(schema: Json) -> bool:
+    """Whether an object must have all of its properties, and no other one."""
+    properties, required = schema.get("properties"), schema.get("required")
+    return schema.get("additionalProperties") is False and is_object(properties) \
+        and isinstance(required, list) and not {*map(str, required)} < {*properties}
+
+
+NOT_STRICT = frozenset(("patternProperties", "allOf", "not", "if", "oneOf", "prefixItems",
+                        "dependentSchemas", "unevaluatedProperties"))
+
+
+# ---- 4.9 translation -------------------------------------------------------
+
+@dataclass(eq=False, repr=False)
+class Translation:
+    """One request as the upstream gets it, and the facts that reading its answer needs."""
+    requested_model: str                 # the answer's `model`
+    target: Target
+    profile: ModelProfile
+    body: Json
+    is_streamed: bool                    # the client wants events
+    thinking: ThinkingDisplay = ThinkingDisplay.HIDDEN
+    tool_names: Dict[str, str] = field(default_factory=dict)     # the upstream's -> the client's
+    history_call_ids: Set[str] = field(default_factory=set)      # as written and decoded
+    stop_sequences: Tuple[str, ...] = ()
+    prefill: str = ""                    # the assistant text that the answer continues
+    is_single_call: bool = False         # only the first tool call counts
+    is_empty: bool = False               # max_tokens 0: nothing is generated
+    secrets: Tuple[str, ...] = ()        # redacted in errors
+    sent_bytes: int = 0                  # size of the upstream's request
+    is_mostly_non_ascii: bool = False    # large, and sent as UTF-8
+    dropped_fields: List[str] = field(default_factory=list)      # worth a line in the log
+    token_estimate: int = 0              # see input_estimate
+    estimate_tokens: Callable[[Json], int] = len
+
+    def input_estimate(self) -> int:
+        """Estimated tokens of the prompt, counted once, when first asked for."""
+        if not self.token_estimate:
+            self.token_estimate = self.estimate_tokens(self.body)
+        return self.token_estimate
 
 
 # ============================================================================
@@ -1179,62 +1447,18 @@ NOT_STRICT = frozenset(("patternProperties", "allOf", "not", "if", "oneOf", "pre
 #
 # The texts that blocks become, and the data that travels through the client and
 # returns: ids of tool calls, and reasoning inside the signatures of thinking blocks.
+# Every writer of a body uses these functions and adds nothing but its API's shape.
 
-# ---- 5.1 blocks as text and parts ------------------------------------------
-
-def user_parts(block: Json, profile: ModelProfile) -> List[Json]:
-    """The parts of a user message that a block becomes; an unknown block is named, never lost."""
-    build = USER_PARTS.get(block["type"])
-    if build is not None:
-        return build(block, profile)
-    text = assistant_paragraph(block) if block["type"] in ASSISTANT_PARAGRAPHS else unknown_text(block)
-    return [text_part(text)] if text else []
-
-
-def unknown_text(block: Json) -> str:
-    text = block.get("text")
-    return text if isinstance(text, str) else f"[unsupported content block: {block['type']}]"
-
-
-def image_part(block: Json, profile: ModelProfile) -> List[Json]:
-    source = block["source"]
-    if source["type"] == "url":
-        return [{"type": "image_url", "image_url": {"url": source["url"]}}]
-    kind = source.get("media_type")
-    kind = {"image/jpg": "image/jpeg"}.get(kind, kind) if is_name(kind) else "image/png"
-    return [{"type": "image_url", "image_url": {"url": f"data:{kind};base64,{without_whitespace(source['data'])}"}}]
-
+# ---- 5.1 texts of single blocks --------------------------------------------
 
 def without_whitespace(text: str) -> str:
     return text if text.isalnum() else "".join(text.split())
 
 
-def document_parts(block: Json, profile: ModelProfile) -> List[Json]:
-    source = block["source"]
-    title = block.get("title") if is_name(block.get("title")) else ""
-    if source["type"] == "url":
-        return [text_part(f"[Document at {source['url']}{': ' + title if title else ''}; "
-                          "this endpoint cannot fetch it]")]
-    if source["type"] == "text":
-        return [text_part(document_text(block, source["data"]))]
-    if source["type"] == "content":
-        content = source["content"]
-        blocks = [text_part(content)] if isinstance(content, str) else content
-        text = "\n".join(item["text"] for item in blocks if item["type"] == "text")
-        return [text_part(document_text(block, text)), *(
-            part for item in blocks if item["type"] == "image" for part in image_part(item, profile))]
-    kind = source.get("media_type")
-    if is_name(kind) and kind.startswith("text/"):
-        try:
-            return [text_part(document_text(block, base64.b64decode(source["data"]).decode("utf-8")))]
-        except ValueError:
-            return [text_part(f"[{kind} document: {title or 'document'}; this endpoint cannot read it]")]
-    if profile.host_class not in ("openai", "azure"):
-        return [text_part(f"[PDF document: {title or 'document.pdf'}; this endpoint cannot read it]")]
-    name = title or "document.pdf"
-    return [{"type": "file", "file": {
-        "filename": name if name.lower().endswith(".pdf") else name + ".pdf",
-        "file_data": f"data:application/pdf;base64,{without_whitespace(source['data'])}"}}]
+def unknown_text(block: Json) -> str:
+    """The text for a block of a type that is newer than this program."""
+    text = block.get("text")
+    return text if isinstance(text, str) else f"[unsupported content block: {block['type']}]"
 
 
 def document_text(block: Json, text: str) -> str:
@@ -1245,16 +1469,17 @@ def document_text(block: Json, text: str) -> str:
 
 
 def search_result_text(block: Json) -> str:
-    return f"[Search result: {block.get('title')}]\nSource: {block.get('source')}\n" + nested_texts(block, "\n")
+    return f"[Search result: {block.get('title')}]\nSource: {block.get('source')}\n" \
+        + nested_texts(block)
 
 
-def nested_texts(block: Json, joint: str) -> str:
+def nested_texts(block: Json) -> str:
     """The texts of a block's own content, which is a string or a list of blocks."""
     content = block.get("content")
     if isinstance(content, str):
         return content
-    return joint.join(item["text"] for item in content or () if is_object(item) and isinstance(item.get("text"), str)) \
-        if isinstance(content, list) else ""
+    return "\n".join(item["text"] for item in content if is_object(item)
+                     and isinstance(item.get("text"), str)) if isinstance(content, list) else ""
 
 
 def compaction_text(block: Json) -> str:
@@ -1262,43 +1487,209 @@ def compaction_text(block: Json) -> str:
     return f"[Summary of the earlier conversation]\n{content}" if isinstance(content, str) else ""
 
 
-USER_PARTS: Dict[str, Callable[[Json, ModelProfile], List[Json]]] = {
-    "text": lambda block, profile: [text_part(block["text"])] if block["text"] else [],
-    "image": image_part,
-    "document": document_parts,
-    "search_result": lambda block, profile: [text_part(search_result_text(block))],
-    "thinking": lambda block, profile: [],
-    "redacted_thinking": lambda block, profile: [],
-    "compaction": lambda block, profile: [text_part(compaction_text(block))] if compaction_text(block) else [],
+# ---- 5.2 pictures and documents -------------------------------------------
+
+class Media(NamedTuple):
+    """A picture or a PDF file in a user turn."""
+    url: str                             # the client's URL, or a data: URL
+    filename: str = ""                   # empty: a picture
+
+
+Part = Union[str, Media]
+
+
+def image_parts(block: Json, profile: ModelProfile) -> List[Part]:
+    """A picture as Media.  The proxy never fetches one; image/jpg is no media type."""
+    source = block["source"]
+    if source["type"] == "url":
+        return [Media(source["url"])]
+    kind = source.get("media_type")
+    kind = {"image/jpg": "image/jpeg"}.get(kind, kind) if is_name(kind) else "image/png"
+    return [Media(f"data:{kind};base64,{without_whitespace(source['data'])}")]
+
+
+def document_parts(block: Json, profile: ModelProfile) -> List[Part]:
+    """A document as text where it is one, as a file where the upstream reads PDF, else its name."""
+    source, title = block["source"], block.get("title") if is_name(block.get("title")) else ""
+    if source["type"] == "url":
+        name = f"{source['url']}: {title}" if title else source["url"]
+        return [f"[Document at {name}; this endpoint cannot fetch it]"]
+    if source["type"] == "text":
+        return [document_text(block, source["data"])]
+    if source["type"] == "content":
+        return nested_document_parts(block, profile)
+    kind = source.get("media_type")
+    if is_name(kind) and kind.startswith("text/"):
+        try:
+            return [document_text(block, base64.b64decode(source["data"]).decode("utf-8"))]
+        except ValueError:
+            return [f"[{kind} document: {title or 'document'}; this endpoint cannot read it]"]
+    name = title or "document.pdf"
+    if profile.host_class not in PDF_READERS:
+        return [f"[PDF document: {name}; this endpoint cannot read it]"]
+    return [Media(f"data:application/pdf;base64,{without_whitespace(source['data'])}",
+                  name if name.lower().endswith(".pdf") else name + ".pdf")]
+
+
+PDF_READERS = ("openai", "azure")        # hosts that take files
+
+
+def nested_document_parts(block: Json, profile: ModelProfile) -> List[Part]:
+    """A document that consists of blocks: its text, then its pictures."""
+    content = block["source"]["content"]
+    blocks = [text_part(content)] if isinstance(content, str) else content
+    text = "\n".join(item["text"] for item in blocks if item["type"] == "text")
+    return [document_text(block, text), *(part for item in blocks if item["type"] == "image"
+                                          for part in image_parts(item, profile))]
+
+
+def document_placeholder(block: Json) -> str:
+    """The text of a document for an assistant turn, which can hold no file."""
+    parts = document_parts(block, UNKNOWN_PROFILE)
+    return "\n".join(part for part in parts if isinstance(part, str))
+
+
+# ---- 5.3 blocks of an assistant turn ---------------------------------------
+
+def assistant_text(blocks: List[Block]) -> str:
+    """The text of an assistant turn.  Text right behind text is joined to it, because the client
+    cut it; everything else is a paragraph of its own.
+    """
+    pieces: List[str] = []
+    follows_text = False
+    for block in blocks:
+        is_text = block["type"] == "text"
+        text = block["text"] if is_text else assistant_paragraph(block)
+        if text:
+            pieces += ["\n\n" if pieces and not (is_text and follows_text) else "", text]
+        follows_text = is_text
+    return "".join(pieces)
+
+
+def prefill_text(turns: List[Turn]) -> str:
+    """The text that the answer continues: of a last assistant turn without calls.
+
+    White space at its end is cut, because upstreams refuse it.
+    """
+    if not turns or turns[-1].role != "assistant" \
+            or any(block["type"] == "tool_use" for block in turns[-1].blocks):
+        return ""
+    return assistant_text(turns[-1].blocks).rstrip()
+
+
+def assistant_paragraph(block: Json) -> str:
+    """The paragraph for a block that is neither text nor a thing of its own; "" for nothing."""
+    kind = block["type"]
+    if kind in UNSENT_BLOCKS["assistant"] or kind == "tool_use":
+        return ""
+    build = ASSISTANT_PARAGRAPHS.get(kind)
+    return build(block) if build else unknown_text(block)
+
+
+def called_text(block: Json) -> str:
+    return f"[Called {block.get('name')} with {json_text(block.get('input') or {})}]"
+
+
+def server_result_text(block: Json) -> str:
+    """The text for the result of a server tool; an error object is told as a failure."""
+    name, build = SERVER_RESULTS[block["type"]]
+    content = block.get("content")
+    if is_object(content) and "error_code" in content:
+        return f"[{name} failed: {content['error_code']}]"
+    return f"[Result of {name}]\n{build(block)}".rstrip("\n")
+
+
+def search_hits(block: Json) -> str:
+    content = block.get("content")
+    hits = [hit for hit in content if is_object(hit)] if isinstance(content, list) else []
+    return "\n".join(f"- {hit.get('title')}: {hit.get('url')}" for hit in hits)
+
+
+def fetched_page(block: Json) -> str:
+    content = object_member(block, "content")
+    source = object_member(object_member(content, "content"), "source")
+    text = source.get("data") if source.get("type") == "text" else None
+    return "\n".join(str(item) for item in (content.get("url"), text) if item)
+
+
+def execution_output(block: Json) -> str:
+    content = object_member(block, "content")
+    lines = [content[key] for key in ("stdout", "stderr", "content") if is_name(content.get(key))]
+    if content.get("return_code"):
+        lines.append(f"exit code {content['return_code']}")
+    return "\n".join(line.rstrip("\n") for line in lines)
+
+
+def object_member(value: Json, name: str) -> Json:
+    member = value.get(name)
+    return member if is_object(member) else {}
+
+
+def image_placeholder(block: Json) -> str:
+    return "[image]"
+
+
+SERVER_RESULTS: Dict[str, Tuple[str, Callable[[Json], str]]] = {
+    "web_search_tool_result": ("web_search", search_hits),
+    "web_fetch_tool_result": ("web_fetch", fetched_page),
+    "code_execution_tool_result": ("code_execution", execution_output),
+    "bash_code_execution_tool_result": ("bash_code_execution", execution_output),
+    "text_editor_code_execution_tool_result": ("text_editor_code_execution", execution_output),
+    "mcp_tool_result": ("mcp_tool", nested_texts),
+    "advisor_tool_result": ("advisor", nested_texts),
+}
+ASSISTANT_PARAGRAPHS: Dict[str, Callable[[Json], str]] = {
+    "server_tool_use": called_text, "mcp_tool_use": called_text, "compaction": compaction_text,
+    "image": image_placeholder, "document": document_placeholder,
+    **dict.fromkeys(SERVER_RESULTS, server_result_text)}
+
+
+# ---- 5.4 blocks of a user turn ---------------------------------------------
+
+def user_parts(block: Json, profile: ModelProfile) -> List[Part]:
+    """The parts of a user message for a block; an unknown block is named, never lost."""
+    build = USER_PARTS.get(block["type"])
+    if build is not None:
+        return build(block, profile)
+    is_known = block["type"] in ASSISTANT_PARAGRAPHS
+    text = assistant_paragraph(block) if is_known else unknown_text(block)
+    return [text] if text else []
+
+
+def text_parts(block: Json, profile: ModelProfile) -> List[Part]:
+    return [block["text"]] if block["text"] else []
+
+
+def search_parts(block: Json, profile: ModelProfile) -> List[Part]:
+    return [search_result_text(block)]
+
+
+def compaction_parts(block: Json, profile: ModelProfile) -> List[Part]:
+    text = compaction_text(block)
+    return [text] if text else []
+
+
+def no_parts(block: Json, profile: ModelProfile) -> List[Part]:
+    return []
+
+
+USER_PARTS: Dict[str, Callable[[Json, ModelProfile], List[Part]]] = {
+    "text": text_parts, "image": image_parts, "document": document_parts,
+    "search_result": search_parts, "compaction": compaction_parts,
+    "thinking": no_parts, "redacted_thinking": no_parts,
 }
 
 
-def result_text(block: Json, parts: List[Json]) -> str:
-    """The text of a block inside a tool_result that is not text itself."""
-    kind = block["type"]
-    if kind == "tool_reference":
-        return f"Tool available: {block.get('tool_name')}"
-    if kind == "search_result":
-        return search_result_text(block)
-    if parts:
-        return "\n".join(part["text"] for part in parts)
-    return json_text({key: value for key, value in block.items() if key not in ("type", "cache_control")})
-
-
-def tool_content(text: str, is_error: bool) -> str:
-    """The content of a tool message: never empty, and a failure says that it is one."""
-    if is_error and not text:
-        return "Error: tool execution failed"
-    if is_error and not re.match(r"error|<tool_use_error>", text, re.I):
-        return "Error: " + text
-    return text or "(no output)"                 # some models end their turn on an empty result
-
+# ---- 5.5 calls and results -------------------------------------------------
 
 def call_arguments(value: Any) -> str:
-    """The JSON text of a tool's input.  Always serialised here: broken JSON would break later turns."""
+    """The JSON text of a tool's input.
+
+    The input is serialised here, because broken JSON in the history would break later turns.
+    """
     if isinstance(value, str):
         try:
-            if is_object(json_value(value)):
+            if is_object(model_json(value)):
                 return value
         except ValueError:
             pass
@@ -1306,85 +1697,90 @@ def call_arguments(value: Any) -> str:
     return json_text({} if value is None else value)
 
 
-def assistant_paragraph(block: Json) -> str:
-    """What a block of an assistant turn other than text and calls says to the upstream; "" for nothing."""
-    kind = block["type"]
-    if kind in UNSENT_BLOCKS["assistant"]:
-        return ""
-    build = ASSISTANT_PARAGRAPHS.get(kind)
-    return build(block) if build else unknown_text(block)
-
-
-def failure_text(name: str) -> Callable[[Callable[[Json], str]], Callable[[Json], str]]:
-    """Wraps the text of a server tool's result: an error object is told as a failure."""
-    def wrap(build: Callable[[Json], str]) -> Callable[[Json], str]:
-        def text(block: Json) -> str:
-            content = block.get("content")
-            if is_object(content) and "error_code" in content:
-                return f"[{name} failed: {content['error_code']}]"
-            return f"[Result of {name}]\n{build(block)}".rstrip("\n")
-        return text
-    return wrap
-
-
-def search_hits(block: Json) -> str:
+def result_parts(block: Json, profile: ModelProfile) -> Iterator[Tuple[str, List[Part]]]:
+    """Pairs of the type of an item of a tool_result's content, and the item's parts."""
     content = block.get("content")
-    return "\n".join(f"- {matched_stop.get('title')}: {matched_stop.get('url')}" for matched_stop in content if is_object(matched_stop)) \
-        if isinstance(content, list) else ""
+    for item in [text_part(content)] if isinstance(content, str) else content or ():
+        kind = item["type"]
+        if kind in ("text", "image", "document", "search_result"):
+            yield kind, user_parts(item, profile)
+        elif kind == "tool_reference":
+            yield kind, [f"Tool available: {item.get('tool_name')}"]
+        else:
+            yield kind, [json_text({key: value for key, value in item.items()
+                                    if key not in ("type", "cache_control")})]
 
 
-def fetched_page(block: Json) -> str:
-    content = block.get("content") if is_object(block.get("content")) else {}
-    document = content.get("content") if is_object(content.get("content")) else {}
-    source = document.get("source") if is_object(document.get("source")) else {}
-    text = source.get("data") if source.get("type") == "text" else None
-    return "\n".join(str(item) for item in (content.get("url"), text) if item)
+def result_content(text: str, is_error: bool) -> str:
+    """The text of a whole result: never empty, and a failure says that it is one."""
+    if is_error and not text:
+        return "Error: tool execution failed"
+    if is_error and not re.match(r"error|<tool_use_error>", text, re.I):
+        return "Error: " + text
+    return text or "(no output)"         # some models end their turn on an empty result
 
 
-def execution_output(block: Json) -> str:
-    content = block.get("content") if is_object(block.get("content")) else {}
-    lines = [content[key] for key in ("stdout", "stderr", "content") if is_name(content.get(key))]
-    if content.get("return_code"):
-        lines.append(f"exit code {content['return_code']}")
-    return "\n".join(line.rstrip("\n") for line in lines)
+class OpenCalls:
+    """The calls of one assistant turn, and which of them the next user turn has answered.
+
+    Upstreams demand exactly one result for each call, under an id that no other call of the turn
+    has.  Clients don't: of several calls with one id the n-th result belongs to the n-th call.
+    """
+
+    def __init__(self, id_at_upstream: Callable[[str], str]) -> None:
+        self.unanswered: Dict[str, None] = {}        # upstream's ids, in the order of the calls
+        self._id_at_upstream = id_at_upstream
+        self._taken: Set[str] = set()
+        self._uses: Dict[str, int] = {}              # decoded id -> number of its last use
+        self._waiting: Dict[str, Deque[str]] = {}    # client's id -> upstream's ids
+
+    def add(self, client: str) -> Tuple[str, Any]:
+        """Adds a call; returns (its id for the upstream, its `extra_content` or None)."""
+        plain, extra = decoded_id(client)
+        number = self._uses.get(plain, 0) + 1
+        call_id = self._numbered_id(plain, number)
+        while call_id in self._taken:
+            number += 1
+            call_id = self._numbered_id(plain, number)
+        self._uses[plain] = number
+        self._taken.add(call_id)
+        self.unanswered[call_id] = None
+        self._waiting.setdefault(client, deque()).append(call_id)
+        return call_id, extra
+
+    def _numbered_id(self, plain: str, number: int) -> str:
+        if number > 1:
+            plain = "call_" + sha256_hex(f"{plain}#{number}")[:32]
+        return self._id_at_upstream(plain)
+
+    def has(self, client: str) -> bool:
+        """Whether the turn has a call with a client's id, answered or not."""
+        return client in self._waiting
+
+    def answer(self, client: str) -> Optional[str]:
+        """Marks the call of a result as answered; returns its id, or None if it was before."""
+        if not self._waiting[client]:
+            return None
+        call_id = self._waiting[client].popleft()
+        del self.unanswered[call_id]
+        return call_id
 
 
-def called_text(block: Json) -> str:
-    return f"[Called {block.get('name')} with {json_text(block.get('input') or {})}]"
+MISSING_RESULT = "Tool call was not executed."
 
 
-def document_placeholder(block: Json) -> str:
-    return "\n".join(part["text"] for part in document_parts(block, UNKNOWN_PROFILE) if part["type"] == "text")
-
-
-ASSISTANT_PARAGRAPHS: Dict[str, Callable[[Json], str]] = {
-    "server_tool_use": called_text,
-    "mcp_tool_use": called_text,
-    "web_search_tool_result": failure_text("web_search")(search_hits),
-    "web_fetch_tool_result": failure_text("web_fetch")(fetched_page),
-    "code_execution_tool_result": failure_text("code_execution")(execution_output),
-    "bash_code_execution_tool_result": failure_text("bash_code_execution")(execution_output),
-    "text_editor_code_execution_tool_result": failure_text("text_editor_code_execution")(execution_output),
-    "mcp_tool_result": failure_text("mcp_tool")(lambda block: nested_texts(block, "\n")),
-    "advisor_tool_result": failure_text("advisor")(lambda block: nested_texts(block, "\n")),
-    "compaction": compaction_text,
-    "image": lambda block: "[image]",
-    "document": document_placeholder,
-}
-
-
-# ---- 5.2 ids ---------------------------------------------------------------
+# ---- 5.6 ids ---------------------------------------------------------------
 
 def client_id(call_id: Any, extra: Any, known: Set[str], new_id: NewId) -> str:
     """The id of a tool_use block for an upstream's call.
 
-    Upstreams want their ids back exactly, and the proxy keeps no state: what a client could not
-    take, or has already, is encoded so that `decoded_id` gives it back.
+    Upstreams want their ids back exactly, and the proxy keeps no state.  So an id that a client
+    would reject, or that the conversation has already, is encoded; `decoded_id` restores it.
+    Gemini's `extra_content`, a signature of its thoughts, travels in the id too.
     """
     call_id = call_id if isinstance(call_id, str) else ""
     if extra is not None:
-        packed = zlib.compress(json_bytes([call_id, extra]))
-        return f"toolu_x{new_id(6)}_{base64url(packed)}"
+        return f"toolu_x{new_id(6)}_{packed(json_text([call_id, extra]))}"
     if not call_id:
         return "toolu_" + new_id(24)
     if re.fullmatch(r"(?!toolu_[rx])[a-zA-Z0-9_-]{1,64}", call_id) and call_id not in known:
@@ -1394,26 +1790,24 @@ def client_id(call_id: Any, extra: Any, known: Set[str], new_id: NewId) -> str:
 
 def decoded_id(client: str) -> Tuple[str, Any]:
     """(the upstream's id, its `extra_content` or None); an id that is not encoded is itself."""
-    if client[:7] not in ("toolu_r", "toolu_x"):
-        return client, None
-    match = re.fullmatch(r"toolu_([rx])[A-Za-z0-9]{6}_([A-Za-z0-9_-]+)", client)
+    match = re.fullmatch(r"toolu_([rx])[A-Za-z0-9]{6}_([A-Za-z0-9_-]+)", client) \
+        if client[:7] in ("toolu_r", "toolu_x") else None
     if match is None:
         return client, None
     try:
-        packed = base64url_bytes(match[2])
         if match[1] == "r":
-            return packed.decode("utf-8"), None
-        call_id, extra = json_value(inflated(packed).decode("utf-8"))
+            return base64url_bytes(match[2]).decode("utf-8"), None
+        call_id, extra = model_json(unpacked(match[2]))
         return (call_id, extra) if isinstance(call_id, str) else (client, None)
-    except (ValueError, TypeError, zlib.error):
+    except (ValueError, TypeError):
         return client, None
 
 
-def upstream_call_id(call_id: str, host: str) -> str:
-    """An id as the upstream's host takes it."""
-    if host == "mistral":
+def upstream_call_id(call_id: str, host_class: str) -> str:
+    """An id that the upstream's host takes.  OpenAI refuses ids of more than 40 characters."""
+    if host_class == "mistral":
         return mistral_id(call_id)
-    if host in ("openai", "azure") and not re.fullmatch(r"[a-zA-Z0-9_-]{1,40}", call_id):
+    if host_class in ("openai", "azure") and not re.fullmatch(r"[a-zA-Z0-9_-]{1,40}", call_id):
         return "call_" + sha256_hex(call_id)[:32]
     return call_id
 
@@ -1432,49 +1826,62 @@ def mistral_id(call_id: str) -> str:
 BASE62 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-# ---- 5.3 reasoning ---------------------------------------------------------
+# ---- 5.7 carried reasoning -------------------------------------------------
+#
+# Some upstreams want their reasoning back beside the tool calls that followed it: DeepSeek
+# refuses the request without it, others answer worse.  Clients return thinking blocks
+# unchanged, so the signature carries it:
+#
+#     aap1.KIND.PAYLOAD      PAYLOAD is empty if the block's own text is the reasoning
+#
+# KIND is the field that it came in: c reasoning_content, r reasoning, d reasoning_details
+# (a list), n nothing to send back.
 
 def carrier_signature(kind: str, payload: str = "") -> str:
-    """The signature of a thinking block: what kind of field its reasoning came in, and the text if hidden."""
-    return f"aap1.{kind}." + (base64url(zlib.compress(payload.encode("utf-8", "replace"))) if payload else "")
-
-
-def carried_reasoning(blocks: List[Block], profile: ModelProfile, params: Json) -> Json:
-    """The reasoning that an upstream wants back beside tool calls, from the thinking blocks it came in."""
-    if profile.host_class in ("openai", "azure", "mistral", "gemini"):
-        return {}
-    kind, carried = "", []
-    for block in blocks:
-        found = carried_block(block) if block["type"] == "thinking" else None
-        if found and found[0] in ("c", "r", "d") and kind in ("", found[0]):
-            kind = found[0]
-            carried.append(found[1])
-    if kind == "d":
-        return {"reasoning_details": [entry for entries in carried for entry in entries]}
-    if kind:
-        return {{"c": "reasoning_content", "r": "reasoning"}[kind]: "".join(carried)}
-    wants_field = profile.host_class == "deepseek" and thinking_display(params.get("thinking")) is not ThinkingDisplay.HIDDEN
-    return {"reasoning_content": ""} if wants_field else {}
+    """The signature of a thinking block; `payload` is the reasoning if the block hides it."""
+    return f"aap1.{kind}." + (packed(payload) if payload else "")
 
 
 def carried_block(block: Json) -> Optional[Tuple[str, Any]]:
-    """(kind, text or list of details) of a thinking block that this proxy made; None for any other."""
-    match = re.fullmatch(r"aap1\.([a-z])\.([A-Za-z0-9_-]*)", block["signature"]) \
-        if isinstance(block.get("signature"), str) else None
+    """(kind, text or list of details) of a thinking block with such a signature; else None."""
+    signature = block.get("signature")
+    match = re.fullmatch(r"aap1\.([a-z])\.([A-Za-z0-9_-]*)", signature) \
+        if isinstance(signature, str) else None
     if match is None:
         return None
-    if not match[2]:
+    kind, payload = match.groups()
+    if not payload:
         text = block.get("thinking")
-        return (match[1], text) if isinstance(text, str) and match[1] != "d" else None
+        return (kind, text) if isinstance(text, str) and kind != "d" else None
     try:
-        text = inflated(base64url_bytes(match[2])).decode("utf-8")
-        value = json_value(text) if match[1] == "d" else text
-    except (ValueError, zlib.error):
+        value = model_json(unpacked(payload)) if kind == "d" else unpacked(payload)
+    except ValueError:
         return None
-    return None if match[1] == "d" and not isinstance(value, list) else (match[1], value)
+    return None if kind == "d" and not isinstance(value, list) else (kind, value)
 
 
-# ---- 5.4 packed bytes ------------------------------------------------------
+# ---- 5.8 packed text -------------------------------------------------------
+
+def packed(text: str) -> str:
+    """A text, compressed, in letters, digits, `_` and `-`: the form that travels in ids."""
+    return base64url(zlib.compress(text.encode("utf-8", "replace")))
+
+
+def unpacked(text: str) -> str:
+    """The text that was packed.  Raises ValueError for a damaged or too large one."""
+    engine = zlib.decompressobj()
+    try:
+        data = engine.decompress(base64url_bytes(text), UNPACKED_SIZE)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if not engine.eof:
+        raise ValueError("cut off or too large")
+    return data.decode("utf-8")
+
+
+# Bytes of one unpacked text: zlib data of a hostile client can be a thousandth as long.
+UNPACKED_SIZE = 16 * 1024 * 1024
+
 
 def base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
@@ -1487,286 +1894,319 @@ def base64url_bytes(text: str) -> bytes:
     return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
-def inflated(packed: bytes) -> bytes:
-    """zlib data unpacked.  Raises ValueError or zlib.error for what is damaged or too large."""
-    engine = zlib.decompressobj()
-    data = engine.decompress(packed, CARRIED_BYTES)
-    if not engine.eof:
-        raise ValueError("cut off or too large")
-    return data
-
-
-CARRIED_BYTES = 16 * 1024 * 1024         # what a hostile client can make one carrier unpack to
-
-
 # ============================================================================
 # 6. CHAT: THE REQUEST
 # ============================================================================
 #
-# The conversation as the body of a Chat Completions request.  [OpenAI: Chat Completions]
+# The conversation as the body of a Chat Completions request.  The body is put together
+# from groups of fields, each of one function; a group that does not apply is empty.
+# [OpenAI: Chat Completions]
 
-# ---- 6.1 messages ----------------------------------------------------------
+# ---- 6.1 the body ----------------------------------------------------------
 
-def openai_messages(conversation: Conversation, profile: ModelProfile, params: Json, renamed: Dict[str, str]) -> List[Json]:
-    """The messages after the system message: each call directly followed by its result."""
+def chat_body(conversation: Conversation, target: Target) -> Json:
+    """The body for a target.  Raises ProxyError(400) if no message is left to send."""
+    profile = model_profile(target.model, target.host_class)
+    body: Json = {"model": profile.model}
+    for fields_of in CHAT_FIELDS:
+        body.update(fields_of(conversation, profile))
+    return body
+
+
+# ---- 6.2 messages ----------------------------------------------------------
+
+def message_fields(conversation: Conversation, profile: ModelProfile) -> Json:
+    """`messages`: the system message, then the turns, each call directly followed by its result."""
     messages: List[Json] = []
-    calls: List[Tuple[str, str]] = []            # (client's id, upstream's id) still to be answered
+    calls = OpenCalls(str)
     for turn in conversation.turns:
         if turn.role == "assistant":
-            message, calls = assistant_message(turn.blocks, profile, params, renamed)
-            messages.append(message)
+            calls = OpenCalls(lambda call_id: upstream_call_id(call_id, profile.host_class))
+            messages.append(assistant_message(turn.blocks, calls, conversation, profile))
         else:
-            messages += user_messages(turn.blocks, calls, profile)
-            calls = []
-    messages += [tool_message(upstream_id, MISSING_RESULT) for _, upstream_id in calls]
-    last = messages[-1] if messages else {}
-    if last.get("role") == "assistant" and "tool_calls" not in last:
-        last["content"] = last["content"].rstrip()           # a prefill that ends in a blank is refused
-        if not last["content"]:
-            messages.pop()
-        elif profile.host_class == "mistral":
-            last["prefix"] = True
-    return messages
+            messages += UserTurn(profile, calls).messages(turn.blocks)
+            calls = OpenCalls(str)
+    messages += missing_results(calls)
+    if conversation.turns and conversation.turns[-1].role == "assistant" and not calls.unanswered:
+        finish_prefill(messages, prefill_text(conversation.turns), profile)
+    if not messages:
+        raise ProxyError(400, NO_USER_MESSAGE)
+    system = list(conversation.system)
+    if conversation.answer_schema is not None and profile.host_class == "deepseek":
+        system.append(format_instruction(conversation.answer_schema))
+    if system:
+        messages.insert(0, {"role": "system", "content": "\n\n".join(system)})
+    return {"messages": messages}
 
 
-MISSING_RESULT = "Tool call was not executed."
+def finish_prefill(messages: List[Json], prefill: str, profile: ModelProfile) -> None:
+    """Puts the prefill into the last message; Mistral wants it marked."""
+    if not prefill:
+        messages.pop()
+        return
+    messages[-1]["content"] = prefill
+    if profile.host_class == "mistral":
+        messages[-1]["prefix"] = True
+
+
+def assistant_message(blocks: List[Block], calls: OpenCalls, conversation: Conversation,
+                      profile: ModelProfile) -> Json:
+    """The message for an assistant turn, whose calls are added to `calls`."""
+    text = assistant_text(blocks)
+    tool_calls = []
+    for block in blocks:
+        if block["type"] == "tool_use":
+            call_id, extra = calls.add(block["id"])
+            call: Json = {"id": call_id, "type": "function", "function": {
+                "name": conversation.upstream_name(block["name"]),
+                "arguments": call_arguments(block.get("input"))}}
+            if extra is not None:
+                call["extra_content"] = extra
+            tool_calls.append(call)
+    if not tool_calls:
+        return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": text or None,
+            **reasoning_history(blocks, conversation, profile), "tool_calls": tool_calls}
+
+
+def reasoning_history(blocks: List[Block], conversation: Conversation,
+                      profile: ModelProfile) -> Json:
+    """The reasoning that an upstream wants back beside tool calls, in the field it came in.
+
+    The kind of the first carrier decides.  DeepSeek's API refuses calls without the field while
+    it thinks; OpenAI, Mistral and Gemini have no such field.
+    """
+    if profile.host_class in ("openai", "azure", "mistral", "gemini"):
+        return {}
+    kind, carried = "", []
+    for block in blocks:
+        found = carried_block(block) if block["type"] == "thinking" else None
+        if found and found[0] in REASONING_FIELDS and kind in ("", found[0]):
+            kind = found[0]
+            carried.append(found[1])
+    if kind == "d":
+        return {REASONING_FIELDS[kind]: [entry for entries in carried for entry in entries]}
+    if kind:
+        return {REASONING_FIELDS[kind]: "".join(carried)}
+    is_thinking = conversation.display is not ThinkingDisplay.HIDDEN
+    return {"reasoning_content": ""} if is_thinking and profile.host_class == "deepseek" else {}
+
+
+REASONING_FIELDS = {"c": "reasoning_content", "r": "reasoning", "d": "reasoning_details"}
 
 
 def tool_message(call_id: str, content: str) -> Json:
     return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
-def assistant_message(blocks: List[Block], profile: ModelProfile, params: Json,
-                      renamed: Dict[str, str]) -> Tuple[Json, List[Tuple[str, str]]]:
-    """(the message for an assistant turn, its calls as pairs of the client's and the upstream's id)."""
-    content: List[str] = []
-    calls: List[Json] = []
-    ids: List[Tuple[str, str]] = []
-    follows_text = False
-    for block in blocks:
-        kind = block["type"]
-        if kind == "text":
-            content += ["" if follows_text or not content else "\n\n", block["text"]]
-            follows_text = True
-            continue
-        follows_text = False
-        if kind == "tool_use":
-            call = openai_call(block, ids, profile, renamed)
-            ids.append((block["id"], call["id"]))
-            calls.append(call)
-        else:
-            paragraph = assistant_paragraph(block)
-            if paragraph:
-                content += ["\n\n" if content else "", paragraph]
-    message: Json = {"role": "assistant", "content": "".join(content) or None}
-    if calls:
-        message.update(carried_reasoning(blocks, profile, params), tool_calls=calls)
-    elif not content:
-        message["content"] = ""
-    return message, ids
-
-
-def openai_call(block: Json, earlier: List[Tuple[str, str]], profile: ModelProfile, renamed: Dict[str, str]) -> Json:
-    """The tool call for a tool_use block.  Of two calls with one id the second gets another."""
-    plain, extra = decoded_id(block["id"])
-    taken = {upstream_id for _, upstream_id in earlier}
-    call_id, number = upstream_call_id(plain, profile.host_class), 1
-    while call_id in taken:
-        number += 1
-        call_id = upstream_call_id("call_" + sha256_hex(f"{plain}#{number}")[:32], profile.host_class)
-    call: Json = {"id": call_id, "type": "function", "function": {
-        "name": upstream_tool_name(block["name"], renamed), "arguments": call_arguments(block.get("input"))}}
-    if extra is not None:
-        call["extra_content"] = extra
-    return call
-
-
-def user_messages(blocks: List[Block], calls: List[Tuple[str, str]], profile: ModelProfile) -> List[Json]:
-    """Tool messages for the calls before this turn, then one user message with all the rest."""
-    if blocks and not calls and not any(isinstance(block, Reminder) or block["type"] != "text" for block in blocks):
-        return [{"role": "user", "content": "\n\n".join([block["text"] for block in blocks])}]
-    writer = UserTurn(profile, list(calls))
-    for block in blocks:
-        writer.add(block)
-    return writer.messages()
+def missing_results(calls: OpenCalls) -> List[Json]:
+    return [tool_message(call_id, MISSING_RESULT) for call_id in calls.unanswered]
 
 
 class UserTurn:
-    """Collects what a user turn becomes: tool messages, pictures of results, parts, reminders."""
+    """Writes a user turn: tool messages for the calls before it, then one user message.
 
-    def __init__(self, profile: ModelProfile, open_calls: List[Tuple[str, str]]) -> None:
+    Chat Completions takes no pictures in tool messages, so the pictures and files of results are in
+    front of the user message, and the results point at them by number.
+    """
+
+    def __init__(self, profile: ModelProfile, calls: OpenCalls) -> None:
         self._profile = profile
-        self._open_calls = open_calls
-        self._answered: Set[str] = set()
-        self._tools: List[Json] = []
-        self._media: List[Json] = []             # pictures of results, which only users may send
+        self._calls = calls
+        self._results: List[Json] = []
+        self._media: List[Part] = []             # of results
         self._media_count = 0
-        self._parts: List[Union[Json, Reminder]] = []
+        self._parts: List[Part] = []
 
-    def add(self, block: Block) -> None:
-        if isinstance(block, Reminder):
-            self._parts.append(block)
-        elif block["type"] == "tool_result":
-            self._add_result(block)
-        else:
-            self._parts += user_parts(block, self._profile)
+    def messages(self, blocks: List[Block]) -> List[Json]:
+        for block in blocks:
+            if isinstance(block, Reminder):
+                self._parts.append(block)
+            elif block["type"] == "tool_result":
+                self._add_result(block)
+            else:
+                self._parts += user_parts(block, self._profile)
+        has_result = bool(self._results)
+        self._results += missing_results(self._calls)
+        if has_result and all(isinstance(part, Reminder) for part in self._parts):
+            # A user message made for a reminder alone would end the tool loop.
+            last = self._results[-1]
+            last["content"] = "\n\n".join([last["content"], *map(str, self._parts)])
+            self._parts = []
+        parts = self._media + self._parts
+        return [*self._results, {"role": "user", "content": chat_content(parts)}] if parts \
+            else self._results
 
     def _add_result(self, block: Json) -> None:
-        asked_id = block["tool_use_id"]
-        call = next((pair for pair in self._open_calls if pair[0] == asked_id), None)
-        if call is not None:
-            self._open_calls.remove(call)
-            self._answered.add(asked_id)
-            content, media = self._result(block, call[1])
-            self._tools.append(tool_message(call[1], content))
+        client = block["tool_use_id"]
+        if not self._calls.has(client):
+            content, media = self._result(block, client)
+            self._parts += [f"[Result of tool call {client}]\n{content}", *media]
+            return
+        call_id = self._calls.answer(client)
+        if call_id is not None:                  # else a second result, which is dropped
+            content, media = self._result(block, call_id)
+            self._results.append(tool_message(call_id, content))
             self._media += media
-        elif asked_id not in self._answered:     # a second result for one call is dropped
-            content, media = self._result(block, asked_id)
-            self._parts += [text_part(f"[Result of tool call {asked_id}]\n{content}"), *media]
 
-    def _result(self, block: Json, call_id: str) -> Tuple[str, List[Json]]:
-        """The text of a result, and the parts of its pictures and files."""
+    def _result(self, block: Json, call_id: str) -> Tuple[str, List[Part]]:
+        """(the text of a result, its pictures and files with their labels)."""
         texts: List[str] = []
-        media: List[Json] = []
-        content = block.get("content")
-        for item in [text_part(content)] if isinstance(content, str) else content or []:
-            if item["type"] == "text":
-                texts.append(item["text"])
-                continue
-            parts = user_parts(item, self._profile) if item["type"] in ("image", "document") else []
-            if any(part["type"] != "text" for part in parts):
+        media: List[Part] = []
+        for kind, parts in result_parts(block, self._profile):
+            if any(isinstance(part, Media) for part in parts):
                 self._media_count += 1
-                texts.append(f"[{item['type']} {self._media_count}: see the next user message]")
-                label = f"{item['type'].capitalize()} {self._media_count} from tool result {call_id}:"
-                media += [text_part(label), *parts]
+                number = self._media_count
+                texts.append(f"[{kind} {number}: see the next user message]")
+                media += [f"{kind.capitalize()} {number} from tool result {call_id}:", *parts]
             else:
-                texts.append(result_text(item, parts))
-        return tool_content("\n".join(filter(None, texts)), block.get("is_error") is True), media
-
-    def messages(self) -> List[Json]:
-        self._tools += [tool_message(call_id, MISSING_RESULT) for _, call_id in self._open_calls]
-        parts = self._parts
-        if not parts and not self._media:
-            return self._tools
-        if self._answered and all(isinstance(part, Reminder) for part in parts):
-            # A user message made for a reminder alone would end the tool loop.
-            self._tools[-1]["content"] = "\n\n".join([self._tools[-1]["content"], *parts])
-            parts = []
-        whole = [text_part(str(part)) if isinstance(part, Reminder) else part for part in [*self._media, *parts]]
-        if not whole:
-            return self._tools
-        if all(part["type"] == "text" for part in whole):
-            return [*self._tools, {"role": "user", "content": "\n\n".join(part["text"] for part in whole)}]
-        return [*self._tools, {"role": "user", "content": whole}]
+                texts += [str(part) for part in parts]
+        text = "\n".join(filter(None, texts))
+        return result_content(text, block.get("is_error") is True), media
 
 
-# ---- 6.2 fields ------------------------------------------------------------
-
-def sampling_fields(params: Json) -> Json:
-    """temperature, top_p and stop, for models that take them."""
-    found = {name: params[name] for name in ("temperature", "top_p") if params.get(name) is not None}
-    stop = params.get("stop_sequences") and list(filter(None, params["stop_sequences"]))[:4]      # OpenAI takes four
-    if stop:
-        found["stop"] = stop
-    return found
+def chat_content(parts: List[Part]) -> Union[str, List[Json]]:
+    """The content of a user message: one string if all of it is text, else a list of parts."""
+    texts = [part for part in parts if isinstance(part, str)]
+    return "\n\n".join(texts) if len(texts) == len(parts) else [chat_part(part) for part in parts]
 
 
-def identity_fields(params: Json, session_id: str) -> Json:
-    """safety_identifier, prompt_cache_key and service_tier, which only OpenAI itself knows."""
-    user = (params.get("metadata") or {}).get("user_id")
-    user = user if isinstance(user, str) else ""
-    found = {}
-    if user:
-        found["safety_identifier"] = sha256_hex(user)
-    if session_id or user:
-        found["prompt_cache_key"] = "aap-" + sha256_hex(session_id or user)[:32]
-    if params.get("service_tier") == "standard_only":
-        found["service_tier"] = "default"
-    return found
+def chat_part(part: Part) -> Json:
+    """A part of a user message.  [OpenAI: content parts]"""
+    if isinstance(part, str):
+        return text_part(str(part))
+    if part.filename:
+        return {"type": "file", "file": {"filename": part.filename, "file_data": part.url}}
+    return {"type": "image_url", "image_url": {"url": part.url}}
 
 
-def stream_fields(params: Json, profile: ModelProfile) -> Json:
-    """`stream`, also for an un-streamed request that may take minutes: only a stream shows life."""
-    if not params.get("stream") and capped_limit(params["max_tokens"], profile) <= UNSTREAMED_TOKENS:
+# ---- 6.3 other fields ------------------------------------------------------
+
+def limit_fields(conversation: Conversation, profile: ModelProfile) -> Json:
+    """The limit of the answer's tokens, under the name that the model takes."""
+    if conversation.max_tokens is None:
         return {}
-    options = {} if profile.host_class == "mistral" else {"stream_options": {"include_usage": True}}
-    return {"stream": True, **options}
+    return {profile.limit_field: capped_limit(conversation.max_tokens, profile)}
 
 
-UNSTREAMED_TOKENS = 8192         # what a quick model can write while a client waits without a sign of life
+def sampling_fields(conversation: Conversation, profile: ModelProfile) -> Json:
+    """temperature, top_p and stop; reasoning models refuse them.  OpenAI takes four sequences."""
+    if profile.is_reasoning:
+        return {}
+    stop = list(conversation.stop_sequences[:4])
+    return {**conversation.sampling, **({"stop": stop} if stop else {})}
 
 
-def reasoning_fields(params: Json, later_effort: Optional[str], has_tools: bool, profile: ModelProfile) -> Json:
+def reasoning_fields(conversation: Conversation, profile: ModelProfile) -> Json:
     """The fields that set how much the model reasons, in the words of the upstream's host."""
-    wanted = requested_effort(params, later_effort)
-    if profile.host_class == "openrouter":
+    wanted, host_class = conversation.effort, profile.host_class
+    if host_class == "openrouter":               # one field for all models [OpenRouter: reasoning]
         if wanted is None:
             return {}
         return {"reasoning": {"enabled": False} if wanted == "none" else {"effort": wanted}}
-    if profile.host_class == "deepseek" and "reasoner" not in profile.base_name:
-        if thinking_display(params.get("thinking")) is ThinkingDisplay.HIDDEN:
+    if host_class == "deepseek" and "reasoner" not in profile.base_name:
+        if conversation.display is ThinkingDisplay.HIDDEN:
             return {"thinking": {"type": "disabled"}}
-        effort = {"low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}.get(wanted or "")
+        effort = DEEPSEEK_EFFORTS.get(wanted or "")
         return {"thinking": {"type": "enabled"}, **({"reasoning_effort": effort} if effort else {})}
-    allowed = profile.efforts
-    if has_tools and allowed and profile.host_class in ("openai", "azure") and gpt_version(profile.base_name) >= (5, 4):
-        return {"reasoning_effort": "none"}      # any other is refused there beside function tools
-    return {"reasoning_effort": nearest_effort(wanted, allowed)} if wanted and allowed else {}
+    if conversation.tools and profile.efforts and host_class in ("openai", "azure") \
+            and gpt_version(profile.base_name) >= (5, 4):
+        # OpenAI and Azure refuse function tools beside any other effort from gpt-5.4 on.
+        return {"reasoning_effort": "none"}
+    if not wanted or not profile.efforts:
+        return {}
+    return {"reasoning_effort": nearest_effort(wanted, profile.efforts)}
 
 
-def format_fields(params: Json, profile: ModelProfile) -> Tuple[Json, str]:
-    """(`response_format` or nothing, a line for the system text or "")."""
-    wanted = (params.get("output_config") or {}).get("format")
-    if wanted is None:
-        wanted = params.get("output_format")
-    if wanted is None:
-        return {}, ""
-    if not is_object(wanted) or wanted.get("type") != "json_schema" or not is_object(wanted.get("schema")):
-        raise ProxyError(400, 'output_config.format: Input should be {"type": "json_schema", "schema": {...}}')
-    schema = wanted["schema"]
+DEEPSEEK_EFFORTS = {"low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}
+
+
+def format_fields(conversation: Conversation, profile: ModelProfile) -> Json:
+    """`response_format`.  DeepSeek has JSON mode without schemas: the system text has them."""
+    schema = conversation.answer_schema
+    if schema is None:
+        return {}
     if profile.host_class == "deepseek":
-        return {"response_format": {"type": "json_object"}}, format_instruction(schema)
+        return {"response_format": {"type": "json_object"}}
     is_strict = qualifies_as_strict(schema)
     return {"response_format": {"type": "json_schema", "json_schema": {
-        "name": "response", "schema": schema if is_strict else clean_schema(schema), "strict": is_strict}}}, ""
+        "name": "response", "schema": schema if is_strict else clean_schema(schema),
+        "strict": is_strict}}}
 
 
 def format_instruction(schema: Json) -> str:
+    """The line of the system text that asks for JSON where `response_format` takes no schema."""
     return ("Answer with one JSON value only, no other text, that matches this JSON schema: "
             + json_text(schema))
 
 
-def tool_choice_fields(choice: Any, definitions: Optional[List[Any]], tools: Tools, profile: ModelProfile) -> Tuple[Json, bool]:
-    """(`tool_choice` and `parallel_tool_calls`, whether only one call is wanted)."""
-    if choice is None:
-        return {}, False
-    kind = choice.get("type") if is_object(choice) else None
-    if kind not in ("auto", "any", "tool", "none"):
-        raise ProxyError(400, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
-    if kind in ("any", "tool"):
-        if not definitions:
-            raise ProxyError(400, "tool_choice: may only be specified while providing tools")
-        check_choice(kind, choice.get("name"), tools)
-    found: Json = {"tool_choice": {"auto": "auto", "any": "required", "none": "none"}.get(kind) or {
-        "type": "function", "function": {"name": upstream_tool_name(choice["name"], tools.renamed)}}}
-    is_single_call = kind != "none" and choice.get("disable_parallel_tool_use") is True
-    if is_single_call and not re.match(r"o\d", profile.base_name):        # the o-series lacks the field
-        found["parallel_tool_calls"] = False
-    return found, is_single_call
+def tool_fields(conversation: Conversation, profile: ModelProfile) -> Json:
+    """`tools`, `tool_choice` and `parallel_tool_calls`; nothing if no tool is left."""
+    if not conversation.tools:
+        return {}
+    found: Json = {"tools": [chat_tool(tool, conversation, profile) for tool in conversation.tools]}
+    choice = conversation.choice
+    if choice is not None:
+        found["tool_choice"] = CHAT_CHOICES.get(choice.kind) or {
+            "type": "function", "function": {"name": conversation.upstream_name(choice.name)}}
+        # OpenAI's o-series refuses the field.
+        if choice.is_single and not re.match(r"o\d", profile.base_name):
+            found["parallel_tool_calls"] = False
+    return found
 
 
-def check_choice(kind: str, name: Any, tools: Tools) -> None:
-    """Raises ProxyError(400) where the tool that must be called is not there."""
-    if kind == "tool" and name in tools.names.values():
-        return
-    if kind == "any" and tools.functions:
-        return
-    server = name if kind == "tool" else (tools.server_names or [None])[0]
-    if server in tools.server_names:
-        raise ProxyError(400, f"tool_choice: {server} is a server tool, which this endpoint does not provide")
-    if kind == "any":
-        raise ProxyError(400, "tool_choice: may only be specified while providing tools")
-    raise ProxyError(400, f"tool_choice.name: Tool '{name}' not found in provided tools")
+def chat_tool(tool: Tool, conversation: Conversation, profile: ModelProfile) -> Json:
+    """A tool as a function; `strict` is a field of OpenAI's and Azure's alone."""
+    function: Json = {"name": conversation.upstream_name(tool.name)}
+    if tool.description:
+        function["description"] = tool.description
+    function["parameters"] = tool.schema
+    if tool.is_strict and profile.host_class in ("openai", "azure"):
+        function["strict"] = True
+    return {"type": "function", "function": function}
+
+
+CHAT_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+
+
+def identity_fields(conversation: Conversation, profile: ModelProfile) -> Json:
+    """safety_identifier, prompt_cache_key and service_tier, which only OpenAI itself knows.
+
+    Ids are hashed: they may hold personal data, and OpenAI allows 128 characters.
+    """
+    if profile.host_class != "openai":
+        return {}
+    user, session = conversation.user_id, conversation.session_id
+    found = {}
+    if user:
+        found["safety_identifier"] = sha256_hex(user)
+    if session or user:
+        found["prompt_cache_key"] = "aap-" + sha256_hex(session or user)[:32]
+    if conversation.wants_standard_tier:
+        found["service_tier"] = "default"
+    return found
+
+
+def stream_fields(conversation: Conversation, profile: ModelProfile) -> Json:
+    """`stream`; also for an un-streamed request that may take minutes: only a stream shows life.
+
+    Mistral sends usage without being asked, and refuses unknown fields.
+    """
+    limit = conversation.max_tokens
+    if limit is None or (not conversation.is_streamed
+                         and capped_limit(limit, profile) <= UNSTREAMED_TOKENS):
+        return {}
+    if profile.host_class == "mistral":
+        return {"stream": True}
+    return {"stream": True, "stream_options": {"include_usage": True}}
+
+
+# Tokens that a quick model can write while a client waits without a sign of life.
+UNSTREAMED_TOKENS = 8192
+
+CHAT_FIELDS: Tuple[Callable[[Conversation, ModelProfile], Json], ...] = (
+    message_fields, limit_fields, sampling_fields, reasoning_fields, format_fields, tool_fields,
+    identity_fields, stream_fields)
 
 
 # ============================================================================
@@ -2250,8 +2690,8 @@ def tool_input(arguments: Any, is_cut: bool) -> Optional[Json]:
 def leading_value(text: str) -> Any:
     """The JSON object that a text begins with, or the JSON value that it is; False for neither."""
     try:
-        value, end = _tolerant_decoder.raw_decode(text)
-    except (ValueError, RecursionError):
+        value, end = leading_model_json(text)
+    except ValueError:
         return False
     return value if is_object(value) or end == len(text) else False
 
@@ -3335,7 +3775,7 @@ UNKNOWN_FIELD = (
 def error_value(body: bytes) -> Any:
     """The JSON value of an error's body; None where the body is not JSON."""
     try:
-        return _upstream_decoder.decode(body.decode("utf-8", "replace"))
+        return upstream_json(body.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
 
@@ -4441,61 +4881,44 @@ SYMBOL_ASCII_COST, EMOJI_COST = -0.11, 0.80
 # The two doors of Part I: `translation_of` for the way there, StreamTranslator for
 # the way back.
 
-# ---- 16.1 the way there ----------------------------------------------------
+# ---- 16.1 the table and the door -------------------------------------------
+
+class Api(NamedTuple):
+    """One way to call an upstream: all that differs between two APIs is a member of its row."""
+    name: str
+    path: str                            # below the base URL
+    write: Callable[[Conversation, Target], Json]                      # the body
+    reader: Type[Reader]                 # the upstream's chunks -> calls on BlockMachine
+    prompt_texts: Callable[[Json], Iterator[Union[str, int]]]          # for the token estimate
+
+
+APIS = {api.name: api for api in (
+    Api("chat", "/chat/completions", chat_body, ChatReader, chat_prompt_texts),
+)}
+
 
 def translation_of(params: Json, target: Target, session_id: str = "",
                    is_counting: bool = False) -> Translation:
-    """The Translation for a Messages request; `is_counting` for count_tokens, which has no max_tokens.
+    """The Translation of a Messages request; `is_counting` for count_tokens.
 
     check_fields must have passed the params.  Raises ProxyError(400) naming the field.
     """
-    profile = model_profile(target.model, target.host_class)
-    conversation = read_conversation(params["messages"])
-    tools = NO_TOOLS
-    if params.get("tools") or conversation.added_tools:
-        tools = usable_tools(params.get("tools") or [], params.get("tool_choice"), conversation, profile)
-    answer_format, format_line = {}, ""
-    if "output_config" in params or "output_format" in params:
-        answer_format, format_line = format_fields(params, profile)
-    system = system_texts(params.get("system")) + conversation.system
-    if tools.server_names:
-        system.append(f"Not available in this session: {', '.join(tools.server_names)}. "
-                      "Do not claim to have used them.")
-    if format_line:
-        system.append(format_line)
-    messages = openai_messages(conversation, profile, params, tools.renamed)
-    if not messages:
-        raise ProxyError(400, "messages: at least one user message is required")
-    last = messages[-1]
-    if system:
-        messages.insert(0, {"role": "system", "content": "\n\n".join(system)})
-    choice, is_single_call = {}, False
-    if "tool_choice" in params:
-        choice, is_single_call = tool_choice_fields(params["tool_choice"], params.get("tools"), tools, profile)
-    body: Json = {"model": profile.model, "messages": messages}
-    if not is_counting:
-        body[profile.limit_field] = capped_limit(params["max_tokens"], profile)
-    if not profile.is_reasoning:
-        body.update(sampling_fields(params))
-    if profile.efforts or profile.host_class in ("openrouter", "deepseek"):
-        body.update(reasoning_fields(params, conversation.effort, bool(tools.functions), profile))
-    body.update(answer_format)
-    if tools.functions:
-        body["tools"] = tools.functions
-        body.update(choice)
-    if profile.host_class == "openai":
-        body.update(identity_fields(params, session_id))
-    if not is_counting:
-        body.update(stream_fields(params, profile))
-    translation = Translation(
-        params["model"], target, profile, body, params.get("stream") is True, thinking_display(params.get("thinking")),
-        tools.names, conversation.ids | {decoded_id(call_id)[0] for call_id in conversation.ids}, tuple(filter(None, params.get("stop_sequences") or ())),
-        last["content"] if last["role"] == "assistant" and "tool_calls" not in last else "", is_single_call,
-        is_empty=not is_counting and params["max_tokens"] == 0, estimate_tokens=estimated_request_tokens)
-    if "inference_geo" in params or "container" in params:
-        translation.dropped_fields += [name for name in ("inference_geo", "container") if params.get(name) is not None]
-    translation.dropped_fields += tools.server_names
-    return translation
+    conversation = conversation_of(params, session_id, is_counting)
+    api = APIS[target.api]
+    decoded_ids = {decoded_id(call_id)[0] for call_id in conversation.call_ids}
+    return Translation(
+        requested_model=params["model"], target=target,
+        profile=model_profile(target.model, target.host_class),
+        body=api.write(conversation, target), is_streamed=conversation.is_streamed,
+        thinking=conversation.display,
+        tool_names={conversation.upstream_name(tool.name): tool.name
+                    for tool in conversation.tools},
+        history_call_ids=conversation.call_ids | decoded_ids,
+        stop_sequences=conversation.stop_sequences, prefill=prefill_text(conversation.turns),
+        is_single_call=conversation.choice is not None and conversation.choice.is_single,
+        is_empty=conversation.max_tokens == 0, dropped_fields=conversation.dropped_fields,
+        estimate_tokens=lambda body: estimated_prompt_tokens(
+            api.prompt_texts(body), estimated_tokens))
 
 
 # ---- 16.2 the way back -----------------------------------------------------
@@ -4512,14 +4935,15 @@ class StreamTranslator:
     """
 
     def __init__(self, translation: Translation, new_id: NewId, writer: Writer,
-                 shortcuts: Shortcuts = PLAIN, reader: Type[Reader] = ChatReader) -> None:
+                 shortcuts: Shortcuts = PLAIN) -> None:
         self.error: Optional[ProxyError] = None
         self._translation = translation
         self._writer = writer
         self._decoder = SSEDecoder()
         self._machine = BlockMachine(translation, new_id, writer)
         self._meter = OutputMeter()
-        self._reader = reader(translation, self._machine, self._meter)
+        self._reader = APIS[translation.target.api].reader(
+            translation, self._machine, self._meter)
         self._pattern = shortcuts.chunk_pattern and shortcuts.chunk_pattern(
             self._decoder, self._reader, self._machine, self._meter, writer)
 
@@ -4644,7 +5068,7 @@ class StreamTranslator:
             self._reader.end()
             return
         try:
-            value = _upstream_decoder.decode(data)
+            value = upstream_json(data)
         except (ValueError, RecursionError):
             value = None
         if isinstance(data, ErrorData):
@@ -4682,7 +5106,7 @@ EMPTY_ANSWER = "The upstream's answer is empty"
 def whole_value(body: bytes, translation: Translation) -> Any:
     """The value of an answer in plain JSON.  Raises UpstreamError, with the title of a page of HTML."""
     try:
-        return _upstream_decoder.decode(body.decode("utf-8", "replace").lstrip("\ufeff").strip())
+        return upstream_json(body.decode("utf-8", "replace").lstrip("\ufeff").strip())
     except (ValueError, RecursionError):
         page = response_summary(200, body) if body.lstrip()[:1] == b"<" else ""
         raise UpstreamError(502, "The upstream's answer is not JSON"
@@ -6149,10 +6573,10 @@ class Exchange:
     async def json(self, limit: int) -> Json:
         """The body as a JSON object of at most `limit` bytes.  Raises ProxyError."""
         data = await self._read_body(limit)
-        text = request_text(data)
+        text = client_text(data)
         self.is_mostly_non_ascii = len(data) > len(text) * 1.2
         del data                                 # frees a large body before it is parsed
-        value = request_value(text)
+        value = client_json(text)
         if not is_object(value):
             raise ProxyError(400, f"{NOT_JSON}: it must be an object")
         return value
@@ -7245,7 +7669,7 @@ async def call_upstream(app: App, exchange: Exchange, translation: Translation, 
         silence, whole = app.stream_limit, app.request_limit
         began = loop.time()
         reply = await app.upstream.send(
-            "POST", "/chat/completions", encoded_body(translation), key, is_streamed,
+            "POST", APIS[translation.target.api].path, encoded_body(translation), key, is_streamed,
             silence if is_streamed and translation.is_streamed else whole)
         app.metrics.observe("upstream_seconds", loop.time() - began)
         exchange.log_fields["upstream_status"] = reply.status
@@ -8298,7 +8722,7 @@ async def check_lookup(app: App, report: CheckReport) -> bool:
 def check_models(settings: Settings, body: bytes, report: CheckReport) -> None:
     """Whether the upstream's list has each mapped model; Ollama and Gemini list longer names."""
     try:
-        entries = _upstream_decoder.decode(body.decode("utf-8", "replace"))["data"]
+        entries = upstream_json(body.decode("utf-8", "replace"))["data"]
         ids = {entry["id"] for entry in entries}
     except (ValueError, KeyError, TypeError, RecursionError):
         report.add("warn", "the upstream's list of models is not understood")
@@ -8321,7 +8745,7 @@ async def check_running(app: App, report: CheckReport) -> None:
     try:
         reply = await local.send("GET", "/status", b"", key, False, TimeLimit(2, ""))
         text = (await reply.read_all(ANSWER_BODY)).decode("utf-8", "replace")
-        found = _upstream_decoder.decode(text)
+        found = upstream_json(text)
         report.add("ok", f"aiapiproxy {found['version']} runs on {here.hostname} port {port}, "
                    f"{found['requests']:g} requests so far")
         for entry in found["adjustments"]:
@@ -9000,7 +9424,7 @@ class ChunkPattern:
             return
         self._tries -= 1
         try:
-            chunk = _upstream_decoder.decode(match[1])
+            chunk = upstream_json(match[1])
         except (ValueError, RecursionError):
             return
         target = self._reader.plain_target(chunk)
@@ -9013,7 +9437,7 @@ class ChunkPattern:
         for match in re.compile(f'"{target.key}"\\s*:\\s*"').finditer(event, start):
             try:
                 text, end = scanstring(event, match.end())
-                other = _upstream_decoder.decode(event[start:match.end()] + '?"' + event[end:-2])
+                other = upstream_json(event[start:match.end()] + '?"' + event[end:-2])
             except ValueError:
                 continue
             target.holder[target.key] = "?"

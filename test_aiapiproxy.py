@@ -183,7 +183,7 @@ def sent(asked, host="openai", session_id=""):
     assert asked == before, "the client's own objects are never changed"
     body = json.loads(aiapiproxy.json_bytes(translation.body).decode("ascii"))
     check_conversation(body["messages"])
-    read = aiapiproxy.request_value(json.dumps(asked))  # as the server parses it
+    read = aiapiproxy.client_json(json.dumps(asked))  # as the server parses it
     again = aiapiproxy.checked_translation(read, SETTINGS[host], session_id)
     assert json.loads(aiapiproxy.json_bytes(again.body)) == body
     return body
@@ -1222,13 +1222,13 @@ MANY = compact([{"name": f"tool_{place}", "description": 'says "so"\n' * 20, "in
 def test_the_same_tools_are_read_the_same_each_time(text):
     text = text.replace("%s", MANY)
     for _ in range(3):
-        assert aiapiproxy.request_value(text) == json.loads(text)
+        assert aiapiproxy.client_json(text) == json.loads(text)
 
 
 def test_tools_that_differ_in_the_type_of_a_number_are_other_tools():
     for value in ("1", "true", "1.0", '"1"', "1", "true"):
         text = '{"tools":' + MANY.replace('"x"', value) + "}"
-        (*_, last) = aiapiproxy.request_value(text)["tools"]
+        (*_, last) = aiapiproxy.client_json(text)["tools"]
         assert compact(last["input_schema"]["properties"]["a"]["default"]) == value
 
 
@@ -1238,11 +1238,11 @@ def test_tools_that_differ_in_the_type_of_a_number_are_other_tools():
 ], "text")
 def test_broken_json_around_tools_is_told_with_its_place(text):
     text = text.replace("%s", MANY)
-    aiapiproxy.request_value('{"tools":' + MANY + "}")
+    aiapiproxy.client_json('{"tools":' + MANY + "}")
     with pytest.raises(json.JSONDecodeError) as wanted:
         json.loads(text)
     with pytest.raises(aiapiproxy.ProxyError) as found:
-        aiapiproxy.request_value(text)
+        aiapiproxy.client_json(text)
     assert f"(line {wanted.value.lineno}, column {wanted.value.colno})" in found.value.message
 
 
@@ -3987,7 +3987,7 @@ def test_an_answer_without_room_is_told_at_once():
 def test_an_adjustment_of_one_request_does_not_change_another():
     asked = compact(req(tools=[tool("f", {**STRICT, "description": "long " * 300}, strict=True)]))
     translations = [
-        aiapiproxy.checked_translation(aiapiproxy.request_value(asked), SETTINGS["openai"])
+        aiapiproxy.checked_translation(aiapiproxy.client_json(asked), SETTINGS["openai"])
         for _ in range(3)]
     before = aiapiproxy.json_bytes(translations[0].body)
     member = "tools[0].function.strict"
@@ -3998,7 +3998,7 @@ def test_an_adjustment_of_one_request_does_not_change_another():
     assert aiapiproxy.json_bytes(translations[2].body) == before
     aiapiproxy.apply_adjustments({"strict_dropped": True}, translations[2])
     assert b'"strict"' not in aiapiproxy.json_bytes(translations[2].body)
-    again = aiapiproxy.checked_translation(aiapiproxy.request_value(asked), SETTINGS["openai"])
+    again = aiapiproxy.checked_translation(aiapiproxy.client_json(asked), SETTINGS["openai"])
     assert aiapiproxy.json_bytes(again.body) == before
 
 
