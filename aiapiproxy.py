@@ -6340,16 +6340,19 @@ class Server:
 
     `handle` answers an exchange: it returns a Response, or None if it has sent a stream.  `reject`
     gives the Response to a head that is not HTTP.  `finish` is called once for each exchange,
-    however it ended.  `new_id` gives random letters and digits for the ids of exchanges.
+    however it ended.  `new_id` gives random letters and digits for the ids of exchanges, `new_record`
+    an object for the facts that the owner of the server wants to keep of an exchange.
     """
 
     def __init__(self, handle: Callable[[Exchange], Awaitable[Optional[Response]]],
                  reject: Callable[[Exchange, ProtocolError], Response],
-                 finish: Callable[[Exchange], Any], new_id: NewId) -> None:
+                 finish: Callable[[Exchange], Any], new_id: NewId,
+                 new_record: Callable[[], Any] = dict) -> None:
         self._handle = handle
         self._reject = reject
         self._finish = finish
         self._new_id = new_id
+        self._new_record = new_record
         self._listeners: List[asyncio.AbstractServer] = []
         self.tasks: Set[asyncio.Task] = set()                # one for each connection
         self.exchanges: Dict[Exchange, asyncio.Task] = {}    # those that are being answered
@@ -6411,14 +6414,14 @@ class Server:
         try:
             request = None if self.is_draining else await next_request(stream)
         except ProtocolError as error:
-            exchange = Exchange(stream, NO_REQUEST, "req_" + self._new_id(24))
+            exchange = self._new_exchange(stream, NO_REQUEST)
             exchange.send_response(self._reject(exchange, error), False)
             self._finish(exchange)
             await lingering_close(stream)
             return False
         if request is None:
             return False
-        exchange = Exchange(stream, request, "req_" + self._new_id(24))
+        exchange = self._new_exchange(stream, request)
         task = asyncio.current_task()
         assert task is not None
         self.exchanges[exchange] = task
@@ -6437,6 +6440,9 @@ class Server:
         elif not exchange.body.done and not self.is_draining:
             await lingering_close(stream)
         return is_kept and not self.is_draining and not stream.exceeded_read_ahead
+
+    def _new_exchange(self, stream: ByteStream, request: Request) -> Exchange:
+        return Exchange(stream, request, "req_" + self._new_id(24), self._new_record())
 
     def _send_response(self, exchange: Exchange, response: Optional[Response]) -> bool:
         """Sends a response unless the handler has.  Returns whether the connection is kept."""
@@ -6527,7 +6533,7 @@ NO_REQUEST = Request("-", "-", "", {}, True, "")
 class Exchange:
     """A client's request and our response, for a handler: the body in, the events out."""
 
-    def __init__(self, stream: ByteStream, request: Request, request_id: str) -> None:
+    def __init__(self, stream: ByteStream, request: Request, request_id: str, record: Any) -> None:
         self._stream = stream
         self.request = request
         self.id = request_id
@@ -6543,13 +6549,13 @@ class Exchange:
         self.is_shut_down = False                # the server ends before the response does
         self.was_interrupted = False             # by the shutdown, or the client disconnected
         # The service's own facts of this exchange.
-        self.record: Any = None
-        self.log_fields: Json = {}
+        self.record = record
         self.first_token: Optional[float] = None
         self.secrets: Tuple[str, ...] = ()
 
     def note(self, **facts: Any) -> None:
-        self.log_fields.update(facts)
+        for name, value in facts.items():
+            setattr(self.record, name, value)
 
     def has_begun(self) -> bool:
         """Whether the response's head is sent: an error can then only be told inside the stream."""
@@ -7263,9 +7269,63 @@ def descriptor_is_open(descriptor: int) -> bool:
 # 23. METRICS AND HISTORY
 # ============================================================================
 #
-# Metrics are sums with bounded labels, so that those of several workers can be added.
+# A request's facts are the fields of its RequestRecord.  Handlers set them; when the
+# request has ended, the record is given to the log, the metrics and the history, and
+# each picks the fields that it shows.  Metrics are sums with bounded labels, so that
+# those of several workers can be added.
 
-# ---- 23.1 metrics ----------------------------------------------------------
+# ---- 23.1 the record of a request ------------------------------------------
+
+@dataclass
+class RequestRecord:
+    """The facts of one request.  A fact that a request does not have is None or "".
+
+    The fields up to `outcome` are those of the log's `request` line, in its order.
+    """
+
+    request_id: str = ""
+    method: str = ""
+    path: str = ""
+    status: int = 0
+    model: Optional[str] = None                      # the name that the client asks for
+    upstream_model: Optional[str] = None
+    stream: Optional[bool] = None                    # whether the client wants events
+    session: str = ""
+    upstream_status: Optional[int] = None            # 0: the upstream did not respond
+    upstream_request_id: str = ""
+    error: str = ""
+    stop_reason: Optional[str] = None
+    input_tokens: Optional[int] = None
+    output_tokens: Optional[int] = None
+    cache_read_input_tokens: Optional[int] = None
+    client_request_id: str = ""
+    ttft_ms: Optional[float] = None                  # from the request's head to the first token
+    duration_ms: float = 0.0
+    bytes_out: int = 0
+    client: str = ""                                 # its address
+    outcome: str = "ok"
+    time: float = 0.0                                # when it ended, seconds since 1970
+    route: str = ""                                  # a key of ROUTES, or `other`
+
+    def set_answer(self, stop_reason: Optional[str], usage: Json) -> None:
+        """Sets the facts of an answer: why it stopped, and the tokens of its `usage`."""
+        self.stop_reason = stop_reason
+        for name in TOKEN_KINDS.values():
+            setattr(self, name, usage.get(name))
+
+    def log_fields(self) -> Json:
+        """The fields of the log line, in their order.  A fact that is missing is left out."""
+        values = {name: getattr(self, name) for name in LOG_FIELDS}
+        return {name: value for name, value in values.items()
+                if value not in (None, "") or name == "ttft_ms"}
+
+
+TOKEN_KINDS = {"input": "input_tokens", "output": "output_tokens",
+               "cache_read": "cache_read_input_tokens"}
+LOG_FIELDS = [item.name for item in fields(RequestRecord) if item.name not in ("time", "route")]
+
+
+# ---- 23.2 metrics ----------------------------------------------------------
 
 class Metrics:
     """Sums by name and labels, histograms among them.  `sums` can be added up over workers."""
@@ -7275,11 +7335,11 @@ class Metrics:
         self._models: Dict[str, str] = {}
 
     def add(self, name: str, labels: str = "", amount: float = 1) -> None:
-        """`labels` as Prometheus writes them: `a="x",b="y"`."""
+        """Adds to a sum.  `labels` are written as Prometheus does: `a="x",b="y"`."""
         self.sums[name][labels] += amount
 
     def observe(self, name: str, seconds: float) -> None:
-        """A histogram keeps how many fell into each bucket alone, and their sum."""
+        """Adds to a histogram.  Each bucket counts only its own values; rendering adds them up."""
         self.sums[name + "_bucket"][BUCKET_PLACES[bisect_left(BUCKETS, seconds)]] += 1
         self.sums[name + "_sum"][""] += seconds
 
@@ -7292,24 +7352,61 @@ class Metrics:
             label = self._models[model] = label_value(model)
         return label
 
+    def add_request(self, record: RequestRecord) -> None:
+        """Counts a request that has ended: its outcome, and the times and tokens of a message."""
+        self.add("requests_total", request_labels(record.route, record.status, record.outcome))
+        if record.route != "/v1/messages":
+            return
+        self.observe("request_duration_seconds", record.duration_ms / 1000)
+        if record.ttft_ms is not None:
+            self.observe("time_to_first_token_seconds", record.ttft_ms / 1000)
+        if record.output_tokens is not None:
+            labels = token_labels(self.model_label(record.upstream_model or ""))
+            for kind_labels, name in zip(labels, TOKEN_KINDS.values()):
+                self.add("tokens_total", kind_labels, getattr(record, name) or 0)
+
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)    # seconds
 BUCKET_PLACES = tuple(map(str, range(len(BUCKETS) + 1)))
-MAX_MODELS = 20                          # names of models are the client's to choose: labels must not grow
+# Names of models: clients choose them, and the number of labels must be bounded.
+MAX_MODELS = 20
 
 
 def label_value(text: str) -> str:
+    """A text as the value of a label, escaped and at most 100 characters of it."""
     return text[:100].replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
 
 
+@lru_cache(maxsize=256)
+def request_labels(route: str, status: int, outcome: str) -> str:
+    return f'route="{route}",status="{status}",outcome="{outcome}"'
+
+
+@lru_cache(maxsize=64)
+def token_labels(model_label: str) -> Tuple[str, ...]:
+    return tuple(f'kind="{kind}",model="{model_label}"' for kind in TOKEN_KINDS)
+
+
+def merged_sums(parts: Iterable[Mapping[str, Mapping[str, float]]]) -> Dict[str, Dict[str, float]]:
+    """The sums of several workers, added up."""
+    total: Dict[str, Dict[str, float]] = {}
+    for sums in parts:
+        for name, series in sums.items():
+            merged = total.setdefault(name, {})
+            for labels, amount in series.items():
+                merged[labels] = merged.get(labels, 0) + amount
+    return total
+
+
 def rendered_metrics(sums: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Prometheus text format 0.0.4."""
+    """The metrics in Prometheus' text format 0.0.4."""
     lines: List[str] = []
     for name, (kind, help_text) in METRICS.items():
         full = "aiapiproxy_" + name
         lines += (f"# HELP {full} {help_text}", f"# TYPE {full} {kind}")
         if kind == "histogram":
-            lines += rendered_histogram(full, sums.get(name + "_bucket", {}), sums.get(name + "_sum", {}).get("", 0))
+            total = sums.get(name + "_sum", {}).get("", 0)
+            lines += rendered_histogram(full, sums.get(name + "_bucket", {}), total)
             continue
         for labels, value in sorted((sums.get(name) or {}).items()):
             lines.append(f"{full}{{{labels}}} {value:.15g}" if labels else f"{full} {value:.15g}")
@@ -7317,6 +7414,7 @@ def rendered_metrics(sums: Mapping[str, Mapping[str, float]]) -> bytes:
 
 
 def rendered_histogram(name: str, buckets: Mapping[str, float], total: float) -> Iterator[str]:
+    """The lines of a histogram, whose buckets count all values up to their edge."""
     reached = 0.0
     for place, edge in enumerate((*BUCKETS, "+Inf")):
         reached += buckets.get(str(place), 0)
@@ -7342,64 +7440,41 @@ METRICS = {
 }
 
 
-def merged_sums(parts: Iterable[Mapping[str, Mapping[str, float]]]) -> Dict[str, Dict[str, float]]:
-    """The sums of several workers as one."""
-    total: Dict[str, Dict[str, float]] = {}
-    for sums in parts:
-        for name, series in sums.items():
-            kept = total.setdefault(name, {})
-            for labels, amount in series.items():
-                kept[labels] = kept.get(labels, 0) + amount
-    return total
-
-
-@lru_cache(maxsize=256)
-def request_labels(path: str, status: int, outcome: str) -> str:
-    return f'route="{path}",status="{status}",outcome="{outcome}"'
-
-
-@lru_cache(maxsize=64)
-def token_labels(model_label: str) -> Tuple[str, ...]:
-    return tuple(f'kind="{kind}",model="{model_label}"' for kind in TOKEN_KINDS)
-
-
-TOKEN_KINDS = {"input": "input_tokens", "output": "output_tokens", "cache_read": "cache_read_input_tokens"}
-
-
-# ---- 23.2 history ----------------------------------------------------------
+# ---- 23.3 history ----------------------------------------------------------
 
 class History:
-    """The last requests, and the last hour by minutes: what the status page draws."""
+    """The last requests, and the last hour by minutes: the status page shows them."""
 
     def __init__(self) -> None:
         self.recent: Deque[Json] = deque(maxlen=RECENT_REQUESTS)
         self.minutes: Deque[Json] = deque(maxlen=60)
 
-    def add(self, request: Json) -> None:
-        self.recent.append(request)
-        minute = int(request["time"]) // 60 * 60
+    def add(self, record: RequestRecord) -> None:
+        self.recent.append({name: getattr(record, name) for name in HISTORY_FIELDS})
+        minute = int(record.time) // 60 * 60
         if not self.minutes or self.minutes[-1]["minute"] != minute:
             self.minutes.append({"minute": minute, **dict.fromkeys(MINUTE_SUMS, 0)})
         sums = self.minutes[-1]
         sums["requests"] += 1
-        sums["errors"] += request["outcome"] not in ("ok", "client_gone")
-        sums["input_tokens"] += request["input_tokens"] or 0
-        sums["cache_read_input_tokens"] += request["cache_read_input_tokens"] or 0
-        sums["output_tokens"] += request["output_tokens"] or 0
-        sums["duration_ms"] += request["duration_ms"]
-        sums["duration_ms_count"] += 1
-        if request["ttft_ms"] is not None:
-            sums["ttft_ms"] += request["ttft_ms"]
-            sums["ttft_ms_count"] += 1
+        sums["errors"] += record.outcome not in ("ok", "client_gone")
+        for name in TOKEN_KINDS.values():
+            sums[name] += getattr(record, name) or 0
+        for name in MINUTE_MEANS:
+            if getattr(record, name) is not None:
+                sums[name] += getattr(record, name)
+                sums[name + "_count"] += 1
 
 
 RECENT_REQUESTS = 50
-MINUTE_SUMS = ("requests", "errors", "input_tokens", "cache_read_input_tokens", "output_tokens", "ttft_ms",
-               "ttft_ms_count", "duration_ms", "duration_ms_count")
+HISTORY_FIELDS = ("time", "status", "outcome", "ttft_ms", "duration_ms", "session", "error", "model",
+                  "upstream_model", *TOKEN_KINDS.values(), "stop_reason")
+MINUTE_COUNTS = ("requests", "errors", *TOKEN_KINDS.values())
+MINUTE_MEANS = ("ttft_ms", "duration_ms")
+MINUTE_SUMS = (*MINUTE_COUNTS, *MINUTE_MEANS, *(name + "_count" for name in MINUTE_MEANS))
 
 
 def last_hour(minutes: Iterable[Json], now: float) -> List[Json]:
-    """Sixty minutes, oldest first, with the means of the times; minutes of several workers are added up."""
+    """Sixty minutes, oldest first, with the means of the times.  Adds up several workers' minutes."""
     newest = int(now) // 60 * 60
     sums = {newest - 60 * age: dict.fromkeys(MINUTE_SUMS, 0) for age in range(59, -1, -1)}
     for entry in minutes:
@@ -7407,13 +7482,13 @@ def last_hour(minutes: Iterable[Json], now: float) -> List[Json]:
             sums[entry["minute"]][name] += entry[name]
     hour = []
     for minute, entry in sums.items():
-        means = {name: round(entry[name] / entry[name + "_count"], 1) if entry[name + "_count"] else None
-                 for name in ("ttft_ms", "duration_ms")}
-        hour.append({"minute": minute, **{name: entry[name] for name in MINUTE_SUMS[:5]}, **means})
+        means = {name: round(entry[name] / entry[name + "_count"], 1)
+                 if entry[name + "_count"] else None for name in MINUTE_MEANS}
+        hour.append({"minute": minute, **{name: entry[name] for name in MINUTE_COUNTS}, **means})
     return hour
 
 
-# ---- 23.3 counters of several workers --------------------------------------
+# ---- 23.4 counters of several workers --------------------------------------
 
 class SharedCounters:
     """Memory that workers share: each writes what it has counted into its own slot, all can read all.
@@ -7672,9 +7747,9 @@ async def call_upstream(app: App, exchange: Exchange, translation: Translation, 
             "POST", APIS[translation.target.api].path, encoded_body(translation), key, is_streamed,
             silence if is_streamed and translation.is_streamed else whole)
         app.metrics.observe("upstream_seconds", loop.time() - began)
-        exchange.log_fields["upstream_status"] = reply.status
-        if "x-request-id" in reply.headers:
-            exchange.log_fields["upstream_request_id"] = reply.headers["x-request-id"]
+        exchange.record.upstream_status = reply.status
+        request_id = redacted(reply.headers.get("x-request-id", ""), translation.secrets)
+        exchange.record.upstream_request_id = request_id[:100]
         if 200 <= reply.status < 300:
             if is_streamed:
                 reply.timeout, reply.is_live = silence, True
@@ -8018,10 +8093,11 @@ class App:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    def record_request(self, request: Optional[Json]) -> None:
-        """Keeps a request for the status page, and lets the other workers know, soon."""
-        if request is not None:
-            self.history.add(request)
+    def record_request(self, record: RequestRecord) -> None:
+        """Counts a request that has ended, and publishes the counts to the other workers soon."""
+        self.metrics.add_request(record)
+        if record.route == "/v1/messages":
+            self.history.add(record)
         if self.board is not None and self._is_published:
             self._is_published = False
             self.loop.call_later(PUBLISH_TIME, self.publish)
@@ -8273,6 +8349,35 @@ def error_response(app: App, exchange: Exchange, error: ProxyError) -> Response:
     return Response(error.status, json_bytes(error_fields(error, exchange.id)), headers=headers)
 
 
+def finish_exchange(app: App, exchange: Exchange) -> None:
+    """Completes the record of a request that has ended; counts and logs it."""
+    request, record = exchange.request, exchange.record
+    route = route_path(request.path)
+    record.request_id, record.method, record.route = exchange.id, request.method[:20], route
+    record.path = redacted(request.path, exchange.secrets)[:200] if route == "other" else request.path
+    client_id = redacted(request.headers.get("x-request-id", ""), exchange.secrets)
+    record.client, record.client_request_id = exchange.client, client_id[:200]
+    if exchange.was_interrupted:
+        record.outcome = "shutdown" if exchange.is_shut_down else "client_gone"
+    record.status = exchange.status or CLIENT_CLOSED_REQUEST
+    record.bytes_out = exchange.bytes_out
+    record.time = time.time()
+    record.duration_ms = round((app.loop.time() - exchange.began) * 1000, 1)
+    if exchange.first_token is not None:
+        record.ttft_ms = round((exchange.first_token - exchange.began) * 1000, 1)
+    app.record_request(record)
+    log(logging.DEBUG if route in QUIET_ROUTES else logging.INFO, "request", **record.log_fields())
+
+
+CLIENT_CLOSED_REQUEST = 499              # nginx's status for it: there was nobody to answer
+QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics", "/status")
+
+
+def route_path(path: str) -> str:
+    """The key of ROUTES for a path; `other` where there is none."""
+    return path if path in ROUTES else "/v1/models/" if path.startswith("/v1/models/") else "other"
+
+
 async def dispatch(app: App, exchange: Exchange) -> Optional[Response]:
     request, settings = exchange.request, app.settings
     check_origin(exchange, settings)
@@ -8280,7 +8385,7 @@ async def dispatch(app: App, exchange: Exchange) -> Optional[Response]:
         return preflight(exchange)
     check_host(request, settings)
     check_key(request, settings)
-    route = ROUTES.get(request.path) or (ROUTES["/v1/models/"] if request.path.startswith("/v1/models/") else None)
+    route = ROUTES.get(route_path(request.path))
     if route is None:
         raise ProxyError(404, f"{request.method} {request.path[:200]} is not available here")
     if request.method != route.method and not (request.method == "HEAD" and route.method == "GET"):
@@ -8364,7 +8469,8 @@ class Service:
         self.app = app = App(settings, page, board, slot, shortcuts)
         self.server = Server(lambda exchange: respond(app, exchange),
                              lambda exchange, error: error_response(app, exchange, error),
-                             lambda exchange: finish_exchange(app, exchange), app.new_id)
+                             lambda exchange: finish_exchange(app, exchange), app.new_id,
+                             RequestRecord)
         self.port = 0
 
     async def start(self, sockets: Optional[List[socket.socket]] = None) -> None:
@@ -8382,48 +8488,6 @@ class Service:
         for task in self.app.tasks:
             task.cancel()
         self.app.upstream.close()
-
-
-def finish_exchange(app: App, exchange: Exchange) -> None:
-    """The request's line in the log, and its part of the metrics."""
-    request, facts, metrics = exchange.request, exchange.log_fields, app.metrics
-    duration = app.loop.time() - exchange.began
-    if exchange.was_interrupted:
-        exchange.note(outcome="shutdown" if exchange.is_shut_down else "client_gone")
-    outcome = facts.get("outcome", "ok")
-    status = exchange.status or 499                            # as nginx has it: the client went before an answer
-    path = request.path
-    if path not in ROUTES:
-        path = "/v1/models/" if path.startswith("/v1/models/") else "other"
-    metrics.add("requests_total", request_labels(path, status, outcome))
-    if path == "/v1/messages":
-        metrics.observe("request_duration_seconds", duration)
-        if exchange.first_token is not None:
-            metrics.observe("time_to_first_token_seconds", exchange.first_token - exchange.began)
-        if facts.get("output_tokens") is not None:
-            model_label = metrics.model_label(facts.get("upstream_model", ""))
-            for labels, name in zip(token_labels(model_label), TOKEN_KINDS.values()):
-                metrics.add("tokens_total", labels, facts.get(name) or 0)
-    first = None if exchange.first_token is None else round((exchange.first_token - exchange.began) * 1000, 1)
-    duration_ms = round(duration * 1000, 1)
-    app.record_request(None if path != "/v1/messages" else {
-        "time": time.time(), "status": status, "outcome": outcome, "ttft_ms": first, "duration_ms": duration_ms,
-        "session": facts.get("session", ""), "error": facts.get("error", ""), "model": facts.get("model"),
-        "upstream_model": facts.get("upstream_model"), "input_tokens": facts.get("input_tokens"),
-        "cache_read_input_tokens": facts.get("cache_read_input_tokens"),
-        "output_tokens": facts.get("output_tokens"), "stop_reason": facts.get("stop_reason")})
-    level = logging.DEBUG if path.startswith("/health") or path in ("/metrics", "/status") else logging.INFO
-    if not LOG.isEnabledFor(level):
-        return
-    if "upstream_request_id" in facts:
-        facts["upstream_request_id"] = redacted(facts["upstream_request_id"], exchange.secrets)[:100]
-    if "x-request-id" in request.headers:
-        facts["client_request_id"] = redacted(request.headers["x-request-id"], exchange.secrets)[:200]
-    facts.pop("outcome", None)
-    shown_path = request.path if path != "other" else redacted(request.path, exchange.secrets)[:200]
-    log(level, "request", request_id=exchange.id, method=request.method[:20], path=shown_path, status=status, **facts,
-        ttft_ms=first, duration_ms=duration_ms, bytes_out=exchange.bytes_out, client=exchange.client,
-        outcome=outcome)
 
 
 # ---- 28.2 serving ----------------------------------------------------------
