@@ -41,7 +41,7 @@ stands first, its helpers behind it, the tables that they read last.
     27  OTHER ENDPOINTS         respond, ROUTES and the handlers
     28  RUN                     serve: signals, reload, the end
     Part IV    Beside it: nothing above names it
-    29  RECORD AND REPLAY       --replay
+    29  RECORD AND REPLAY       RECORD_DIR, --replay
     30  CHECK                   --check
     31  DEMO                    the upstream of --demo
     32  STATUS PAGE             the page at /
@@ -7488,64 +7488,31 @@ def last_hour(minutes: Iterable[Json], now: float) -> List[Json]:
     return hour
 
 
-# ---- 23.4 counters of several workers --------------------------------------
-
-class SharedCounters:
-    """Memory that workers share: each writes what it has counted into its own slot, all can read all.
-
-    A slot is a sequence number, odd while it is being written, a length, and JSON.
-    """
-
-    def __init__(self, slots: int) -> None:
-        self._memory = mmap.mmap(-1, slots * SLOT_SIZE)
-        self.slots = slots
-
-    def write(self, slot: int, value: Any) -> None:
-        data = json_bytes(value)
-        start = slot * SLOT_SIZE
-        sequence = SLOT_HEAD.unpack_from(self._memory, start)[0]
-        if len(data) <= SLOT_SIZE - SLOT_HEAD.size:
-            SLOT_HEAD.pack_into(self._memory, start, sequence | 1, len(data))
-            self._memory[start + SLOT_HEAD.size:start + SLOT_HEAD.size + len(data)] = data
-            SLOT_HEAD.pack_into(self._memory, start, (sequence | 1) + 1, len(data))
-
-    def read(self, slot: int) -> Json:
-        """What a worker wrote last; {} for one that has written nothing, or writes just now."""
-        start = slot * SLOT_SIZE
-        for _ in range(100):
-            sequence, size = SLOT_HEAD.unpack_from(self._memory, start)
-            data = self._memory[start + SLOT_HEAD.size:start + SLOT_HEAD.size + size]
-            if not sequence & 1 and SLOT_HEAD.unpack_from(self._memory, start)[0] == sequence:
-                return json.loads(data) if data else {}
-        return {}
-
-
-SLOT_SIZE = 262144                       # bytes: fifty requests, sixty minutes and all sums take about 40,000
-SLOT_HEAD = struct.Struct("QQ")
-
-
 # ============================================================================
 # 24. WHO MAY CALL
 # ============================================================================
 #
-# Web pages by their origin, hosts by their name, clients by their key.
+# The upstream's key is money: nobody may spend it who should not.  Web pages are judged
+# by their Origin, requests in general by their Host and by the key that they present.
 
 # ---- 24.1 origins and hosts ------------------------------------------------
 
 def check_origin(exchange: Exchange, settings: Settings) -> None:
-    """Web pages: raises ProxyError(403) for an origin that may not call; notes CORS headers for one that may."""
+    """Sets CORS headers for a web page that may call; raises ProxyError(403) for one that may not."""
     origin = exchange.request.headers.get("origin")
     if origin is None or exchange.request.path.startswith("/health"):
         return
-    if not (is_own_origin(origin) or origin in settings.allowed_origins
-            or ("*" in settings.allowed_origins and (settings.proxy_api_key or settings.passes_keys_on))):
+    # A page of a stranger may call where it can spend nothing of the owner's.
+    may_any = "*" in settings.allowed_origins and (settings.proxy_api_key or settings.passes_keys_on)
+    if not (may_any or is_own_origin(origin) or origin in settings.allowed_origins):
         raise ProxyError(403, f"The origin {origin[:200]} may not call: list it in ALLOWED_ORIGINS")
-    exchange.extra_headers = {"access-control-allow-origin": origin, "vary": "Origin",
-                        "access-control-expose-headers": "request-id, retry-after"}
+    exchange.extra_headers = {
+        "access-control-allow-origin": origin, "vary": "Origin",
+        "access-control-expose-headers": "request-id, retry-after"}
 
 
 def is_own_origin(origin: str) -> bool:
-    """A page of this machine, or an application's."""
+    """Whether a page is of this machine or of an application.  `null` is neither."""
     scheme, separator, rest = origin.partition("://")
     if separator and scheme in ("app", "tauri", "vscode-webview", "capacitor"):
         return True
@@ -7554,20 +7521,22 @@ def is_own_origin(origin: str) -> bool:
 
 
 def preflight(exchange: Exchange) -> Response:
-    """[Fetch: CORS preflight]"""
-    wanted = exchange.request.headers.get("access-control-request-headers", "")
+    """The response to OPTIONS: the headers and methods that a page may use.  [Fetch: CORS]"""
+    requested = exchange.request.headers.get("access-control-request-headers", "")
     headers = {"allow": "GET, HEAD, POST, OPTIONS"}
     if exchange.extra_headers:
-        headers.update({"access-control-allow-methods": "GET, HEAD, POST, OPTIONS", "access-control-max-age": "600"})
-        if wanted and re.fullmatch(r"[A-Za-z0-9_, -]*", wanted):
-            headers["access-control-allow-headers"] = wanted
+        headers["access-control-allow-methods"] = "GET, HEAD, POST, OPTIONS"
+        headers["access-control-max-age"] = "600"
+        if requested and re.fullmatch(r"[A-Za-z0-9_, -]*", requested):
+            headers["access-control-allow-headers"] = requested
     return Response(204, b"", "", headers)
 
 
 def check_host(request: Request, settings: Settings) -> None:
-    """DNS rebinding: a page whose name was made to point here shows by the Host it sends.
+    """Raises ProxyError(403) for a Host that is not ours, where the upstream's key is lent.
 
-    Raises ProxyError(403).
+    In DNS rebinding an attacker's name is made to point to this machine, so that a browser takes our
+    answers for his page's own.  The Host header still has his name.
     """
     if settings.proxy_api_key or settings.passes_keys_on or "*" in settings.allowed_hosts:
         return
@@ -7577,12 +7546,17 @@ def check_host(request: Request, settings: Settings) -> None:
     allowed = {name.lower() for name in (*settings.server_host, *settings.allowed_hosts)}
     if not (is_loopback(host) or host in allowed or request.authority.lower() in allowed
             or is_placeholder(host, request)):
-        raise ProxyError(403, f"The host {request.authority[:200]} is not served: list it in ALLOWED_HOSTS")
+        raise ProxyError(403, f"The host {request.authority[:200]} is not served: "
+                         "list it in ALLOWED_HOSTS")
 
 
 def is_placeholder(host: str, request: Request) -> bool:
-    """A single letter, as tools send it that write their heads by hand; a page's POST has an Origin.  [Fetch 3.2]"""
-    return len(host) == 1 and host.isalpha() and request.method == "POST" and "origin" not in request.headers
+    """Whether a Host is a single letter, sent by tools that write their heads by hand.
+
+    A page cannot send that: its POST has an Origin.  [Fetch 3.2]
+    """
+    return (len(host) == 1 and host.isalpha() and request.method == "POST"
+            and "origin" not in request.headers)
 
 
 # ---- 24.2 keys -------------------------------------------------------------
@@ -7594,21 +7568,25 @@ def check_key(request: Request, settings: Settings) -> None:
             or (request.method == "HEAD" and path == "/"):
         return
     keys = presented_keys(request, settings)
-    if path in ("/", "/metrics", "/status"):
+    is_for_browsers = path in ("/", "/metrics", "/status")
+    if is_for_browsers:
         keys += basic_passwords(request)
+    # A list, not a generator: any() must not end with the first match.
     if not any([is_proxy_key(key, settings) for key in keys]):
+        headers = {"www-authenticate": 'Basic realm="aiapiproxy"'} if is_for_browsers else {}
         raise ProxyError(401, "The key is not one of PROXY_API_KEY" if keys else
-                         "A key is required: send one of PROXY_API_KEY as x-api-key or Authorization: Bearer")
+                         "A key is required: send one of PROXY_API_KEY as x-api-key or "
+                         "Authorization: Bearer", headers=headers)
 
 
 def is_proxy_key(key: str, settings: Settings) -> bool:
-    """Compared in constant time, with all of them."""
+    """Whether a key is one of PROXY_API_KEY; compares in constant time, and with all of them."""
     given = key.encode("utf-8", "replace")
     return any([hmac.compare_digest(given, known.encode()) for known in settings.proxy_api_key])
 
 
 def presented_keys(request: Request, settings: Settings) -> List[str]:
-    """The keys that a request presents, in every way that clients do."""
+    """The keys that a request presents, in all ways that clients do it, without repetitions."""
     keys = []
     for name in dict.fromkeys((settings.api_key_header.lower(), "authorization", "x-api-key")):
         value = request.headers.get(name, "").strip()
@@ -7623,7 +7601,9 @@ def presented_keys(request: Request, settings: Settings) -> List[str]:
 
 
 def basic_passwords(request: Request) -> List[str]:
-    match = re.fullmatch(r"(?i)basic +([A-Za-z0-9+/=]+)", request.headers.get("authorization", ""))
+    """The password of HTTP Basic, if there is one: browsers send a key in this way."""
+    value = request.headers.get("authorization", "")
+    match = re.fullmatch(r"(?i)basic +([A-Za-z0-9+/=]+)", value)
     try:
         return [base64.b64decode(match[1]).decode("utf-8").partition(":")[2]] if match else []
     except ValueError:
@@ -7631,16 +7611,17 @@ def basic_passwords(request: Request) -> List[str]:
 
 
 def upstream_key(request: Request, settings: Settings) -> str:
-    """The key for the upstream: ours, or else the client's.  Raises ProxyError(401)."""
+    """The key for the upstream: ours, or else the client's own.  Raises ProxyError(401)."""
     if not settings.passes_keys_on:
         return settings.openai_api_key
     keys = [key for key in presented_keys(request, settings) if not is_proxy_key(key, settings)]
-    usable = [key for key in keys if not key.startswith("sk-ant-") and re.fullmatch(r"[\x21-\x7e]+", key)]
+    usable = [key for key in keys
+              if not key.startswith("sk-ant-") and re.fullmatch(r"[\x21-\x7e]+", key)]
     if usable:
         return usable[0]
     if any(key.startswith("sk-ant-") for key in keys):
-        raise ProxyError(401, "The key is one of Anthropic's (sk-ant-…) and is not passed on to another company: "
-                         "set OPENAI_API_KEY, or present a key of the upstream")
+        raise ProxyError(401, "The key is one of Anthropic's (sk-ant-…) and is not passed on to another "
+                         "company: set OPENAI_API_KEY, or present a key of the upstream")
     raise ProxyError(401, "No key for the upstream: set OPENAI_API_KEY, or present a key of the upstream "
                      "(ANTHROPIC_AUTH_TOKEN)")
 
@@ -7665,7 +7646,7 @@ async def create_message(app: App, exchange: Exchange) -> Optional[Response]:
         await asyncio.sleep(0)
     translation.is_mostly_non_ascii = exchange.is_mostly_non_ascii and exchange.body_size > LARGE_BODY
     prepare_exchange(app, exchange, translation, key, session)
-    recording = Recording(exchange, translation, params, app.settings) if app.settings.record_dir else None
+    recording = app.new_recording(exchange, translation, params)
     del params                            # a large request stands in memory once, as the upstream's
     try:
         return await call_and_relay(app, exchange, translation, key, recording)
@@ -7678,7 +7659,7 @@ LARGE_BODY = 1048576                     # bytes
 
 
 async def call_and_relay(app: App, exchange: Exchange, translation: Translation, key: str,
-                         recording: Optional[Recording]) -> Optional[Response]:
+                         recording: Any) -> Optional[Response]:
     """Calls the upstream and brings its answer to the client: as events, or as the Response returned."""
     message = None if translation.is_streamed else MessageWriter(translation, app.new_id)
     writer = message or EventWriter(translation, app.new_id, exchange.id)
@@ -7725,10 +7706,11 @@ def checked_translation(params: Json, settings: Settings, session: str = "", is_
 def prepare_exchange(app: App, exchange: Exchange, translation: Translation, key: str, session: str) -> None:
     """What of a request the log, the redaction and the lessons of earlier ones need."""
     translation.secrets = exchange.secrets = (*app.secrets, *((key,) if len(key) >= 8 and key not in app.secrets else ()))
-    exchange.note(model=model_for_log(translation.requested_model), upstream_model=model_for_log(translation.profile.model),
-            stream=translation.is_streamed)
-    if session:
-        exchange.note(session=redacted(session, translation.secrets)[:100])
+    record = exchange.record
+    record.model = model_for_log(translation.requested_model)
+    record.upstream_model = model_for_log(translation.profile.model)
+    record.stream = translation.is_streamed
+    record.session = redacted(session, translation.secrets)[:100]
     if translation.dropped_fields:
         log(logging.INFO, "dropped", request_id=exchange.id, names=", ".join(translation.dropped_fields)[:300])
     if translation.profile.model in app.adjustments:
@@ -7801,7 +7783,7 @@ class Relay:
     """Carries one answer from the upstream to the client, and keeps the client awake meanwhile."""
 
     def __init__(self, app: App, exchange: Exchange, translation: Translation, reply: UpstreamResponse,
-                 recording: Optional[Recording], translator: StreamTranslator) -> None:
+                 recording: Any, translator: StreamTranslator) -> None:
         self._recording = recording
         self._last_events = b""              # of the end, still to be sent
         self._app = app
@@ -7988,90 +7970,42 @@ MANY_BYTES = 5                           # bytes for each token; below it nothin
 TRUNCATION_PROMPT = 3000                 # estimated tokens; a shorter prompt proves nothing
 
 
-# ---- 25.3 recording --------------------------------------------------------
-
-class Recording:
-    """One exchange as it went over the wire, for a report of a fault: RECORD_DIR has a file of each."""
-
-    def __init__(self, exchange: Exchange, translation: Translation, params: Json, settings: Settings) -> None:
-        self._secrets = translation.secrets
-        self._began = time.time()
-        self._size = 0
-        self._folder = settings.record_dir
-        self._name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(self._began))}-{exchange.id}.json"
-        self.fields: Json = {
-            "version": __version__, "request_id": exchange.id, "time": rfc3339(self._began),
-            "settings": {"OPENAI_BASE_URL": settings.openai_base_url._replace(query="").geturl(),
-                         **{f"CLAUDE_{family.upper()}_MODEL": name for family, name in model_map(settings).items()}},
-            "session_id": exchange.request.headers.get("x-claude-code-session-id", ""),
-            "client_request": params, "upstream_request": translation.body, "upstream_status": 0,
-            "upstream_headers": {}, "upstream": [], "events": []}
-
-    def answered(self, reply: UpstreamResponse) -> None:
-        reply.record = lambda data: self.add("upstream", data)
-        kept = ("content-type", "content-encoding", "transfer-encoding", "retry-after", "x-request-id")
-        self.fields["upstream_status"] = reply.status
-        self.fields["upstream_headers"] = {name: reply.headers[name] for name in kept if name in reply.headers}
-
-    def add(self, stream: str, data: bytes) -> None:
-        """Bytes of `upstream` or `events`, with the milliseconds since the start; latin-1 keeps every byte."""
-        self._size += len(data)
-        if self._size <= RECORDED_BYTES:
-            self.fields[stream].append([round((time.time() - self._began) * 1000, 1), data.decode("latin-1")])
-        else:
-            self.fields["is_cut"] = True
-
-    def save(self) -> None:
-        """Writes the file, mode 600, and removes the oldest ones over RECORDED_FILES."""
-        text = json.dumps(self.fields, indent=1)
-        for secret in self._secrets:
-            text = text.replace(json.dumps(secret)[1:-1], f"sk-...{secret[-4:]}")
-        try:
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
-            path = os.path.join(self._folder, self._name)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
-                file.write(text)
-            names = sorted(name for name in os.listdir(self._folder) if RECORDED_NAME.fullmatch(name))
-            for name in names[:-RECORDED_FILES]:
-                os.unlink(os.path.join(self._folder, name))
-        except OSError as error:
-            log(logging.WARNING, "record", message=f"RECORD_DIR {self._folder} cannot be written: {error.strerror}")
-
-
-RECORDED_BYTES = 16777216                # bytes of one exchange that are kept
-RECORDED_FILES = 200                     # files that are kept
-RECORDED_NAME = re.compile(r"\d{8}T\d{6}-req_\w{24}\.json")
-
-
-# ---- 25.4 the application --------------------------------------------------
+# ---- 25.3 the application --------------------------------------------------
 
 class App:
-    """What all requests share: settings, upstream, what was learned, what is counted."""
+    """The state that all requests share: settings, upstream, adjustments, counts.
 
-    def __init__(self, settings: Settings, page: str = "", board: Optional[SharedCounters] = None, slot: int = 0,
-                 shortcuts: Shortcuts = PLAIN) -> None:
+    `page`, `counters` and `recorder` come from Part IV, which this part does not name.  Counters are
+    an object with `slots`, `write(slot, value)` and `read(slot)`.
+    """
+
+    def __init__(self, settings: Settings, page: str = "", counters: Any = None, slot: int = 0,
+                 recorder: Optional[Recorder] = None, shortcuts: Shortcuts = PLAIN) -> None:
         self.shortcuts = shortcuts
         self.metrics = Metrics()
         self.history = History()
-        self.board = board                       # where several workers add up what they count
-        self.slot = slot
+        self.counters = counters                 # shared by several workers; None: there is one
+        self.slot = slot                         # this worker's place in them
         self.page = page                         # the status page
+        self.recorder = recorder
         self.in_flight = 0
         self.is_draining = False
         self.began = time.time()
-        self.adjustments: Dict[str, Dict[str, Any]] = {}         # mapped model -> lesson's name -> argument
+        self.adjustments: Dict[str, Dict[str, Any]] = {}     # upstream model -> name -> argument
         self.tasks: Set[asyncio.Task] = set()
         self.truncation_warned: Set[str] = set()
-        self.pid = os.getpid() if board is None else os.getppid()
+        self.pid = os.getpid() if counters is None else os.getppid()
         self.loop = asyncio.get_running_loop()
         self.new_id = random_id
         self._is_published = True
-        self.upstream: Upstream = None       # type: ignore[assignment]   # set by use()
+        self.upstream: Upstream = None           # type: ignore[assignment]
         self.apply_settings(settings)
 
     def apply_settings(self, settings: Settings) -> None:
-        """Takes settings, at the start and on SIGHUP; running requests go on with the old ones."""
+        """Uses these settings from now on: at the start, and on SIGHUP.
+
+        Requests in work keep the old ones.
+        """
         upstream = upstream_client(settings, self.metrics)
         if self.upstream is not None:
             self.upstream.close()
@@ -8082,44 +8016,59 @@ class App:
         self.secrets = tuple(settings.secrets())
 
     def adjustments_for(self, model: str) -> Dict[str, Any]:
-        """The lessons of a model, oldest models forgotten first."""
+        """The adjustments of a model, to be changed; drops the oldest model where there are many."""
         if model not in self.adjustments and len(self.adjustments) >= LEARNED_MODELS:
             del self.adjustments[next(iter(self.adjustments))]
         return self.adjustments.setdefault(model, {})
 
+    def new_recording(self, exchange: Exchange, translation: Translation, params: Json) -> Any:
+        """A recording of this exchange; None where RECORD_DIR is not set."""
+        if self.recorder is None or not self.settings.record_dir:
+            return None
+        return self.recorder(exchange, translation, params, self.settings)
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs work that nobody waits for; kept until it ends, or it could be collected before."""
+        """Runs work that nobody waits for.  The event loop itself keeps only a weak reference to it."""
         task = asyncio.ensure_future(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+
+    def uptime(self) -> float:
+        """Seconds since the start."""
+        return round(time.time() - self.began, 3)
+
+    # The counts of several workers
 
     def record_request(self, record: RequestRecord) -> None:
         """Counts a request that has ended, and publishes the counts to the other workers soon."""
         self.metrics.add_request(record)
         if record.route == "/v1/messages":
             self.history.add(record)
-        if self.board is not None and self._is_published:
+        if self.counters is not None and self._is_published:
             self._is_published = False
             self.loop.call_later(PUBLISH_TIME, self.publish)
 
     def publish(self) -> None:
+        """Shows the counts of this worker to the others."""
         self._is_published = True
-        if self.board is not None:
-            self.board.write(self.slot, self.snapshot())
+        if self.counters is not None:
+            self.counters.write(self.slot, self.snapshot())
 
     def snapshot(self) -> Json:
-        """All that this worker has counted, and how it is."""
-        return {"sums": self.metrics.sums, "in_flight": self.in_flight, "idle": self.upstream.idle_count,
-                "recent": list(self.history.recent), "minutes": list(self.history.minutes), "lessons": self.adjustments}
+        """The counts of this worker, and its state."""
+        return {"sums": self.metrics.sums, "in_flight": self.in_flight,
+                "idle": self.upstream.idle_count, "recent": list(self.history.recent),
+                "minutes": list(self.history.minutes), "adjustments": self.adjustments}
 
     def all_snapshots(self) -> List[Json]:
         """The counts of all workers, this one's first."""
-        others = [self.board.read(slot) for slot in range(self.board.slots) if slot != self.slot] if self.board else []
+        slots = range(self.counters.slots) if self.counters is not None else ()
+        others = [self.counters.read(slot) for slot in slots if slot != self.slot]
         return [self.snapshot(), *filter(None, others)]
 
     def restore_counters(self) -> None:
-        """Goes on counting where a worker that died in this slot had stopped."""
-        found = self.board.read(self.slot) if self.board is not None else {}
+        """Continues the counts of a worker that had this slot before and has died."""
+        found = self.counters.read(self.slot) if self.counters is not None else {}
         for name, series in found.get("sums", {}).items():
             for labels, amount in series.items():
                 self.metrics.add(name, labels, amount)
@@ -8137,14 +8086,17 @@ def upstream_client(settings: Settings, metrics: Metrics) -> Upstream:
 
     proxy = settings.https_proxy if is_https else settings.http_proxy
     return Upstream(
-        url, TimeLimit(settings.request_timeout, "REQUEST_TIMEOUT"), headers=settings.upstream_headers,
+        url, TimeLimit(settings.request_timeout, "REQUEST_TIMEOUT"),
+        headers=settings.upstream_headers,
         tls=tls_context(settings.ssl_cert_file, settings.ssl_cert_dir) if is_https else None,
         proxy=outgoing_proxy(url.hostname or "", proxy, settings.no_proxy),
         on_connection=count_connection)
 
 
-PUBLISH_TIME = 0.05                      # seconds for which the counts of several requests are gathered
-LEARNED_MODELS = 100                     # names of models are the client's to choose
+# Builds the recording of an exchange: exchange, translation, params, settings (29).
+Recorder = Callable[[Exchange, Translation, Json, Settings], Any]
+PUBLISH_TIME = 0.05                      # seconds; several requests are then published at once
+LEARNED_MODELS = 100                     # clients choose the names of models
 
 
 def random_id(size: int) -> str:
@@ -8152,7 +8104,7 @@ def random_id(size: int) -> str:
     return base64.b64encode(os.urandom(size), b"Zz")[:size].decode()
 
 
-# ---- 25.5 helpers of handlers ----------------------------------------------
+# ---- 25.4 helpers of handlers ----------------------------------------------
 
 def log_internal_error(app: App, exchange: Exchange, error: Exception) -> None:
     """A fault of the proxy itself: its traceback only where RUST_BACKTRACE asks for it."""
@@ -8170,183 +8122,296 @@ def json_response(value: Any, status: int = 200) -> Response:
 # 27. OTHER ENDPOINTS
 # ============================================================================
 #
-# One function for each endpoint, and the table that names them.  `respond` is the
-# only place that turns an exception into a response.
+# `respond` answers a request: it checks who calls, and finds the endpoint's function in
+# ROUTES.  It is the only place that turns an exception into a response, so an endpoint
+# simply raises.  `finish_exchange` counts and logs a request when it has ended.
 
 # ---- 27.1 tokens and models ------------------------------------------------
 
 async def count_tokens(app: App, exchange: Exchange) -> Response:
-    """POST /v1/messages/count_tokens: computed here, without the upstream.  [Anthropic: count tokens]"""
+    """POST /v1/messages/count_tokens: estimated here, without the upstream.  [Anthropic]"""
     params = await exchange.json(app.settings.max_request_size)
     translation = checked_translation(params, app.settings, is_counting=True)
-    exchange.note(model=model_for_log(translation.requested_model), upstream_model=model_for_log(translation.profile.model))
+    record = exchange.record
+    record.model = model_for_log(translation.requested_model)
+    record.upstream_model = model_for_log(translation.profile.model)
     encoded_body(translation)
-    tokens = translation.input_estimate()
-    exchange.note(input_tokens=tokens)
-    return json_response({"input_tokens": tokens})
+    record.input_tokens = translation.input_estimate()
+    return json_response({"input_tokens": record.input_tokens})
 
 
 async def list_models(app: App, exchange: Exchange) -> Response:
-    """GET /v1/models: the current Claude names, so that clients' pickers work.  [Anthropic: list models]"""
+    """GET /v1/models: the Claude names, so that clients' pickers work.  [Anthropic: list models]"""
     query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
-    limit = query.get("limit", "20")
+    names, has_more = page_of_models(list(CLAUDE_MODELS), query)
+    return json_response({
+        "data": [model_object(name, app.settings) for name in names], "has_more": has_more,
+        "first_id": names[0] if names else None, "last_id": names[-1] if names else None})
+
+
+def page_of_models(names: List[str], query: Mapping[str, str]) -> Tuple[List[str], bool]:
+    """The names of the page that a query asks for, and whether there are more in its direction.
+
+    With `after_id` or without a cursor a page starts at the front, with `before_id` it is the end
+    of the names before that.  Raises ProxyError.
+    """
+    limit, after, before = query.get("limit", "20"), query.get("after_id"), query.get("before_id")
     if not re.fullmatch(r"[0-9]{1,5}", limit) or not 1 <= int(limit) <= 1000:
         raise ProxyError(400, "limit: Input should be between 1 and 1000")
-    names = list(CLAUDE_MODELS)
-    if "lifecycle" in query and "active" not in query["lifecycle"].split(","):
-        names = []
-    for cursor in ("after_id", "before_id"):
-        if query.get(cursor) and query[cursor] not in CLAUDE_MODELS:
+    for cursor, name in (("after_id", after), ("before_id", before)):
+        if name and name not in names:
             raise ProxyError(400, f"{cursor}: unknown model id")
-    if query.get("after_id") and query.get("before_id"):
+    if after and before:
         raise ProxyError(400, "after_id: may not be given together with before_id")
-    if query.get("before_id") in names:
-        found = names[:names.index(query["before_id"])]
-        page = found[-int(limit):]
-    else:
-        found = names[names.index(query["after_id"]) + 1:] if query.get("after_id") in names else names
-        page = found[:int(limit)]
-    return json_response({"data": [model_object(name, app.settings) for name in page], "has_more": len(page) < len(found),
-                          "first_id": page[0] if page else None, "last_id": page[-1] if page else None})
+    if "active" not in query.get("lifecycle", "active").split(","):
+        return [], False
+    start = names.index(after) + 1 if after else 0
+    end = names.index(before) if before else len(names)
+    first = max(start, end - int(limit)) if before else start
+    page = names[first:min(end, first + int(limit))]
+    return page, len(page) < end - start
 
 
 async def get_model(app: App, exchange: Exchange) -> Response:
-    """GET /v1/models/{id}"""
+    """GET /v1/models/{id}: a Claude name, or one of the configured models."""
     name = unquote(exchange.request.path[len("/v1/models/"):])
-    settings = app.settings
-    configured = (settings.claude_haiku_model, settings.claude_sonnet_model, settings.claude_opus_model)
-    if not name or not (name in configured or re.search("claude|haiku|sonnet|opus", name, re.I)):
+    is_claude = re.search("claude|haiku|sonnet|opus", name, re.I)
+    if not name or not (is_claude or name in model_map(app.settings).values()):
         raise ProxyError(404, f"model: {redacted(name, ())[:200]}")
-    return json_response(model_object(name, settings))
+    return json_response(model_object(name, app.settings))
 
 
 def model_object(name: str, settings: Settings) -> Json:
-    mapped = upstream_model(name, settings)
+    """A model as the Anthropic API describes it; its display name tells the upstream's model."""
     line, version = CLAUDE_MODELS.get(name, ("", ""))
     shown = f"Claude {line.capitalize()} {version}" if line else name
-    return {"type": "model", "id": name, "display_name": f"{shown} ({mapped})", "created_at": "1970-01-01T00:00:00Z",
-            "lifecycle": "active", "line": line or None, "max_input_tokens": None, "max_tokens": None,
-            "capabilities": None, "deprecated_at": None, "retires_at": None}
+    return {"type": "model", "id": name, "display_name": f"{shown} ({upstream_model(name, settings)})",
+            "created_at": "1970-01-01T00:00:00Z", "lifecycle": "active", "line": line or None,
+            "max_input_tokens": None, "max_tokens": None, "capabilities": None,
+            "deprecated_at": None, "retires_at": None}
 
 
 CLAUDE_MODELS = {
-    "claude-opus-5-5": ("opus", "5.5"), "claude-sonnet-5-5": ("sonnet", "5.5"), "claude-haiku-5-5": ("haiku", "5.5"),
-    "claude-opus-5": ("opus", "5"), "claude-sonnet-5": ("sonnet", "5"), "claude-opus-4-8": ("opus", "4.8"),
+    "claude-opus-5-5": ("opus", "5.5"), "claude-sonnet-5-5": ("sonnet", "5.5"),
+    "claude-haiku-5-5": ("haiku", "5.5"), "claude-opus-5": ("opus", "5"),
+    "claude-sonnet-5": ("sonnet", "5"), "claude-opus-4-8": ("opus", "4.8"),
     "claude-sonnet-4-6": ("sonnet", "4.6"), "claude-haiku-4-5": ("haiku", "4.5"),
 }
 
 
 # ---- 27.2 health -----------------------------------------------------------
 
-def health_fields(app: App, status: str) -> Json:
-    return {"status": status, "service": "aiapiproxy", "version": __version__, "timestamp": rfc3339(time.time()),
-            "uptime_seconds": round(time.time() - app.began, 3),
-            "in_flight": sum(counts["in_flight"] for counts in app.all_snapshots()) if app.board else app.in_flight,
-            "pid": app.pid}
-
-
 async def get_health(app: App, exchange: Exchange) -> Response:
+    """GET /health: 200 as long as the proxy serves; never waits for the upstream."""
     return json_response(health_fields(app, "ok"))
 
 
 async def get_liveness(app: App, exchange: Exchange) -> Response:
+    """GET /health/live: the same under the name that orchestrators ask for."""
     return json_response(health_fields(app, "alive"))
 
 
 async def get_readiness(app: App, exchange: Exchange) -> Response:
-    """Whether a load balancer should send requests here."""
+    """GET /health/ready: whether a load balancer should send requests here."""
     reason = unready_reason(app)
     if reason:
         return json_response({**health_fields(app, "not_ready"), "reason": reason}, 503)
     return json_response(health_fields(app, "ready"))
 
 
+def health_fields(app: App, status: str) -> Json:
+    """The members that all health answers have; the requests in flight are those of all workers."""
+    return {"status": status, "service": "aiapiproxy", "version": __version__,
+            "timestamp": rfc3339(time.time()), "uptime_seconds": app.uptime(),
+            "in_flight": sum(counts["in_flight"] for counts in app.all_snapshots())
+            if app.counters else app.in_flight, "pid": app.pid}
+
+
 def unready_reason(app: App) -> str:
+    """The reason why requests should go elsewhere; "" if they need not.
+
+    An upstream counts as unreachable when its last connection attempts all failed, three or more of
+    them, the newest less than RECENT_ATTEMPT ago: an idle proxy must not stay unready for ever.
+    """
     if app.is_draining:
         return "shutting down"
     attempts = app.upstream.attempts
-    is_recent = bool(attempts) and app.loop.time() - attempts[-1][0] < 60
+    is_recent = bool(attempts) and app.loop.time() - attempts[-1][0] < RECENT_ATTEMPT
     if len(attempts) >= 3 and is_recent and not any(is_good for _, is_good in attempts):
         return f"the last {len(attempts)} connections to {app.upstream.host} failed"
     return ""
 
 
+RECENT_ATTEMPT = 60.0                    # seconds
+
+
 # ---- 27.3 metrics and status -----------------------------------------------
 
 async def get_metrics(app: App, exchange: Exchange) -> Response:
-    """GET /metrics  [Prometheus: text format 0.0.4]"""
+    """GET /metrics: the sums of all workers, and their gauges.  [Prometheus: text format 0.0.4]"""
     workers = app.all_snapshots()
-    sums = merged_sums(counts["sums"] for counts in workers)
     python = ".".join(map(str, sys.version_info[:3]))
-    sums["build_info"] = {f'version="{__version__}",python="{python}"': 1}
-    sums["uptime_seconds"] = {"": round(time.time() - app.began, 3)}
-    sums["in_flight"] = {"": sum(counts["in_flight"] for counts in workers)}
-    sums["upstream_connections_idle"] = {"": sum(counts["idle"] for counts in workers)}
-    sums["learned_adjustments"] = {
-        f'model="{app.metrics.model_label(name)}",adjustment="{lesson}"': 1
-        for counts in workers for name, learned in counts["lessons"].items() for lesson in learned}
-    for name in ("upstream_connections_opened_total", "upstream_connections_reused_total", "upstream_resends_total"):
-        sums.setdefault(name, {"": 0})
+    gauges = {
+        "build_info": {f'version="{__version__}",python="{python}"': 1},
+        "uptime_seconds": {"": app.uptime()},
+        "in_flight": {"": sum(counts["in_flight"] for counts in workers)},
+        "upstream_connections_idle": {"": sum(counts["idle"] for counts in workers)},
+        "learned_adjustments": {
+            f'model="{app.metrics.model_label(model)}",adjustment="{name}"': 1
+            for model, name, _ in known_adjustments(workers)}}
+    sums = {**ZERO_SUMS, **merged_sums(counts["sums"] for counts in workers), **gauges}
     return Response(200, rendered_metrics(sums), "text/plain; version=0.0.4; charset=utf-8")
 
 
+# Counters without labels are shown from the start: rates need a first value.
+ZERO_SUMS = {name: {"": 0.0} for name in (
+    "upstream_connections_opened_total", "upstream_connections_reused_total",
+    "upstream_resends_total")}
+
+
 async def get_status(app: App, exchange: Exchange) -> Response:
-    """GET /status: what the status page shows.  Never a prompt, never a key."""
+    """GET /status: the data of the status page.  It holds no prompt and no key."""
     settings, workers = app.settings, app.all_snapshots()
     recent = sorted((request for counts in workers for request in counts["recent"]),
                     key=lambda request: request["time"], reverse=True)[:RECENT_REQUESTS]
     requests = merged_sums(counts["sums"] for counts in workers).get("requests_total", {})
-    api = {labels: amount for labels, amount in requests.items() if 'route="/v1/messages"' in labels}
+    messages = {labels: amount for labels, amount in requests.items()
+                if 'route="/v1/messages"' in labels}
+    good = sum(amount for labels, amount in messages.items() if GOOD_OUTCOME.search(labels))
     reason = unready_reason(app)
     return json_response({
-        "version": __version__, "uptime_seconds": round(time.time() - app.began, 3),
+        "version": __version__, "uptime_seconds": app.uptime(),
         "health": "not_ready" if reason else "ready", "reason": reason,
-        "upstream": {"host": app.upstream.host, "url": settings.openai_base_url._replace(query="").geturl()},
-        "models": model_map(settings), "in_flight": sum(counts["in_flight"] for counts in workers),
-        "workers": settings.workers, "requests": sum(api.values()),
-        "errors": sum(amount for labels, amount in api.items()
-                      if 'outcome="ok"' not in labels and 'outcome="client_gone"' not in labels),
+        "upstream": {"host": app.upstream.host,
+                     "url": settings.openai_base_url._replace(query="").geturl()},
+        "models": model_map(settings), "workers": settings.workers,
+        "in_flight": sum(counts["in_flight"] for counts in workers),
+        "requests": sum(messages.values()), "errors": sum(messages.values()) - good,
         "recent": [{**request, "time": rfc3339(request["time"])} for request in recent],
         "minutes": last_hour((entry for counts in workers for entry in counts["minutes"]), time.time()),
-        "adjustments": [{"model": name, "adjustment": lesson.replace("_", " "),
+        "adjustments": [{"model": model, "adjustment": name.replace("_", " "),
                          "value": "" if value is True else str(value)}
-                        for counts in workers for name, learned in counts["lessons"].items()
-                        for lesson, value in learned.items()],
+                        for model, name, value in known_adjustments(workers)],
         "environment": shell_lines(settings, exchange.request.authority)})
+
+
+GOOD_OUTCOME = re.compile('outcome="(?:ok|client_gone)"')
+
+
+def known_adjustments(workers: Iterable[Json]) -> List[Tuple[str, str, Any]]:
+    """(upstream model, adjustment, value) for each adjustment that a worker applies."""
+    return [(model, name, value) for counts in workers
+            for model, adjustments in counts["adjustments"].items()
+            for name, value in adjustments.items()]
 
 
 # ---- 27.4 routes -----------------------------------------------------------
 
 async def respond(app: App, exchange: Exchange) -> Optional[Response]:
-    """The answer to a request.  Every exception ends here, but the client's going."""
+    """The response to a request; None where it was sent as events.
+
+    Every exception ends here, except the two that mean that nobody waits for a response.
+    """
     try:
         return await dispatch(app, exchange)
     except ProxyError as error:
-        return error_response(app, exchange, error)
+        return error_response(exchange, error)
     except ClientDisconnected:
         raise
     except asyncio.CancelledError:
         if not exchange.is_shut_down:
             raise
-        return error_response(app, exchange, ProxyError(529, "The proxy is shutting down"))
+        return error_response(exchange, ProxyError(529, "The proxy is shutting down"))
     except Exception as error:
         log_internal_error(app, exchange, error)
         if exchange.has_begun():
-            raise ClientDisconnected from None           # a second head would be read as part of the stream
-        return error_response(app, exchange, ProxyError(500, "Internal error"))
+            # The client would read a second head as part of the stream.
+            raise ClientDisconnected from None
+        return error_response(exchange, ProxyError(500, "Internal error"))
 
 
-def error_response(app: App, exchange: Exchange, error: ProxyError) -> Response:
-    """An error as an answer; also what the log says of it."""
-    exchange.note(outcome=error.outcome, error=error.log_message[:300])
+def error_response(exchange: Exchange, error: ProxyError) -> Response:
+    """An error as a response.  Sets the outcome and the error of the request's record."""
+    record = exchange.record
+    record.outcome = "shutdown" if exchange.is_shut_down else error.outcome
+    record.error = error.log_message[:300]
     if isinstance(error, UpstreamError):
-        exchange.note(upstream_status=error.upstream_status)
-    if exchange.is_shut_down:
-        exchange.note(outcome="shutdown")
-    headers = dict(error.headers)
-    if error.status == 401 and exchange.request.path in ("/", "/metrics", "/status"):
-        headers["www-authenticate"] = 'Basic realm="aiapiproxy"'
-    return Response(error.status, json_bytes(error_fields(error, exchange.id)), headers=headers)
+        record.upstream_status = error.upstream_status
+    body = json_bytes(error_fields(error, exchange.id))
+    return Response(error.status, body, headers=error.headers)
+
+
+async def dispatch(app: App, exchange: Exchange) -> Optional[Response]:
+    """Checks who calls and what is asked for, and calls the route's handler.  Raises ProxyError."""
+    request, settings = exchange.request, app.settings
+    check_origin(exchange, settings)
+    if request.method == "OPTIONS":
+        return preflight(exchange)
+    check_host(request, settings)
+    check_key(request, settings)
+    route = ROUTES.get(route_path(request.path))
+    if route is None:
+        raise ProxyError(404, f"{request.method} {request.path[:200]} is not available here")
+    methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
+    if request.method not in methods:
+        allowed = ", ".join(methods)
+        raise ProxyError(405, f"{request.path} takes {allowed}", headers={"allow": allowed})
+    if request.headers.get("expect", "100-continue").lower() != "100-continue":
+        raise ProxyError(417, "The only expectation that is met here is 100-continue")
+    if not route.is_api:
+        return await route.handle(app, exchange)
+    check_body_headers(request, settings)
+    check_capacity(app)
+    app.in_flight += 1
+    try:
+        return await route.handle(app, exchange)
+    finally:
+        app.in_flight -= 1
+
+
+def route_path(path: str) -> str:
+    """The key of ROUTES for a path; `other` where there is none."""
+    return path if path in ROUTES else "/v1/models/" if path.startswith("/v1/models/") else "other"
+
+
+def check_capacity(app: App) -> None:
+    """Raises ProxyError(529) where one more API request cannot be taken on."""
+    if app.is_draining or app.in_flight >= app.settings.max_concurrent_requests:
+        raise ProxyError(529, "The proxy is shutting down" if app.is_draining else
+                         f"{app.in_flight} requests are in work already (MAX_CONCURRENT_REQUESTS)",
+                         headers={"retry-after": "1"})
+
+
+def check_body_headers(request: Request, settings: Settings) -> None:
+    """Raises ProxyError for a body that must not or cannot be read."""
+    headers = request.headers
+    if request.method != "POST":
+        return
+    if "content-length" not in headers and "transfer-encoding" not in headers:
+        raise ProxyError(411, "Content-Length or chunked coding is required")
+    if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
+        raise ProxyError(415, "Content-Encoding must be identity")
+    if int(headers.get("content-length", 0)) > settings.max_request_size:
+        raise too_large(settings.max_request_size)
+
+
+async def get_front_page(app: App, exchange: Exchange) -> Response:
+    """GET /: the status page for a browser, a few words of JSON for anything else."""
+    if app.page and "text/html" in exchange.request.headers.get("accept", ""):
+        page = app.page.encode("utf-8")
+        return Response(200, page, "text/html; charset=utf-8", PAGE_HEADERS)
+    return json_response({
+        "name": "aiapiproxy", "version": __version__, "endpoints": sorted(ROUTES)})
+
+
+# The page loads nothing from elsewhere, and no other page may frame it.
+PAGE_HEADERS = {
+    "content-security-policy":
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'",
+    "cache-control": "no-store", "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer", "x-frame-options": "DENY"}
 
 
 def finish_exchange(app: App, exchange: Exchange) -> None:
@@ -8369,74 +8434,15 @@ def finish_exchange(app: App, exchange: Exchange) -> None:
     log(logging.DEBUG if route in QUIET_ROUTES else logging.INFO, "request", **record.log_fields())
 
 
-CLIENT_CLOSED_REQUEST = 499              # nginx's status for it: there was nobody to answer
+CLIENT_CLOSED_REQUEST = 499              # nginx's status: nobody waits for an answer
 QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics", "/status")
 
 
-def route_path(path: str) -> str:
-    """The key of ROUTES for a path; `other` where there is none."""
-    return path if path in ROUTES else "/v1/models/" if path.startswith("/v1/models/") else "other"
-
-
-async def dispatch(app: App, exchange: Exchange) -> Optional[Response]:
-    request, settings = exchange.request, app.settings
-    check_origin(exchange, settings)
-    if request.method == "OPTIONS":
-        return preflight(exchange)
-    check_host(request, settings)
-    check_key(request, settings)
-    route = ROUTES.get(route_path(request.path))
-    if route is None:
-        raise ProxyError(404, f"{request.method} {request.path[:200]} is not available here")
-    if request.method != route.method and not (request.method == "HEAD" and route.method == "GET"):
-        allowed = "GET, HEAD" if route.method == "GET" else route.method
-        raise ProxyError(405, f"{request.path} takes {allowed}", headers={"allow": allowed})
-    if request.headers.get("expect", "100-continue").lower() != "100-continue":
-        raise ProxyError(417, "The only expectation that is met here is 100-continue")
-    if not route.is_api:
-        return await route.handle(app, exchange)
-    check_body_headers(request, settings)
-    if app.is_draining or app.in_flight >= settings.max_concurrent_requests:
-        raise ProxyError(529, "The proxy is shutting down" if app.is_draining else
-                         f"{app.in_flight} requests are in work already (MAX_CONCURRENT_REQUESTS)",
-                         headers={"retry-after": "1"})
-    app.in_flight += 1
-    try:
-        return await route.handle(app, exchange)
-    finally:
-        app.in_flight -= 1
-
-
-async def get_front_page(app: App, exchange: Exchange) -> Response:
-    """GET /: the status page for a browser, a few words of JSON for anything else."""
-    if app.page and "text/html" in exchange.request.headers.get("accept", ""):
-        return Response(200, app.page.encode("utf-8"), "text/html; charset=utf-8", {
-            "content-security-policy": PAGE_POLICY, "cache-control": "no-store", "x-content-type-options": "nosniff",
-            "referrer-policy": "no-referrer", "x-frame-options": "DENY"})
-    return json_response({"name": "aiapiproxy", "version": __version__, "endpoints": sorted(ROUTES)})
-
-
-PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
-               "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-
-
-def check_body_headers(request: Request, settings: Settings) -> None:
-    """Raises ProxyError for a body that must not or cannot be read."""
-    headers = request.headers
-    if request.method != "POST":
-        return
-    if "content-length" not in headers and "transfer-encoding" not in headers:
-        raise ProxyError(411, "Content-Length or chunked coding is required")
-    if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
-        raise ProxyError(415, "Content-Encoding must be identity")
-    if int(headers.get("content-length", 0)) > settings.max_request_size:
-        raise too_large(settings.max_request_size)
-
-
 class Route(NamedTuple):
+    """An endpoint: the method that it takes, HEAD beside GET, and its handler."""
     method: str
     handle: Callable[[App, Exchange], Awaitable[Optional[Response]]]
-    is_api: bool = False                 # counts for MAX_CONCURRENT_REQUESTS, and is logged at info
+    is_api: bool = False                 # counts for MAX_CONCURRENT_REQUESTS
 
 
 ROUTES = {
@@ -8464,11 +8470,10 @@ ROUTES = {
 class Service:
     """The proxy in one process: an App, and the Server that hands it the requests."""
 
-    def __init__(self, settings: Settings, page: str = "", board: Optional[SharedCounters] = None,
-                 slot: int = 0, shortcuts: Shortcuts = PLAIN) -> None:
-        self.app = app = App(settings, page, board, slot, shortcuts)
-        self.server = Server(lambda exchange: respond(app, exchange),
-                             lambda exchange, error: error_response(app, exchange, error),
+    def __init__(self, settings: Settings, page: str = "", counters: Any = None, slot: int = 0,
+                 recorder: Optional[Recorder] = None, shortcuts: Shortcuts = PLAIN) -> None:
+        self.app = app = App(settings, page, counters, slot, recorder, shortcuts)
+        self.server = Server(lambda exchange: respond(app, exchange), error_response,
                              lambda exchange: finish_exchange(app, exchange), app.new_id,
                              RequestRecord)
         self.port = 0
@@ -8646,9 +8651,80 @@ def remove_pid_file(path: str) -> None:
 # 29. RECORD AND REPLAY
 # ============================================================================
 #
-# A recorded exchange is translated again.
+# RECORD_DIR gets a file for each exchange; --replay translates such a file again.
 
-# ---- 29.1 replay -----------------------------------------------------------
+# ---- 29.1 recorder ---------------------------------------------------------
+
+class Recording:
+    """One exchange as it was sent over the wire, for a report of a fault.
+
+    RECORD_DIR gets one file for each.
+    """
+
+    def __init__(self, exchange: Exchange, translation: Translation, params: Json,
+                 settings: Settings) -> None:
+        self._secrets = translation.secrets
+        self._began = time.time()
+        self._size = 0
+        self._folder = settings.record_dir
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(self._began))
+        self._name = f"{stamp}-{exchange.id}.json"
+        models = {f"CLAUDE_{family.upper()}_MODEL": name
+                  for family, name in model_map(settings).items()}
+        url = settings.openai_base_url._replace(query="").geturl()
+        self.fields: Json = {
+            "version": __version__, "request_id": exchange.id, "time": rfc3339(self._began),
+            "settings": {"OPENAI_BASE_URL": url, **models},
+            "session_id": exchange.request.headers.get("x-claude-code-session-id", ""),
+            "client_request": params, "upstream_request": translation.body,
+            "upstream_status": 0, "upstream_headers": {}, "upstream": [], "events": []}
+
+    def answered(self, reply: UpstreamResponse) -> None:
+        """Records an upstream's response from now on."""
+        reply.record = lambda data: self.add("upstream", data)
+        self.fields["upstream_status"] = reply.status
+        self.fields["upstream_headers"] = {
+            name: reply.headers[name] for name in RECORDED_HEADERS if name in reply.headers}
+
+    def add(self, stream: str, data: bytes) -> None:
+        """Adds bytes to `upstream` or `events`, with the milliseconds since the start.
+
+        They are kept as latin-1, in which every byte is a character.
+        """
+        self._size += len(data)
+        if self._size <= RECORDED_BYTES:
+            moment = round((time.time() - self._began) * 1000, 1)
+            self.fields[stream].append([moment, data.decode("latin-1")])
+        else:
+            self.fields["is_cut"] = True
+
+    def save(self) -> None:
+        """Writes the file, mode 600, and removes the oldest ones over RECORDED_FILES."""
+        text = json.dumps(self.fields, indent=1)
+        for secret in self._secrets:
+            text = text.replace(json.dumps(secret)[1:-1], f"sk-...{secret[-4:]}")
+        try:
+            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+            path = os.path.join(self._folder, self._name)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            with open(os.open(path, flags, 0o600), "w", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+            names = sorted(filter(RECORDED_NAME.fullmatch, os.listdir(self._folder)))
+            for name in names[:-RECORDED_FILES]:
+                os.unlink(os.path.join(self._folder, name))
+        except OSError as error:
+            log(logging.WARNING, "record", message=f"RECORD_DIR {self._folder} cannot be written: "
+                f"{error.strerror}")
+
+
+RECORDED_HEADERS = ("content-type", "content-encoding", "transfer-encoding", "retry-after",
+                    "x-request-id")
+RECORDED_BYTES = 16777216                # bytes of one exchange that are kept
+RECORDED_FILES = 200                     # files that are kept
+RECORDED_NAME = re.compile(r"\d{8}T\d{6}-req_\w{24}\.json")
+
+
+# ---- 29.2 replay -----------------------------------------------------------
 
 def replay(path: str) -> int:
     """--replay: prints the events that a recorded exchange is translated to now."""
@@ -9292,7 +9368,7 @@ class Supervisor:
 
     def __init__(self, options: ServeOptions) -> None:
         self._settings = options.settings
-        self._board = SharedCounters(self._settings.workers)
+        self._counters = SharedCounters(self._settings.workers)
         lifeline, self._held_end = os.pipe()
         self._options = replace(options, lifeline=lifeline)  # for workers that start from now on
         self._workers: Dict[int, int] = {}                   # process id -> slot
@@ -9334,7 +9410,8 @@ class Supervisor:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             asyncio.run(serve(replace(
-                self._options, new_service=partial(self._options.new_service, board=self._board, slot=slot),
+                self._options, new_service=partial(
+                    self._options.new_service, counters=self._counters, slot=slot),
                 ready=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS))))
             code = 0
         finally:
@@ -9384,6 +9461,44 @@ class Supervisor:
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 WORKER_PAUSE = 1.0                       # seconds; so a crash is no busy loop
+
+
+# ---- 33.2 counters ---------------------------------------------------------
+
+class SharedCounters:
+    """Memory that workers share: each writes its counts into its own slot, and reads all slots.
+
+    A slot is a sequence number, odd while it is being written, a length, and JSON.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._memory = mmap.mmap(-1, slots * SLOT_SIZE)
+        self.slots = slots
+
+    def write(self, slot: int, value: Any) -> None:
+        """Writes the counts of a worker, unless they are too large for a slot."""
+        data = json_bytes(value)
+        start = slot * SLOT_SIZE
+        sequence = SLOT_HEAD.unpack_from(self._memory, start)[0]
+        if len(data) <= SLOT_SIZE - SLOT_HEAD.size:
+            SLOT_HEAD.pack_into(self._memory, start, sequence | 1, len(data))
+            self._memory[start + SLOT_HEAD.size:start + SLOT_HEAD.size + len(data)] = data
+            SLOT_HEAD.pack_into(self._memory, start, (sequence | 1) + 1, len(data))
+
+    def read(self, slot: int) -> Json:
+        """The counts that a worker wrote last; {} if there are none, or if it is writing now."""
+        start = slot * SLOT_SIZE
+        for _ in range(100):
+            sequence, size = SLOT_HEAD.unpack_from(self._memory, start)
+            data = self._memory[start + SLOT_HEAD.size:start + SLOT_HEAD.size + size]
+            if not sequence & 1 and SLOT_HEAD.unpack_from(self._memory, start)[0] == sequence:
+                return json.loads(data) if data else {}
+        return {}
+
+
+# Bytes: fifty requests, sixty minutes and all sums take about 40,000.
+SLOT_SIZE = 262144
+SLOT_HEAD = struct.Struct("QQ")
 
 
 # ============================================================================
@@ -9564,7 +9679,7 @@ def main(arguments: Optional[List[str]] = None, shortcuts: Shortcuts = SHORTCUTS
     log_warnings(warnings)
     serve_options = ServeOptions(
         settings, sockets, files, lambda: load_configuration(options),
-        partial(Service, page=STATUS_PAGE, shortcuts=shortcuts),
+        partial(Service, page=STATUS_PAGE, recorder=Recording, shortcuts=shortcuts),
         start_demo if options.demo else None)
     if settings.workers > 1:
         return Supervisor(serve_options).run()

@@ -704,7 +704,7 @@ class FakeUpstream:
 @contextlib.asynccontextmanager
 async def running(settings):
     """The proxy itself, on a free port."""
-    server = aiapiproxy.Service(settings)
+    server = aiapiproxy.Service(settings, recorder=aiapiproxy.Recording)
     await server.start()
     try:
         yield server
