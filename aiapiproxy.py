@@ -6743,11 +6743,15 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun",
 # One field for each environment variable, declared once: parsing, --help, env.example
 # and the README's table follow from the declaration.  The process environment wins
 # over the .env file, the file over the default; an empty value counts as not set.
-# All bad values are found in one start.
+# One start reports all bad values.
 
 # ---- 21.1 parsers of values ------------------------------------------------
+#
+# A parser gives the value of a text, or raises ValueError with the end of a sentence
+# that begins with the variable and its text.
 
 def number_between(low: float, high: float) -> Callable[[str], float]:
+    """A parser of numbers from `low` to `high`."""
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -6760,6 +6764,7 @@ def number_between(low: float, high: float) -> Callable[[str], float]:
 
 
 def integer_between(low: int, high: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `low` to `high`."""
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,18}", text):
             raise ValueError("is not a whole number")
@@ -6771,6 +6776,7 @@ def integer_between(low: int, high: int) -> Callable[[str], int]:
 
 
 def one_of(**choices: Any) -> Callable[[str], Any]:
+    """A parser of words, in any case, that stand for values."""
     def parse(text: str) -> Any:
         if text.lower() not in choices:
             raise ValueError("must be one of " + ", ".join(choices))
@@ -6779,13 +6785,14 @@ def one_of(**choices: Any) -> Callable[[str], Any]:
 
 
 def parse_text(text: str) -> str:
+    """The text as it is; control characters would spoil log lines and headers."""
     if not text.isprintable():
         raise ValueError("has a control character in it")
     return text
 
 
 def parse_key(text: str) -> str:
-    """A key as it may stand in a header.  env.example's placeholder counts as no key."""
+    """A key that may stand in a header.  env.example's placeholder counts as no key."""
     if text == KEY_PLACEHOLDER:
         return ""
     if not text.isascii() or not text.isprintable() or " " in text:
@@ -6802,6 +6809,7 @@ def parse_list(text: str) -> Tuple[str, ...]:
 
 
 def parse_hosts(text: str) -> Tuple[str, ...]:
+    """Addresses and host names, without the brackets of IPv6."""
     hosts = tuple(item[1:-1] if item[:1] == "[" and item[-1:] == "]" else item
                   for item in parse_list(text))
     if not hosts:
@@ -6819,7 +6827,7 @@ def parse_header_name(text: str) -> str:
 
 
 def parse_header_pairs(text: str) -> Tuple[Tuple[str, str], ...]:
-    """`Name: value` pairs separated by `;`, as UPSTREAM_HEADERS has them."""
+    """The `Name: value` pairs of UPSTREAM_HEADERS, separated by `;`."""
     pairs = []
     for item in filter(None, (part.strip() for part in text.split(";"))):
         name, colon, value = item.partition(":")
@@ -6835,7 +6843,7 @@ def parse_header_pairs(text: str) -> Tuple[Tuple[str, str], ...]:
 
 
 def parse_base_url(text: str) -> SplitResult:
-    """An http(s) URL without the `/chat/completions` and the slash that it may end in."""
+    """An http(s) URL, without a slash or `/chat/completions` at its end; keeps its query."""
     url = split_url(text)
     if url.scheme not in ("http", "https"):
         raise ValueError("must start with http:// or https://")
@@ -6848,6 +6856,7 @@ def parse_base_url(text: str) -> SplitResult:
 
 
 def parse_proxy_url(text: str) -> SplitResult:
+    """The URL of an outgoing proxy; `host:port` alone is common, so the scheme may be missing."""
     url = split_url(text if "://" in text else "http://" + text)
     if url.scheme != "http":
         raise ValueError("only http:// proxies are supported")
@@ -6855,6 +6864,7 @@ def parse_proxy_url(text: str) -> SplitResult:
 
 
 def split_url(text: str) -> SplitResult:
+    """The parts of a URL that has a host, and a port that can be dialled."""
     try:
         url = urlsplit(text)
         port = url.port
@@ -6866,7 +6876,10 @@ def split_url(text: str) -> SplitResult:
 
 
 def parse_log_level(text: str) -> int:
-    """A level's number; of a directive list such as `info,hyper=warn` the bare level counts."""
+    """A level's number.
+
+    RUST_LOG may be a list of directives, `info,hyper=warn`: the level without a module counts.
+    """
     for directive in text.lower().split(","):
         if directive.strip() in LOG_LEVELS:
             return LOG_LEVELS[directive.strip()]
@@ -6883,43 +6896,68 @@ KEY_PLACEHOLDER = "your-openai-api-key-here"
 
 def env(default: Any, parse: Callable[[str], Any], help_text: str, *aliases: str,
         secret: bool = False) -> Any:
-    """A Settings field that is read from the variable of its name in capitals, or an alias."""
+    """A Settings field, read from the variable of its name in capitals or from an alias.
+
+    The value of a secret is shown in no error message.
+    """
     return field(default=default, metadata={
         "parse": parse, "help": help_text, "aliases": aliases, "secret": secret})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One field per environment variable: the field's name in capitals.  Times are in seconds."""
+    """One field for each environment variable: its name in small letters.  Times are in seconds."""
 
-    server_host: Tuple[str, ...] = env(("127.0.0.1",), parse_hosts, "addresses to listen on, separated by commas")
+    server_host: Tuple[str, ...] = env(
+        ("127.0.0.1",), parse_hosts, "addresses to listen on, separated by commas")
     server_port: int = env(8082, integer_between(1, 65535), "TCP port to listen on")
-    openai_api_key: str = env("", parse_key, "key for the upstream; not set: the client's own key is passed on", secret=True)
+    openai_api_key: str = env(
+        "", parse_key, "key for the upstream; not set: the client's own key is passed on",
+        secret=True)
     openai_base_url: SplitResult = env(
-        urlsplit("https://api.openai.com/v1"), parse_base_url, "URL of the upstream, up to and without /chat/completions")
+        urlsplit("https://api.openai.com/v1"), parse_base_url,
+        "URL of the upstream, up to and without /chat/completions")
     claude_haiku_model: str = env("gpt-4o-mini", parse_text, "model for names with 'haiku'")
-    claude_sonnet_model: str = env("gpt-4o", parse_text, "model for names with 'sonnet' and other claude names")
+    claude_sonnet_model: str = env(
+        "gpt-4o", parse_text, "model for names with 'sonnet' and other claude names")
     claude_opus_model: str = env("gpt-4", parse_text, "model for names with 'opus'")
-    request_timeout: float = env(30.0, number_between(0.1, 86400), "seconds for a whole exchange that is not streamed")
-    stream_timeout: float = env(300.0, number_between(0.1, 86400), "seconds of silence before a stream is given up")
-    log_level: int = env(LOG_LEVELS["info"], parse_log_level, "trace, debug, info, warn or error", "RUST_LOG")
-    log_format: str = env("", one_of(json="json", text="text"), "json or text; not set: text on a terminal, else json")
+    request_timeout: float = env(
+        30.0, number_between(0.1, 86400), "seconds for a whole exchange that is not streamed")
+    stream_timeout: float = env(
+        300.0, number_between(0.1, 86400), "seconds of silence before a stream is given up")
+    log_level: int = env(
+        LOG_LEVELS["info"], parse_log_level, "trace, debug, info, warn or error", "RUST_LOG")
+    log_format: str = env("", one_of(json="json", text="text"),
+                          "json or text; not set: text on a terminal, else json")
     allowed_origins: Tuple[str, ...] = env(("*",), parse_list, "web origins that may call, or *")
-    api_key_header: str = env("Authorization", parse_header_name, "header in which clients present their key, beside x-api-key")
-    allowed_hosts: Tuple[str, ...] = env((), parse_list, "further Host names that are accepted, or *")
-    proxy_api_key: Tuple[str, ...] = env((), parse_keys, "keys that clients must present, separated by commas", secret=True)
-    max_request_size: int = env(33554432, integer_between(1, 2 ** 31), "bytes of a request body")
-    max_concurrent_requests: int = env(1000, integer_between(1, 100000), "API requests in work at once; one more gets 529")
-    workers: int = env(1, integer_between(1, 64), "processes that share the listening socket", "TOKIO_WORKER_THREADS")
-    https_proxy: Optional[SplitResult] = env(None, parse_proxy_url, "outgoing proxy for https upstreams", "https_proxy", secret=True)
-    http_proxy: Optional[SplitResult] = env(None, parse_proxy_url, "outgoing proxy for http upstreams", "http_proxy", secret=True)
-    no_proxy: Tuple[str, ...] = env((), parse_list, "hosts that are reached without the outgoing proxy", "no_proxy")
-    ssl_cert_file: str = env("", parse_text, "file of CA certificates that upstreams are checked against")
+    api_key_header: str = env(
+        "Authorization", parse_header_name,
+        "header in which clients present their key, beside x-api-key")
+    allowed_hosts: Tuple[str, ...] = env(
+        (), parse_list, "further Host names that are accepted, or *")
+    proxy_api_key: Tuple[str, ...] = env(
+        (), parse_keys, "keys that clients must present, separated by commas", secret=True)
+    max_request_size: int = env(
+        33554432, integer_between(1, 2 ** 31), "bytes of a request body")
+    max_concurrent_requests: int = env(
+        1000, integer_between(1, 100000), "API requests in work at once; one more gets 529")
+    workers: int = env(1, integer_between(1, 64), "processes that share the listening socket",
+                       "TOKIO_WORKER_THREADS")
+    https_proxy: Optional[SplitResult] = env(
+        None, parse_proxy_url, "outgoing proxy for https upstreams", "https_proxy", secret=True)
+    http_proxy: Optional[SplitResult] = env(
+        None, parse_proxy_url, "outgoing proxy for http upstreams", "http_proxy", secret=True)
+    no_proxy: Tuple[str, ...] = env(
+        (), parse_list, "hosts that are reached without the outgoing proxy", "no_proxy")
+    ssl_cert_file: str = env(
+        "", parse_text, "file of CA certificates that upstreams are checked against")
     ssl_cert_dir: str = env("", parse_text, "folder of CA certificates, as OpenSSL has it")
     pid_file: str = env("", parse_text, "file that holds the process id while the proxy runs")
     upstream_headers: Tuple[Tuple[str, str], ...] = env(
-        (), parse_header_pairs, "extra headers for the upstream: 'Name: value; Name: value'", secret=True)
-    record_dir: str = env("", parse_text, "folder that gets one file for each exchange, for reports of a fault")
+        (), parse_header_pairs, "extra headers for the upstream: 'Name: value; Name: value'",
+        secret=True)
+    record_dir: str = env(
+        "", parse_text, "folder that gets one file for each exchange, for reports of a fault")
     rust_backtrace: bool = env(False, one_of(**{"0": False, "1": True, "full": True}),
                                "1: unexpected errors are logged with their traceback")
 
@@ -6942,24 +6980,30 @@ class Settings:
         return self.openai_base_url.hostname or ""
 
     def secrets(self) -> List[str]:
-        """All that must never be seen in a log, an answer or a page, longest first."""
-        found = {self.openai_api_key, *self.proxy_api_key, *(value for _, value in self.upstream_headers)}
-        found.update(url.password for url in (self.https_proxy, self.http_proxy) if url and url.password)
+        """The texts that must never be seen in a log, an answer or a page, longest first."""
+        found = {self.openai_api_key, *self.proxy_api_key,
+                 *(value for _, value in self.upstream_headers)}
+        found.update(url.password for url in (self.https_proxy, self.http_proxy)
+                     if url and url.password)
         return sorted((item for item in found if len(item) >= 8), key=len, reverse=True)
 
 
 def model_map(settings: Settings) -> Dict[str, str]:
+    """The upstream's model for each family of Claude models."""
     return {"haiku": settings.claude_haiku_model, "sonnet": settings.claude_sonnet_model,
             "opus": settings.claude_opus_model}
 
 
 def upstream_model(requested: str, settings: Settings) -> str:
-    """The upstream's model for the name that a client asks for."""
+    """The upstream's model for the name that a client asks for.
+
+    Claude Code appends `[1m]` to a name to ask for a context of a million tokens.
+    """
     name = requested[:-4] if requested.endswith("[1m]") else requested
     lower = name.lower()
-    for family in ("haiku", "sonnet", "opus"):
+    for family, model in model_map(settings).items():
         if family in lower:
-            return getattr(settings, f"claude_{family}_model")
+            return model
     return settings.claude_sonnet_model if lower.startswith("claude") else name
 
 
@@ -6973,7 +7017,7 @@ def target_of(requested_model: str, settings: Settings) -> Target:
 
 def load_settings(environ: Mapping[str, str], dotenv: Optional[Mapping[str, str]] = None,
                   **overrides: Any) -> Settings:
-    """Settings from the environment and the .env file; `overrides` are fields that win over both.
+    """The settings of the environment and the .env file; `overrides` are fields that win over both.
 
     Raises ConfigError with a sentence for each value that cannot be used.
     """
@@ -6998,12 +7042,14 @@ def check_exposure(settings: Settings) -> None:
     """Raises ConfigError where other machines could spend the upstream's key."""
     exposed = [host for host in settings.server_host if not is_loopback(host)]
     if exposed and settings.openai_api_key and not settings.proxy_api_key:
-        raise ConfigError([f"SERVER_HOST {exposed[0]} can be reached from other machines, and everybody "
-                           "there could spend OPENAI_API_KEY: set PROXY_API_KEY to a key that clients must present"])
+        raise ConfigError([f"SERVER_HOST {exposed[0]} can be reached from other machines, and "
+                           "everybody there could spend OPENAI_API_KEY: set PROXY_API_KEY to a key "
+                           "that clients must present"])
 
 
-def variable_text(item: Any, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> Tuple[str, Optional[str]]:
-    """The name and text of the variable that sets a field; (name, None) when none does."""
+def variable_text(item: Any, environ: Mapping[str, str],
+                  dotenv: Mapping[str, str]) -> Tuple[str, Optional[str]]:
+    """The name and text of the variable that sets a field; (name, None) where none does."""
     names = (item.name.upper(), *item.metadata["aliases"])
     for source in (environ, dotenv):
         for name in names:
@@ -7013,7 +7059,7 @@ def variable_text(item: Any, environ: Mapping[str, str], dotenv: Mapping[str, st
 
 
 def dotenv_values(text: str) -> Tuple[Dict[str, str], List[int]]:
-    """The variables of a .env file, and the numbers of the lines that are not understood.
+    """The variables of a .env file, and the numbers of its malformed lines.
 
     Nothing is executed or expanded.
     """
@@ -7034,9 +7080,10 @@ def dotenv_values(text: str) -> Tuple[Dict[str, str], List[int]]:
 
 
 def misspelled_names(names: Iterable[str]) -> List[Tuple[str, str]]:
-    """(name, the known name it is near) for each name that looks like a slip of the pen."""
-    import difflib                                       # rarely needed: not at start
-    known = [name for item in fields(Settings) for name in (item.name.upper(), *item.metadata["aliases"])]
+    """(name, the known name that it is near) for each unknown name that is near a known one."""
+    import difflib                                       # rarely needed
+    known = [name for item in fields(Settings)
+             for name in (item.name.upper(), *item.metadata["aliases"])]
     found = []
     for name in names:
         near = [] if name in known else difflib.get_close_matches(name.upper(), known, 1, 0.85)
@@ -7045,19 +7092,23 @@ def misspelled_names(names: Iterable[str]) -> List[Tuple[str, str]]:
     return found
 
 
+# A name, and its value in single quotes, in double quotes, or plain up to a comment.
 DOTENV_LINE = re.compile(r"""
     (?:export\s+)? ([A-Za-z_][A-Za-z0-9_]*) \s*=
-    (?: \s*'([^']*)' \s*(?:\#.*)? | \s*"([^"]*)" \s*(?:\#.*)? | (?!\s*['"]) ((?:(?!\s\#).)*) (?:\s+\#.*)? )""", re.VERBOSE)
+    (?: \s*'([^']*)' \s*(?:\#.*)? | \s*"([^"]*)" \s*(?:\#.*)?
+      | (?!\s*['"]) ((?:(?!\s\#).)*) (?:\s+\#.*)? )""", re.VERBOSE)
 
 
 # ---- 21.4 lines for a shell ------------------------------------------------
 
 def shell_lines(settings: Settings, authority: str) -> List[str]:
-    """What points Claude Code here, as lines for a shell."""
-    return [f"export ANTHROPIC_BASE_URL=http://{authority}", f"export ANTHROPIC_AUTH_TOKEN={token_hint(settings)}"]
+    """The lines for a shell that make Claude Code call this proxy."""
+    return [f"export ANTHROPIC_BASE_URL=http://{authority}",
+            f"export ANTHROPIC_AUTH_TOKEN={token_hint(settings)}"]
 
 
 def token_hint(settings: Settings) -> str:
+    """The key that a client must present, as a word for a person: keys are not shown."""
     if settings.proxy_api_key:
         return "ONE_OF_PROXY_API_KEY"
     return "YOUR_UPSTREAM_KEY" if settings.passes_keys_on else "any"
@@ -7075,8 +7126,8 @@ def url_authority(settings: Settings, port: int) -> str:
 # ============================================================================
 #
 # One line for an event, one `request` line for a request when it has ended.  A line
-# holds no prompt, no answer and no key.  The service goes on when the log cannot be
-# written.
+# holds no prompt, no answer and no key.  The service works on when the log cannot be
+# written: a closed pipe, a full disk or a slow reader never stops or delays it.
 
 # ---- 22.1 events -----------------------------------------------------------
 
@@ -7084,16 +7135,17 @@ LOG = logging.getLogger("aiapiproxy")
 
 
 def log(level: int, event: str, **facts: Any) -> None:
-    """One line of the log: an event's name and its facts."""
+    """Writes one line of the log: an event's name and its facts."""
     if LOG.isEnabledFor(level):
         LOG.log(level, event, extra={"facts": facts})
 
 
 def print_error(problem: str, log_format: str = "") -> None:
-    """One line on stderr, in the format that the log would have."""
+    """Writes one line to stderr, in the log's format, when a start fails before there is a log."""
     line = f"aiapiproxy: {problem}"
     if (log_format or os.environ.get("LOG_FORMAT", "")).lower() == "json":
-        line = json.dumps({"ts": rfc3339(time.time()), "level": "error", "event": "not_started", "message": problem})
+        line = json.dumps({"ts": rfc3339(time.time()), "level": "error", "event": "not_started",
+                           "message": problem})
     try:
         os.write(2, line.encode("utf-8", "replace") + b"\n")
     except OSError:
@@ -7114,7 +7166,7 @@ def _second_text(second: int) -> str:
 # ---- 22.2 formats ----------------------------------------------------------
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; escapes keep every value on it."""
+    """Formats an event as one line of JSON: newlines in values are escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         facts = getattr(record, "facts", {})
@@ -7126,13 +7178,14 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The same for eyes: time, level, message."""
+    """Formats an event for a person: time, level, message; in colour on a terminal."""
 
     def __init__(self, is_coloured: bool) -> None:
         super().__init__()
         self._is_coloured = is_coloured
 
     def format(self, record: logging.LogRecord) -> str:
+        """The line, and a traceback where there is one; failed requests are red."""
         facts = getattr(record, "facts", {})
         level = LEVEL_NAMES.get(record.levelno, "info")
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
@@ -7141,7 +7194,8 @@ class TextFormatter(logging.Formatter):
         elif facts.get("message"):
             text = str(facts["message"])
         else:
-            words = [f"{name}={value}" for name, value in facts.items() if value not in (None, "")]
+            words = [f"{name}={value}" for name, value in facts.items()
+                     if value not in (None, "")]
             text = "  ".join([record.getMessage(), *words])
         colour = LEVEL_COLOURS.get(level, "") if self._is_coloured else ""
         if facts.get("status", 0) >= 400 and self._is_coloured and not colour:
@@ -7155,17 +7209,18 @@ def request_line(facts: Json) -> str:
     """A request in one aligned line: model, tokens, cache, first token, total, speed, outcome."""
     failure = f": {facts['error']}" if facts.get("error") else ""
     if not facts.get("model"):
-        return (f"{facts['status']} {facts['method']} {facts['path']}  {facts['duration_ms']:.0f} ms  "
-                f"{facts['outcome']}{failure}")
+        return (f"{facts['status']} {facts['method']} {facts['path']}  "
+                f"{facts['duration_ms']:.0f} ms  {facts['outcome']}{failure}")
     seconds = facts["duration_ms"] / 1000
-    read, written = facts.get("input_tokens") or 0, facts.get("output_tokens") or 0
-    cached = facts.get("cache_read_input_tokens") or 0
-    first = facts.get("ttft_ms")
-    writing = seconds - first / 1000 if first is not None else seconds
+    written, cached = facts.get("output_tokens") or 0, facts.get("cache_read_input_tokens") or 0
+    read = (facts.get("input_tokens") or 0) + cached
+    first = None if facts["ttft_ms"] is None else facts["ttft_ms"] / 1000
+    writing = seconds - (first or 0)
     models = f"{facts['model']} → {facts.get('upstream_model') or '?'}"
-    return (f"{facts['status']} {models:44} {read + cached:>7} in {cached:>7} cached {written:>6} out  "
-            f"first {'-' if first is None else f'{first / 1000:.2f}':>5} s  total {seconds:>6.2f} s  "
-            f"{written / writing if writing > 0 else 0:>5.0f} tok/s  {facts.get('stop_reason') or facts['outcome']}{failure}")
+    return (f"{facts['status']} {models:44} {read:>7} in {cached:>7} cached {written:>6} out  "
+            f"first {'-' if first is None else f'{first:.2f}':>5} s  total {seconds:>6.2f} s  "
+            f"{written / writing if writing > 0 else 0:>5.0f} tok/s  "
+            f"{facts.get('stop_reason') or facts['outcome']}{failure}")
 
 
 LEVEL_NAMES = {10: "debug", 20: "info", 30: "warn", 40: "error", 50: "error"}
@@ -7175,10 +7230,10 @@ LEVEL_COLOURS = {"warn": "\x1b[33m", "error": "\x1b[31m", "debug": "\x1b[2m"}
 # ---- 22.3 files ------------------------------------------------------------
 
 class LogFile(logging.Handler):
-    """Writes whole lines to a file descriptor, and never blocks or fails for it.
+    """Writes whole lines to a file descriptor; never blocks and never raises.
 
-    Where the descriptor is a regular file (launchd opens it so), a file that was moved away by log
-    rotation is noticed and opened anew by its path, with or without a signal.
+    Where the descriptor is a regular file, as under launchd, log rotation may move that away: then
+    the file is opened again by its path.  That needs no signal.
     """
 
     def __init__(self, descriptor: int, levels: Callable[[int], bool]) -> None:
@@ -7199,12 +7254,13 @@ class LogFile(logging.Handler):
                     self._checked = record.created
                     self.reopen_if_moved()
             elif not select.select([], [self._descriptor], [], 0)[1]:
-                return                               # a full pipe: better a line lost than all streams held
+                return                               # full: losing a line beats blocking
             os.write(self._descriptor, line)
         except (OSError, ValueError):
-            pass                                     # closed pipe, full disk: the service goes on
+            pass                                     # a closed pipe, a full disk
 
     def reopen_if_moved(self) -> None:
+        """Opens the file again if its path no longer leads to it; keeps the descriptor's number."""
         try:
             now, then = os.stat(self._path), os.fstat(self._descriptor)
             if (now.st_ino, now.st_dev) == (then.st_ino, then.st_dev):
@@ -7212,18 +7268,19 @@ class LogFile(logging.Handler):
         except OSError:
             pass
         try:
-            fresh = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            fresh = os.open(self._path, flags, 0o640)
             os.dup2(fresh, self._descriptor)
             os.close(fresh)
         except OSError:
             pass
 
 
-ROTATION_CHECK = 1.0                     # seconds between two looks at a log file's path
+ROTATION_CHECK = 1.0                     # seconds between two looks at the path
 
 
 def descriptor_path(descriptor: int) -> str:
-    """The path of a descriptor that is a regular file; "" for a terminal, a pipe or a closed one."""
+    """The path of a descriptor of a regular file; "" for a terminal, a pipe or a closed one."""
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return ""
@@ -7236,15 +7293,18 @@ def descriptor_path(descriptor: int) -> str:
         return ""
 
 
-F_GETPATH = 50                           # macOS's fcntl.h; Python has the name only from 3.9 on, and not always
+# From macOS's fcntl.h; not every build of Python has the name.
+F_GETPATH = 50
 
 
 def start_logging(settings: Settings) -> List[LogFile]:
-    """Sends info and below to stdout, warnings and errors to stderr."""
+    """Sends info and below to stdout, warnings and errors to stderr.  Returns both files."""
     is_terminal = os.isatty(2) if descriptor_is_open(2) else False
     is_json = (settings.log_format or ("text" if is_terminal else "json")) == "json"
-    formatter = JsonFormatter() if is_json else TextFormatter(is_terminal and "NO_COLOR" not in os.environ)
-    files = [LogFile(1, lambda level: level < logging.WARNING), LogFile(2, lambda level: level >= logging.WARNING)]
+    is_coloured = is_terminal and "NO_COLOR" not in os.environ
+    formatter = JsonFormatter() if is_json else TextFormatter(is_coloured)
+    files = [LogFile(1, lambda level: level < logging.WARNING),
+             LogFile(2, lambda level: level >= logging.WARNING)]
     for file in files:
         file.setFormatter(formatter)
     for name in ("aiapiproxy", "asyncio"):
@@ -7429,7 +7489,8 @@ METRICS = {
     "requests_total": ("counter", "Requests by route, status and outcome."),
     "in_flight": ("gauge", "API requests in work."),
     "tokens_total": ("counter", "Tokens by kind and upstream model."),
-    "time_to_first_token_seconds": ("histogram", "From the request's head to the first token sent."),
+    "time_to_first_token_seconds":
+        ("histogram", "From the request's head to the first token sent."),
     "request_duration_seconds": ("histogram", "From the request's head to the answer's last byte."),
     "upstream_seconds": ("histogram", "From sending the upstream's request to its response head."),
     "upstream_connections_opened_total": ("counter", "Connections opened to the upstream."),
@@ -7466,15 +7527,15 @@ class History:
 
 
 RECENT_REQUESTS = 50
-HISTORY_FIELDS = ("time", "status", "outcome", "ttft_ms", "duration_ms", "session", "error", "model",
-                  "upstream_model", *TOKEN_KINDS.values(), "stop_reason")
+HISTORY_FIELDS = ("time", "status", "outcome", "ttft_ms", "duration_ms", "session", "error",
+                  "model", "upstream_model", *TOKEN_KINDS.values(), "stop_reason")
 MINUTE_COUNTS = ("requests", "errors", *TOKEN_KINDS.values())
 MINUTE_MEANS = ("ttft_ms", "duration_ms")
 MINUTE_SUMS = (*MINUTE_COUNTS, *MINUTE_MEANS, *(name + "_count" for name in MINUTE_MEANS))
 
 
 def last_hour(minutes: Iterable[Json], now: float) -> List[Json]:
-    """Sixty minutes, oldest first, with the means of the times.  Adds up several workers' minutes."""
+    """Sixty minutes, oldest first, with means of the times; minutes of several workers added up."""
     newest = int(now) // 60 * 60
     sums = {newest - 60 * age: dict.fromkeys(MINUTE_SUMS, 0) for age in range(59, -1, -1)}
     for entry in minutes:
@@ -7498,13 +7559,14 @@ def last_hour(minutes: Iterable[Json], now: float) -> List[Json]:
 # ---- 24.1 origins and hosts ------------------------------------------------
 
 def check_origin(exchange: Exchange, settings: Settings) -> None:
-    """Sets CORS headers for a web page that may call; raises ProxyError(403) for one that may not."""
+    """Sets a page's CORS headers, or raises ProxyError(403) where its origin may not call."""
     origin = exchange.request.headers.get("origin")
     if origin is None or exchange.request.path.startswith("/health"):
         return
-    # A page of a stranger may call where it can spend nothing of the owner's.
-    may_any = "*" in settings.allowed_origins and (settings.proxy_api_key or settings.passes_keys_on)
-    if not (may_any or is_own_origin(origin) or origin in settings.allowed_origins):
+    # A stranger's page may call where it can spend nothing of the owner's.
+    may_strangers = "*" in settings.allowed_origins and (
+        settings.proxy_api_key or settings.passes_keys_on)
+    if not (may_strangers or is_own_origin(origin) or origin in settings.allowed_origins):
         raise ProxyError(403, f"The origin {origin[:200]} may not call: list it in ALLOWED_ORIGINS")
     exchange.extra_headers = {
         "access-control-allow-origin": origin, "vary": "Origin",
@@ -7535,8 +7597,8 @@ def preflight(exchange: Exchange) -> Response:
 def check_host(request: Request, settings: Settings) -> None:
     """Raises ProxyError(403) for a Host that is not ours, where the upstream's key is lent.
 
-    In DNS rebinding an attacker's name is made to point to this machine, so that a browser takes our
-    answers for his page's own.  The Host header still has his name.
+    In DNS rebinding an attacker's name is made to point to this machine, so that a browser lets his
+    page read our responses.  The Host header still has his name.
     """
     if settings.proxy_api_key or settings.passes_keys_on or "*" in settings.allowed_hosts:
         return
@@ -7620,10 +7682,10 @@ def upstream_key(request: Request, settings: Settings) -> str:
     if usable:
         return usable[0]
     if any(key.startswith("sk-ant-") for key in keys):
-        raise ProxyError(401, "The key is one of Anthropic's (sk-ant-…) and is not passed on to another "
-                         "company: set OPENAI_API_KEY, or present a key of the upstream")
-    raise ProxyError(401, "No key for the upstream: set OPENAI_API_KEY, or present a key of the upstream "
-                     "(ANTHROPIC_AUTH_TOKEN)")
+        raise ProxyError(401, "The key is one of Anthropic's (sk-ant-…) and is not passed on to "
+                         "another company: set OPENAI_API_KEY, or present a key of the upstream")
+    raise ProxyError(401, "No key for the upstream: set OPENAI_API_KEY, or present a key of the "
+                     "upstream (ANTHROPIC_AUTH_TOKEN)")
 
 
 # ============================================================================
@@ -8185,7 +8247,8 @@ def model_object(name: str, settings: Settings) -> Json:
     """A model as the Anthropic API describes it; its display name tells the upstream's model."""
     line, version = CLAUDE_MODELS.get(name, ("", ""))
     shown = f"Claude {line.capitalize()} {version}" if line else name
-    return {"type": "model", "id": name, "display_name": f"{shown} ({upstream_model(name, settings)})",
+    return {"type": "model", "id": name,
+            "display_name": f"{shown} ({upstream_model(name, settings)})",
             "created_at": "1970-01-01T00:00:00Z", "lifecycle": "active", "line": line or None,
             "max_input_tokens": None, "max_tokens": None, "capabilities": None,
             "deprecated_at": None, "retires_at": None}
@@ -8278,6 +8341,7 @@ async def get_status(app: App, exchange: Exchange) -> Response:
     messages = {labels: amount for labels, amount in requests.items()
                 if 'route="/v1/messages"' in labels}
     good = sum(amount for labels, amount in messages.items() if GOOD_OUTCOME.search(labels))
+    minutes = (entry for counts in workers for entry in counts["minutes"])
     reason = unready_reason(app)
     return json_response({
         "version": __version__, "uptime_seconds": app.uptime(),
@@ -8288,7 +8352,7 @@ async def get_status(app: App, exchange: Exchange) -> Response:
         "in_flight": sum(counts["in_flight"] for counts in workers),
         "requests": sum(messages.values()), "errors": sum(messages.values()) - good,
         "recent": [{**request, "time": rfc3339(request["time"])} for request in recent],
-        "minutes": last_hour((entry for counts in workers for entry in counts["minutes"]), time.time()),
+        "minutes": last_hour(minutes, time.time()),
         "adjustments": [{"model": model, "adjustment": name.replace("_", " "),
                          "value": "" if value is True else str(value)}
                         for model, name, value in known_adjustments(workers)],
@@ -8417,11 +8481,13 @@ PAGE_HEADERS = {
 def finish_exchange(app: App, exchange: Exchange) -> None:
     """Completes the record of a request that has ended; counts and logs it."""
     request, record = exchange.request, exchange.record
-    route = route_path(request.path)
-    record.request_id, record.method, record.route = exchange.id, request.method[:20], route
-    record.path = redacted(request.path, exchange.secrets)[:200] if route == "other" else request.path
-    client_id = redacted(request.headers.get("x-request-id", ""), exchange.secrets)
-    record.client, record.client_request_id = exchange.client, client_id[:200]
+    record.route = route = route_path(request.path)
+    record.request_id, record.client = exchange.id, exchange.client
+    record.method, record.path = request.method[:20], request.path
+    if route == "other":
+        record.path = redacted(request.path, exchange.secrets)[:200]
+    client_request_id = request.headers.get("x-request-id", "")
+    record.client_request_id = redacted(client_request_id, exchange.secrets)[:200]
     if exchange.was_interrupted:
         record.outcome = "shutdown" if exchange.is_shut_down else "client_gone"
     record.status = exchange.status or CLIENT_CLOSED_REQUEST
