@@ -7692,29 +7692,38 @@ def upstream_key(request: Request, settings: Settings) -> str:
 # 25. ONE REQUEST
 # ============================================================================
 #
-# POST /v1/messages, from the request's body to the last event.
+# POST /v1/messages, from the request's body to the last event:
+#
+#     create_message     reads the params and translates them
+#     call_upstream      sends the body; adjusts it and retries where an error asks for that
+#     Relay              carries the answer to the client while it arrives
+#
+# An error before the first byte of the response is an HTTP status; after that the
+# translator writes it into the stream.
 
 # ---- 25.1 the request ------------------------------------------------------
 
 async def create_message(app: App, exchange: Exchange) -> Optional[Response]:
-    """Translate, send, translate back.  [Anthropic: Messages]"""
+    """POST /v1/messages: translate, call the upstream, translate back.  [Anthropic: Messages]"""
     key = upstream_key(exchange.request, app.settings)
-    session = exchange.request.headers.get("x-claude-code-session-id", "")
     params = await exchange.json(app.settings.max_request_size)
-    if exchange.body_size > LARGE_BODY:
-        await asyncio.sleep(0)               # each step of work on a large body holds all other streams for up to 0.2 s
-    translation = checked_translation(params, app.settings, session)
-    if exchange.body_size > LARGE_BODY:
-        await asyncio.sleep(0)
-    translation.is_mostly_non_ascii = exchange.is_mostly_non_ascii and exchange.body_size > LARGE_BODY
-    prepare_exchange(app, exchange, translation, key, session)
+    await let_others_run(exchange)
+    translation = checked_translation(params, app.settings, client_session(exchange))
+    await let_others_run(exchange)
+    prepare_exchange(app, exchange, translation, key)
     recording = app.new_recording(exchange, translation, params)
-    del params                            # a large request stands in memory once, as the upstream's
+    del params                           # a large request is kept in memory only once
     try:
         return await call_and_relay(app, exchange, translation, key, recording)
     finally:
         if recording is not None:
             recording.save()
+
+
+async def let_others_run(exchange: Exchange) -> None:
+    """Lets other streams run: each step on a body over 1 MB blocks the event loop for up to 0.2 s."""
+    if exchange.body_size > LARGE_BODY:
+        await asyncio.sleep(0)
 
 
 LARGE_BODY = 1048576                     # bytes
@@ -7749,94 +7758,136 @@ async def call_and_relay(app: App, exchange: Exchange, translation: Translation,
     return json_response(message.message) if message is not None else None
 
 
-@lru_cache(maxsize=256)
-def model_for_log(name: str) -> str:
-    """A model's name for the log: the client chose it, and could have put anything there."""
-    return redacted(name, ())[:200]
+def checked_translation(params: Json, settings: Settings, session: str = "",
+                        is_counting: bool = False) -> Translation:
+    """The translation of params that are as a client sent them.
 
-
-def checked_translation(params: Json, settings: Settings, session: str = "", is_counting: bool = False) -> Translation:
-    """openai_request for a body from outside, whose numbers and depth can be beyond what JSON may hold."""
+    Raises ProxyError, also for numbers and nesting that Python or JSON cannot represent.
+    """
     try:
         check_fields(params, is_counting)
         return translation_of(params, target_of(params["model"], settings), session, is_counting)
     except (ValueError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ProxyError(400, f"{NOT_JSON}: {what}") from None
+        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ProxyError(400, f"{NOT_JSON}: {problem}") from None
 
 
-def prepare_exchange(app: App, exchange: Exchange, translation: Translation, key: str, session: str) -> None:
-    """What of a request the log, the redaction and the lessons of earlier ones need."""
-    translation.secrets = exchange.secrets = (*app.secrets, *((key,) if len(key) >= 8 and key not in app.secrets else ()))
-    record = exchange.record
+def client_session(exchange: Exchange) -> str:
+    """The id that Claude Code gives to all requests of one session."""
+    return exchange.request.headers.get("x-claude-code-session-id", "")
+
+
+@lru_cache(maxsize=256)
+def model_for_log(name: str) -> str:
+    """A model's name for the log.  Clients choose it and could put a key or anything else there."""
+    return redacted(name, ())[:200]
+
+
+def prepare_exchange(app: App, exchange: Exchange, translation: Translation, key: str) -> None:
+    """Sets the facts of a translation for log and redaction; applies the adjustments of its model."""
+    is_new = len(key) >= SECRET_LENGTH and key not in app.secrets
+    translation.secrets = exchange.secrets = (*app.secrets, key) if is_new else app.secrets
+    translation.is_mostly_non_ascii = (
+        exchange.is_mostly_non_ascii and exchange.body_size > LARGE_BODY)
+    record, model = exchange.record, translation.profile.model
     record.model = model_for_log(translation.requested_model)
-    record.upstream_model = model_for_log(translation.profile.model)
+    record.upstream_model = model_for_log(model)
     record.stream = translation.is_streamed
-    record.session = redacted(session, translation.secrets)[:100]
+    record.session = redacted(client_session(exchange), exchange.secrets)[:100]
     if translation.dropped_fields:
-        log(logging.INFO, "dropped", request_id=exchange.id, names=", ".join(translation.dropped_fields)[:300])
-    if translation.profile.model in app.adjustments:
-        apply_adjustments(app.adjustments[translation.profile.model], translation)
+        names = ", ".join(translation.dropped_fields)[:300]
+        log(logging.INFO, "dropped", request_id=exchange.id, names=names)
+    if model in app.adjustments:
+        apply_adjustments(app.adjustments[model], translation)
 
 
-async def call_upstream(app: App, exchange: Exchange, translation: Translation, key: str) -> UpstreamResponse:
-    """The upstream's 2xx answer.  A refusal that teaches something changes the request, which is sent again."""
+# Characters: a shorter key is taken for a placeholder, which may occur in any text.
+SECRET_LENGTH = 8
+
+
+async def call_upstream(app: App, exchange: Exchange, translation: Translation,
+                        key: str) -> UpstreamResponse:
+    """The upstream's response, once it is one of success.
+
+    An error that asks for an adjustment changes the body, which is sent again.  Raises
+    UpstreamError, and OutputLimitReached.
+    """
     exchange.watch_client()
-    loop = app.loop
     for tries_left in range(MAX_ADJUSTED_RETRIES, -1, -1):
-        is_streamed = translation.body.get("stream") is True
-        silence, whole = app.stream_limit, app.request_limit
-        began = loop.time()
-        reply = await app.upstream.send(
-            "POST", APIS[translation.target.api].path, encoded_body(translation), key, is_streamed,
-            silence if is_streamed and translation.is_streamed else whole)
-        app.metrics.observe("upstream_seconds", loop.time() - began)
-        exchange.record.upstream_status = reply.status
-        request_id = redacted(reply.headers.get("x-request-id", ""), translation.secrets)
-        exchange.record.upstream_request_id = request_id[:100]
-        if 200 <= reply.status < 300:
-            if is_streamed:
-                reply.timeout, reply.is_live = silence, True
-            return reply
-        body = await reply.read_all(ERROR_BODY, is_cut=True)
-        reply.close()
-        if reached_output_limit(reply.status, body):
+        response = await send_body(app, exchange, translation, key)
+        if 200 <= response.status < 300:
+            return response
+        body = await response.read_all(ERROR_BODY, is_cut=True)
+        response.close()
+        if reached_output_limit(response.status, body):
             raise OutputLimitReached
-        taught = adjustment_for(reply.status, body, translation) if tries_left else None
-        if taught is None:
-            error = upstream_error(reply.status, reply.headers, body, translation, time.time())
-            if error.is_context_overflow:
-                log(logging.INFO, "context_overflow", request_id=exchange.id, upstream_status=reply.status, told=error.message)
-            raise error
-        remember_adjustment(app, exchange, translation, *taught)
-    raise AssertionError("unreachable")
+        found = adjustment_for(response.status, body, translation) if tries_left else None
+        if found is None:
+            break
+        app.metrics.add("upstream_resends_total")
+        adjustment, argument = found
+        if adjustment.is_remembered:
+            remember_adjustment(app, exchange, translation, adjustment.name, argument)
+    error = upstream_error(response.status, response.headers, body, translation, time.time())
+    if error.is_context_overflow:
+        log(logging.INFO, "context_overflow", request_id=exchange.id,
+            upstream_status=response.status, told=error.message)
+    raise error
+
+
+async def send_body(app: App, exchange: Exchange, translation: Translation,
+                    key: str) -> UpstreamResponse:
+    """Sends the body and reads the response's head.  Raises UpstreamError.
+
+    An answer that the client wants whole has REQUEST_TIMEOUT up to its head, also where it is
+    streamed upstream; each part of a stream has STREAM_TIMEOUT.
+    """
+    is_streamed = translation.body.get("stream") is True
+    has_events = is_streamed and translation.is_streamed
+    stream_limit, request_limit = app.stream_limit, app.request_limit
+    began = app.loop.time()
+    response = await app.upstream.send(
+        "POST", APIS[translation.target.api].path, encoded_body(translation), key, is_streamed,
+        stream_limit if has_events else request_limit)
+    app.metrics.observe("upstream_seconds", app.loop.time() - began)
+    upstream_id = redacted(response.headers.get("x-request-id", ""), exchange.secrets)
+    exchange.record.upstream_status = response.status
+    exchange.record.upstream_request_id = upstream_id[:100]
+    if is_streamed and 200 <= response.status < 300:
+        response.timeout, response.is_live = stream_limit, True
+    return response
 
 
 def encoded_body(translation: Translation) -> bytes:
+    """The bytes of the body; sets their number.  Raises ProxyError(400).
+
+    A large body that is mostly non-ASCII is sent as UTF-8, since escapes would double its size.
+    """
+    encode = utf8_json_bytes if translation.is_mostly_non_ascii else json_bytes
     try:
-        data = utf8_json_bytes(translation.body) if translation.is_mostly_non_ascii else json_bytes(translation.body)
-        translation.sent_bytes = len(data)
-        return data
+        data = encode(translation.body)
     except ValueError as error:
         raise ProxyError(400, f"{NOT_JSON}: {error}") from None
+    translation.sent_bytes = len(data)
+    return data
 
 
-def remember_adjustment(app: App, exchange: Exchange, translation: Translation, lesson: Adjustment, argument: Any) -> None:
-    app.metrics.add("upstream_resends_total")
-    if not lesson.is_remembered:
-        return
-    learned = app.adjustments_for(translation.profile.model)
-    known = learned.get(lesson.name)
+def remember_adjustment(app: App, exchange: Exchange, translation: Translation, name: str,
+                        argument: Any) -> None:
+    """Applies an adjustment to all later requests of its model; lists are joined."""
+    model = translation.profile.model
+    adjustments = app.adjustments_for(model)
+    known = adjustments.get(name)
     if isinstance(argument, list) and isinstance(known, list):
         argument = known + [item for item in argument if item not in known]
-    learned[lesson.name] = argument
-    log(logging.INFO, "learned", request_id=exchange.id, upstream_model=translation.profile.model, adjustment=lesson.name,
+    adjustments[name] = argument
+    log(logging.INFO, "learned", request_id=exchange.id, upstream_model=model, adjustment=name,
         value=argument if argument is not True else None,
-        message=f"{translation.profile.model}: {lesson.name.replace('_', ' ')}, from now on")
+        message=f"{model}: {name.replace('_', ' ')}, from now on")
 
 
 class OutputLimitReached(Exception):
-    """The upstream used up max_tokens before the first visible token: an answer without content."""
+    """The upstream used up max_tokens before the first visible token: the answer has no content."""
 
 
 # ---- 25.2 the answer -------------------------------------------------------
@@ -8169,7 +8220,7 @@ def random_id(size: int) -> str:
 # ---- 25.4 helpers of handlers ----------------------------------------------
 
 def log_internal_error(app: App, exchange: Exchange, error: Exception) -> None:
-    """A fault of the proxy itself: its traceback only where RUST_BACKTRACE asks for it."""
+    """Logs a fault of the proxy itself, with its traceback where RUST_BACKTRACE asks for it."""
     log(logging.ERROR, "internal_error", request_id=exchange.id, path=exchange.request.path,
         error=redacted(f"{type(error).__name__}: {error}", (*app.secrets, *exchange.secrets))[:500])
     if app.settings.rust_backtrace:
@@ -8741,7 +8792,7 @@ class Recording:
         self.fields: Json = {
             "version": __version__, "request_id": exchange.id, "time": rfc3339(self._began),
             "settings": {"OPENAI_BASE_URL": url, **models},
-            "session_id": exchange.request.headers.get("x-claude-code-session-id", ""),
+            "session_id": client_session(exchange),
             "client_request": params, "upstream_request": translation.body,
             "upstream_status": 0, "upstream_headers": {}, "upstream": [], "events": []}
 
