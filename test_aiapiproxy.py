@@ -252,7 +252,8 @@ def readable(made):
 def whole_message(answer, translation):
     """The message for a client that wants no stream, of an upstream that answers in plain JSON."""
     writer = aiapiproxy.MessageWriter(translation, new_ids())
-    assert aiapiproxy.StreamTranslator(translation, new_ids(), writer).whole(json.dumps(answer).encode()) == b""
+    translator = aiapiproxy.StreamTranslator(translation, new_ids(), writer)
+    assert translator.whole(json.dumps(answer).encode()) == b""
     return writer.message
 
 
@@ -406,11 +407,12 @@ def printed(raw):
     return " ".join(notation(event) for event in events(raw)).replace("MS PING", "MS", 1)
 
 
-BOTH_WAYS = pytest.mark.parametrize("shortcuts", [aiapiproxy.PLAIN, aiapiproxy.SHORTCUTS], ids=["plain", "short"])
+BOTH_WAYS = pytest.mark.parametrize("shortcuts", [aiapiproxy.PLAIN, aiapiproxy.SHORTCUTS],
+                                    ids=["plain", "short"])
 
 
 def streamed(pieces, translation, shortcuts=aiapiproxy.PLAIN):
-    """The events of a stream that arrives in these pieces; one that never began is its HTTP status."""
+    """The events of a stream that arrives in these pieces, or the HTTP status of an early error."""
     translator = translator_of(translation, new_ids(), shortcuts)
     out = []
     try:
@@ -464,8 +466,9 @@ def check_stream(raw, want, asked, host="openai", shortcuts=aiapiproxy.PLAIN):
     seen = None
     for pieces in every_split(raw):
         out = streamed(pieces, translation, shortcuts)
-        if out != seen:  # printing is dear: only what is new is looked at
-            assert (out if isinstance(out, str) else printed(out)) == want, f"in {len(pieces)}: {pieces[0]!r}"
+        if out != seen:  # printed() is slow: once for equal bytes
+            found = out if isinstance(out, str) else printed(out)
+            assert found == want, f"in {len(pieces)}: {pieces[0]!r}"
         seen = out
 
 
@@ -493,7 +496,7 @@ BOM = b"\xef\xbb\xbf"
 SIMPLE = sse([ROLE, ctext("Hel"), ctext("lo"), cend("stop"), cuse(5, 3), DONE])
 
 
-def blocks_of(raw):
+def blocks_of(raw, parse=json.loads):
     """The content of the message that a client makes of the events."""
     blocks, texts = [], []
     for event in events(raw):
@@ -506,7 +509,7 @@ def blocks_of(raw):
             else:
                 blocks[-1][member] += event["delta"][member]
         elif event["type"] == "content_block_stop" and blocks[-1]["type"] == "tool_use":
-            blocks[-1]["input"], texts = json.loads("".join(texts) or "{}"), []
+            blocks[-1]["input"], texts = parse("".join(texts) or "{}"), []
     return blocks
 
 
@@ -2244,7 +2247,8 @@ def test_result(given, want):
                           "toolu_01A09q90qw90lq917835lq9"])
 def test_an_id_comes_back_to_the_upstream_as_it_was(id):
     translation = aiapiproxy.checked_translation(req(), SETTINGS["local"])
-    answer = completion({"content": None, "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
+    answer = completion({"content": None,
+                         "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
     blocks = whole_message(answer, translation)["content"]
     assert all(re.fullmatch(r"[a-zA-Z0-9_-]+", block["id"]) for block in blocks)
     history = [usr("Hi"), asst(blocks), usr([res(block["id"], "ok") for block in blocks])]
@@ -2311,9 +2315,9 @@ def test_reasoning_comes_back_to_the_upstream_as_it_was(reasoning, display):
     asked = req(thinking={"type": "adaptive", "display": display})
     translation = aiapiproxy.checked_translation(asked, SETTINGS["local"])
     answer = completion({"content": "x", "tool_calls": [call("call_1")], **reasoning}, "tool_calls")
+    chunks = [chunk(answer["choices"][0]["message"], "tool_calls"), DONE]
     for blocks in (whole_message(answer, translation)["content"],
-                   blocks_of(streamed([sse([chunk(answer["choices"][0]["message"], "tool_calls"), DONE])],
-                                      translation))):
+                   blocks_of(streamed([sse(chunks)], translation))):
         assert blocks[0]["thinking"] == ("" if display == "omitted" else "think \u00e9")
         history = [usr("Hi"), asst(blocks), usr([res("call_1", "ok")])]
         assert sent(req(history), "local")["messages"][1] == msg("x", [call("call_1")], **reasoning)
@@ -2530,6 +2534,9 @@ TEXTS = [
     ("only white space", [ctext("\n\n")] + STOP, "MS MD(end_turn) ME"),
     ("a refusal", [chunk({"refusal": "I can"}), chunk({"refusal": "not."})] + STOP,
      'MS 0+text 0t"I can" 0t"not." 0- MD(refusal) ME'),
+    ("a refusal that is as long as the texts before it",
+     [ctext("abc")] * 9 + [chunk({"refusal": "No."})] * 2 + STOP,
+     'MS 0+text ' + '0t"abc" ' * 9 + '0t"No." ' * 2 + '0- MD(refusal) ME'),
     ("the filter", [ctext("x"), cend("content_filter"), DONE], 'MS 0+text 0t"x" 0- MD(refusal) ME'),
     ("the length limit", [ctext("x"), cend("length"), DONE],
      'MS 0+text 0t"x" 0- MD(max_tokens) ME'),
@@ -2601,6 +2608,26 @@ CALLS = [
      + ARGS_DONE, TOOL + ' 0j`{"a":1}` 0- 1+tool(call_2,g) 1j`{}` 1- MD(tool_use) ME'),
     ("fragments without index", [frag(None, "call_1", "f", '{"a"'), frag(None, None, None, ":1}")]
      + ARGS_DONE, f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("two at two indexes with one id", [WHOLE, frag(1, "call_1", "f", '{"a":2}')] + ARGS_DONE,
+     TOOL + ' 0j`{"a":1}` 0- 1+tool(toolu_r(call_1),f) 1j`{"a":2}` 1- MD(tool_use) ME'),
+    ("two in turns with one id",
+     [frags((0, "call_1", "f", ""), (1, "call_1", "g", "")), frag(1, "call_1", None, "{}"),
+      frag(0, "call_1", None, '{"a":1}')] + ARGS_DONE,
+     TOOL + ' 0j`{"a":1}` 0- 1+tool(toolu_r(call_1),g) 1j`{}` 1- MD(tool_use) ME'),
+    ("two without index with one id",
+     [frag(None, "call_1", "f", '{"a":1}'), frag(None, "call_1", "f", '{"a":2}')] + ARGS_DONE,
+     TOOL + ' 0j`{"a":1}` 0- 1+tool(toolu_r(call_1),f) 1j`{"a":2}` 1- MD(tool_use) ME'),
+    ("one without index, sent twice",
+     [frag(None, "call_1", "f", '{"a"'), frag(None, None, None, ":1}"),
+      frag(None, "call_1", "f", '{"a":1}')] + ARGS_DONE, f"{TOOL} {PARTS} 0- MD(tool_use) ME"),
+    ("a custom call",
+     [chunk({"tool_calls": [{"index": 0, "id": "call_1", "type": "custom",
+                             "custom": {"name": "f", "input": 'a"'}}]}),
+      chunk({"tool_calls": [{"index": 0, "custom": {"input": "{b"}}]})] + ARGS_DONE,
+     TOOL + ' 0j`{"input":"a\\"{b"}` 0- MD(tool_use) ME'),
+    ("a call of another type",
+     [chunk({"tool_calls": [{"index": 0, "id": "c1", "type": "new", "new": {}}]}), ctext("x")]
+     + ARGS_DONE, ONE_X),
     ("two without ids", [frag(0, None, "f", '{"a":1}'), frag(0, None, "f", '{"a":2}')] + STOP,
      'MS 0+tool(toolu_new,f) 0j`{"a":1}` 0- 1+tool(toolu_new,f) 1j`{"a":2}` 1- MD(tool_use) ME'),
     ("neither index nor id",
@@ -2747,7 +2774,7 @@ AT_ONCE = [  # each chunk, and its events before the next chunk arrives
 
 @BOTH_WAYS
 @table(AT_ONCE, "steps")
-def test_what_comes_goes_at_once(steps, shortcuts):
+def test_each_chunk_gives_its_events_at_once(steps, shortcuts):
     asked = req(thinking=ADAPTIVE, stop_sequences=["STOP"])
     translation = aiapiproxy.checked_translation(asked, SETTINGS["openai"])
     translator = translator_of(translation, new_ids(), shortcuts)
@@ -3388,6 +3415,79 @@ def test_an_odd_answer_is_a_message_or_an_error():
             assert (block["type"] != "tool_use"
                     or (isinstance(block["input"], dict) and block["name"]))
             assert block["type"] != "text" or block["text"].strip()
+
+
+# ---- Whole equals streamed
+#
+# An upstream sends an answer whole or as a stream, a client wants events or a message.
+
+SAME_ANSWERS = (
+    [(sentence, "openai", members, completion(message))
+     for sentence, members, message, _ in CONTENTS]
+    + [(sentence, host, members, completion({"content": text}))
+       for sentence, host, members, text, _ in THOUGHT_ALOUD]
+    + [(sentence, "openai", {}, completion(message, finish))
+       for sentence, message, finish, _ in STOPS]
+    + [(sentence, "openai", ENDING, completion(**{"message": TEXT, **members}))
+       for sentence, members, _, _ in STOP_SEQUENCES]
+    + [(sentence, "openai", {}, completion(calling(call("call_1", "f", given)), "tool_calls"))
+       for sentence, given, _ in ARGUMENTS]
+    + [(sentence, "openai", {}, completion({"content": "Hello"}, usage=given))
+       for sentence, given, _ in USAGES])
+ONLY_WHOLE = {text for _, text in INVALID}     # a stream passes such arguments on as they come
+
+
+@table(SAME_ANSWERS, "host, members, answer")
+def test_an_answer_is_the_same_whole_and_streamed(host, members, answer):
+    translation = aiapiproxy.checked_translation(req(**members), SETTINGS[host])
+    message = whole_message(answer, translation)
+    end = ({name: message[name] for name in ("stop_reason", "stop_sequence", "stop_details")},
+           without(message["usage"], "service_tier"))
+    whole = translator_of(translation, new_ids()).whole(json.dumps(answer).encode())
+    found = [whole]
+    choice = copy.deepcopy(answer["choices"][0])
+    calls = choice["message"].get("tool_calls") or []
+    for index, each in enumerate(calls):
+        each["index"] = index                  # a stream numbers its calls
+    if not any(each.get("function", {}).get("arguments") in ONLY_WHOLE for each in calls
+               if isinstance(each.get("function", {}).get("arguments"), str)):
+        choice["delta"] = choice.pop("message")
+        found.append(streamed([sse([{**answer, "choices": [choice]}, DONE])], translation))
+    for raw in found:
+        assert list(map(readable_block, blocks_of(raw))) == list(map(readable_block, message["content"]))
+        assert (events(raw)[-2]["delta"], events(raw)[-2]["usage"]) == end
+
+
+def readable_block(block):
+    return {name: readable(value) if name in ("id", "signature") else value
+            for name, value in block.items()}
+
+
+@table([(name + ": " + sentence, chunks) for name, rows in (
+    ("text", TEXTS), ("thinking", THOUGHTS), ("a call", CALLS), ("the end", ENDS))
+        for sentence, chunks, _ in rows], "chunks")
+@BOTH_WAYS
+def test_a_stream_is_the_same_as_events_and_as_a_message(chunks, shortcuts):
+    translation = aiapiproxy.checked_translation(req(thinking=ADAPTIVE), SETTINGS["openai"])
+    out = streamed([sse(chunks)], translation, shortcuts)
+    writer = aiapiproxy.MessageWriter(translation, new_ids())
+    translator = aiapiproxy.StreamTranslator(translation, new_ids(), writer, shortcuts)
+    try:
+        assert translator.feed(sse(chunks)) == b""
+        assert translator.done or translator.finish() == b""
+    except aiapiproxy.ProxyError as error:
+        assert error.kind == (out.split()[2] if isinstance(out, str)
+                              else events(out)[-1]["error"]["type"])
+        return
+    end = events(out)[-2]["delta"]
+    texts = [block.pop("input") for block in blocks_of(out, str) if block["type"] == "tool_use"]
+    inputs = [aiapiproxy.tool_input(text, end["stop_reason"] == "max_tokens") for text in texts]
+    blocks = [readable_block(without(block, "input")) for block in blocks_of(out, str)]
+    wanted = [{**block, **({"input": inputs.pop(0)} if block["type"] == "tool_use" else {})}
+              for block in blocks]
+    assert [readable_block(block) for block in writer.message["content"]] == [
+        block for block in wanted if block.get("input", {}) is not None]      # None: cut off
+    assert {name: writer.message[name] for name in end} == end
 
 
 def test_a_stream_names_the_asked_model():
@@ -7247,7 +7347,7 @@ CHUNK_TEXTS = ["the ", "quick", "\n", "\t", '"', "\\", "é", "中", "😀", "\ud
 
 @pytest.mark.parametrize("size", [70, 3000, 65536])
 @pytest.mark.parametrize("kind", ["text", "reasoning", "arguments"])
-def test_runs_of_chunks_give_the_same_bytes_as_each_chunk_by_itself(kind, size):
+def test_runs_of_chunks_give_the_same_bytes_as_single_chunks(kind, size):
     dice = random.Random(f"{kind} {size}")
     texts = [dice.choice(CHUNK_TEXTS if dice.random() < 0.2 else CHUNK_TEXTS[:2])
              for _ in range(600)]
@@ -7263,7 +7363,8 @@ def test_runs_of_chunks_give_the_same_bytes_as_each_chunk_by_itself(kind, size):
     translation = aiapiproxy.checked_translation(
         req(stream=True, thinking=ADAPTIVE, tools=[tool("f")]), SETTINGS["local"])
     pieces = [raw[place:place + size] for place in range(0, len(raw), size)]
-    plain, short = (streamed(pieces, translation, each) for each in (aiapiproxy.PLAIN, aiapiproxy.SHORTCUTS))
+    plain, short = (streamed(pieces, translation, each)
+                    for each in (aiapiproxy.PLAIN, aiapiproxy.SHORTCUTS))
     assert plain == short and printed(plain).endswith(" ME")
 
 
