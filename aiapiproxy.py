@@ -2260,7 +2260,7 @@ class BlockMachine:
 
     @property
     def open_block(self) -> Optional[PendingBlock]:
-        """The block that all further content would continue; None if anything waits in the queue."""
+        """The open block, if nothing waits for its turn; else None."""
         head = self._queue[0] if len(self._queue) == 1 else None
         if head is None or not head.is_started or head.pending_text or head.high_surrogate:
             return None
@@ -2289,7 +2289,7 @@ class BlockMachine:
         self._grow(block, text)
 
     def open_call(self, call: PendingToolUse) -> None:
-        """Puts a new call into the queue.  Where the client allows one, a later one is never sent."""
+        """Puts a new call into the queue.  Where the client allows one, later ones are not sent."""
         if self._has_call and self._translation.is_single_call:
             return
         self._has_call = True
@@ -2358,7 +2358,7 @@ class BlockMachine:
             self._send_pending(block)
 
     def _advance(self) -> None:
-        """Stops each head that is complete and has another behind it; sends what the new head has."""
+        """Stops each head that is complete and has another behind it; sends the new head's text."""
         while self._queue and not self.is_whole:
             head = self._queue[0]
             self._send_pending(head)
@@ -2385,7 +2385,8 @@ class BlockMachine:
         self._writer.block_start(block.block(self._translation))
 
     def _send(self, block: PendingBlock, text: str) -> None:
-        if self._translation.thinking is ThinkingDisplay.OMITTED and isinstance(block, PendingThinking):
+        is_omitted = self._translation.thinking is ThinkingDisplay.OMITTED
+        if is_omitted and isinstance(block, PendingThinking):
             return
         if not self.is_whole and (block.high_surrogate or not text.isascii()):
             text = block.high_surrogate + text
@@ -2453,7 +2454,7 @@ class PendingText(PendingBlock):
 
 
 class PendingThinking(PendingBlock):
-    """Reasoning.  Its signature carries back to the upstream the part that the client does not see."""
+    """Reasoning.  Its signature carries the part back to the upstream that the client does not see."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -2466,10 +2467,12 @@ class PendingThinking(PendingBlock):
 
     def keeps_text(self, display: ThinkingDisplay) -> bool:
         """Whether the text has to wait for the signature."""
-        return self._kind == "d" or (display is ThinkingDisplay.OMITTED and self._kind in ("c", "r"))
+        is_omitted = display is ThinkingDisplay.OMITTED
+        return self._kind == "d" or (is_omitted and self._kind in ("c", "r"))
 
-    def note(self, text: str, kind: str, details: Any, display: ThinkingDisplay, is_fragment: bool) -> None:
-        """Collects the signature: `kind` as in `carrier_signature`, `details` the entries of kind d.
+    def note(self, text: str, kind: str, details: Any, display: ThinkingDisplay,
+             is_fragment: bool) -> None:
+        """Collects the signature.  `kind` is as in `carrier_signature`; kind d has `details`.
 
         Fragments of details are joined; the details of a whole answer stay as they are.
         """
@@ -2491,7 +2494,7 @@ class PendingThinking(PendingBlock):
 
 
 def join_detail(details: List[Json], entry: Json) -> None:
-    """Adds a fragment of reasoning_details: to the last entry, if that has the same type and index."""
+    """Adds a fragment of reasoning_details, to the last entry if type and index are the same."""
     last = details[-1] if details else {}
     if not last or any(last.get(key) != entry.get(key) for key in ("type", "index")):
         details.append(dict(entry))
@@ -2518,11 +2521,12 @@ class PendingToolUse(PendingBlock):
     """
 
     def __init__(self, is_custom: bool = False) -> None:
+        """`id` and `name` are the upstream's, `extra` as in `client_id`."""
         super().__init__()
-        self.id = ""                     # the upstream's
+        self.id = ""
         self.name = ""
         self.client_id = ""
-        self.extra: Any = None           # see `client_id`
+        self.extra: Any = None
         self.state = ArgumentsState.NONE
         self.is_raw = self.is_custom = is_custom
         self._raw: List[str] = []
@@ -2564,7 +2568,7 @@ class PendingToolUse(PendingBlock):
             return ""
         if self.state is ArgumentsState.CLOSED:
             if self._is_filled or not text.lstrip(BLANKS).startswith("{"):
-                return ""                                        # one brace too many, or a repetition
+                return ""                                        # a brace too many, or all again
             # Some gateways put an empty object in front of the real one.
             self.state, self._unsent = ArgumentsState.NONE, ""
         if self.state is ArgumentsState.NONE:
@@ -2579,7 +2583,7 @@ class PendingToolUse(PendingBlock):
         return self._filled(*self._scan(text))
 
     def rest(self, is_cut: bool) -> Optional[str]:
-        """The text that must be sent when the block ends; None for a call that must not be sent at all."""
+        """The text that is left to send when the block ends; None for a call that must not be sent."""
         if not self.is_raw:
             return "" if self._is_filled else self._unsent
         text = "".join(self._raw)
@@ -2652,7 +2656,8 @@ class PendingToolUse(PendingBlock):
         self._blanks += len(text) - len(rest)
         longest = max(self._blanks, max(map(len, BLANK_RUN.findall(rest)), default=0))
         if longest >= MAX_BLANKS:
-            raise UpstreamError(502, f"The upstream sent {MAX_BLANKS} blanks in a row inside a tool call")
+            raise UpstreamError(
+                502, f"The upstream sent {MAX_BLANKS} blanks in a row inside a tool call")
         if rest:
             self._blanks = len(rest) - len(rest.rstrip(BLANKS))
 
@@ -2726,7 +2731,9 @@ FILTER_EXPLANATION = "The upstream's content filter stopped the answer."
 
 def stop_object(reason: Optional[str], sequence: Optional[str] = None,
                 explanation: Optional[str] = None) -> Json:
-    details = {"type": "refusal", "category": None, "explanation": explanation} if explanation else None
+    details = None
+    if explanation:
+        details = {"type": "refusal", "category": None, "explanation": explanation}
     return {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}
 
 
@@ -2752,8 +2759,9 @@ def anthropic_usage(usage: Any, tier: Any, translation: Translation, meter: Mete
     thought = first_token_count(usage, REASONING)
     if thought and token_count(usage, "total_tokens") == prompt + output + thought:
         output += thought                                # xAI: not in its completion_tokens
-    counts: Json = {"input_tokens": max(prompt - read - written, 0), "cache_creation_input_tokens": written,
-                    "cache_read_input_tokens": read, "output_tokens": output}
+    counts: Json = {"input_tokens": max(prompt - read - written, 0),
+                    "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
+                    "output_tokens": output}
     if thought is not None:
         counts["output_tokens_details"] = {"thinking_tokens": thought}
     counts["service_tier"] = SERVICE_TIERS.get(tier) if isinstance(tier, str) else None
@@ -2761,7 +2769,7 @@ def anthropic_usage(usage: Any, tier: Any, translation: Translation, meter: Mete
 
 
 def prompt_and_output(usage: Json, translation: Translation, meter: Meter) -> Tuple[int, int]:
-    """The tokens of the prompt and of the answer: as told, else the rest of the total, else estimated."""
+    """The tokens of prompt and answer: as told, else the rest of the total, else estimated."""
     prompt, output = token_count(usage, "prompt_tokens"), token_count(usage, "completion_tokens")
     total = token_count(usage, "total_tokens")
     rest_prompt, rest_output = rest_of(total, output), rest_of(total, prompt)
@@ -2794,10 +2802,11 @@ def first_token_count(usage: Json, paths: Sequence[Tuple[str, str]]) -> Optional
 CACHE_READ = (("prompt_tokens_details", "cached_tokens"), ("", "prompt_cache_hit_tokens"),
               ("", "cached_tokens"), ("", "cache_read_input_tokens"))
 CACHE_WRITTEN = (("prompt_tokens_details", "cache_write_tokens"),
-                 ("prompt_tokens_details", "cache_creation_tokens"), ("", "cache_creation_input_tokens"))
+                 ("prompt_tokens_details", "cache_creation_tokens"),
+                 ("", "cache_creation_input_tokens"))
 REASONING = (("completion_tokens_details", "reasoning_tokens"),)
-SERVICE_TIERS = {"priority": "priority", "fast": "priority", "default": "standard", "auto": "standard",
-                 "flex": "standard", "scale": "standard"}
+SERVICE_TIERS = {"priority": "priority", "fast": "priority", "default": "standard",
+                 "auto": "standard", "flex": "standard", "scale": "standard"}
 
 
 # ---- 8.6 writers -----------------------------------------------------------
@@ -2810,7 +2819,7 @@ class EventWriter:
         self._new_id = new_id
         self._request_id = request_id
         self._events: List[str] = []     # written, and not taken yet
-        self._index = -1                 # of the open block, or of the last one
+        self._index = -1                 # of the last block
         self._prefix = ""                # its delta event up to the text
 
     def taken(self) -> bytes:
@@ -2820,23 +2829,21 @@ class EventWriter:
         return data
 
     def message_start(self) -> None:
-        usage = {"input_tokens": self._translation.input_estimate(), "cache_creation_input_tokens": 0,
-                 "cache_read_input_tokens": 0, "output_tokens": 0}
+        usage = {"input_tokens": self._translation.input_estimate(),
+                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}
         message = message_object(self._translation, self._new_id, [], stop_object(None), usage)
-        self._events += sse_event("message_start", {"type": "message_start", "message": message}), PING
+        self._events.append(sse_event("message_start", message=message) + PING)
 
     def block_start(self, block: Json) -> None:
         self._index += 1
         self._prefix = delta_prefix(self._index, *DELTAS[block["type"]])
-        self._events.append(
-            f'event: content_block_start\ndata: {{"type":"content_block_start","index":{self._index},'
-            f'"content_block":{json_text(block)}}}\n\n')
+        self._events.append(sse_event("content_block_start", index=self._index, content_block=block))
 
     def delta(self, text: str) -> None:
         self._events.append(self._prefix + quoted(text) + "}}\n\n")
 
     def deltas(self, texts: str, separator: str) -> None:
-        """Deltas of several texts, which stand as the insides of JSON strings between separators."""
+        """Writes a delta for each of several texts, which are the insides of JSON strings."""
         joint = '"}}\n\n' + self._prefix + '"'
         self._events.append(self._prefix + '"' + texts.replace(separator, joint) + '"}}\n\n')
 
@@ -2844,16 +2851,14 @@ class EventWriter:
         if signature:
             prefix = delta_prefix(self._index, "signature_delta", "signature")
             self._events.append(prefix + quote(signature) + "}}\n\n")
-        self._events.append(f'event: content_block_stop\ndata: {{"type":"content_block_stop",'
-                            f'"index":{self._index}}}\n\n')
+        self._events.append(sse_event("content_block_stop", index=self._index))
 
     def end(self, stop: Json, usage: Json) -> None:
         counts = {name: value for name, value in usage.items() if name != "service_tier"}
-        self._events += sse_event("message_delta", {"type": "message_delta", "delta": stop, "usage": counts}), \
-            MESSAGE_STOP
+        self._events.append(sse_event("message_delta", delta=stop, usage=counts) + MESSAGE_STOP)
 
     def error(self, error: ProxyError) -> None:
-        self._events.append(sse_event("error", error_fields(error, self._request_id)))
+        self._events.append(sse_event(**error_fields(error, self._request_id)))
 
     def ping(self, is_silent_block: bool) -> None:
         """A sign of life: for a block that is open and shows nothing, a delta without text.
@@ -2914,7 +2919,8 @@ Writer = Union[EventWriter, MessageWriter]
 def check_buffered(size: int) -> None:
     """Raises UpstreamError if more of an answer waits in memory than may."""
     if size > MAX_BUFFERED_ANSWER:
-        raise UpstreamError(502, f"The upstream's answer is larger than {MAX_BUFFERED_ANSWER >> 20} MiB")
+        limit = f"{MAX_BUFFERED_ANSWER >> 20} MiB"
+        raise UpstreamError(502, f"The upstream's answer is larger than {limit}")
 
 
 MAX_BUFFERED_ANSWER = 67108864           # characters; ANSWER_BODY (25) bounds plain JSON alike
@@ -2926,8 +2932,8 @@ def message_object(translation: Translation, new_id: NewId, content: List[Json],
             "model": translation.requested_model, "content": content, **stop, "usage": usage}
 
 
-def sse_event(name: str, data: Json) -> str:
-    return f"event: {name}\ndata: {json_text(data)}\n\n"
+def sse_event(type: str, **members: Any) -> str:
+    return f"event: {type}\ndata: {json_text({'type': type, **members})}\n\n"
 
 
 def delta_prefix(index: int, kind: str, member: str) -> str:
@@ -3071,12 +3077,12 @@ def tail_overlap(text: str, wanted: str) -> int:
 class Reader:
     """Reads the chunks of one answer and tells the machine which content they have.
 
-    The base of each API's reader: the way of visible text and of reasoning to the machine is the same
-    for all.  Each has its own read() and end().
+    The base of each API's reader: visible text and reasoning take the same way to the machine in all.
+    Each has its own read() and end().
     """
 
     def __init__(self, translation: Translation, machine: BlockMachine, meter: Meter) -> None:
-        self.has_finished = False        # the upstream said why it stopped; the end follows
+        self.has_finished = False        # the upstream has said why it stopped
         self.usage: Any = None           # the last that the upstream sent
         self._translation = translation
         self._machine = machine
@@ -3088,11 +3094,11 @@ class Reader:
         raise NotImplementedError
 
     def end(self) -> None:
-        """Ends the message after the last chunk.  Raises UpstreamError if the answer is not complete."""
+        """Ends the message after the last chunk.  Raises UpstreamError if it is not complete."""
         raise NotImplementedError
 
     def plain_target(self, chunk: Json) -> Optional[PlainTarget]:
-        """Where a chunk that was read has its text, if it has one text and nothing else: for 34.1."""
+        """Where a chunk that was read has its text, if it has nothing else; for 34.1."""
         return None
 
     @property
@@ -3102,7 +3108,7 @@ class Reader:
 
     @property
     def was_cut(self) -> bool:
-        """Whether a stop sequence ended the answer: the upstream still writes, and is paid for it."""
+        """Whether a stop sequence ended the answer: the upstream still writes, at a cost."""
         return self._filter.matched_stop is not None
 
     def expect_whole(self) -> None:
@@ -3142,18 +3148,23 @@ class Reader:
 
 
 class PlainTarget(NamedTuple):
-    """The place of a chunk's only text, and the way of further text there."""
-    holder: Json                                 # the object in the chunk that has the text
-    key: str                                     # its member
-    take: Callable[[str], None]                  # reads more text as if a chunk had brought it
-    is_plain: Callable[[PendingBlock], bool]     # whether plain characters are a delta of this block
+    """The place of a chunk's only text, and the way of further text there.
+
+    `holder` is the object in the chunk whose member `key` is the text.  `take` reads more text as
+    if a chunk had brought it.  `is_plain` tells whether plain characters are a delta of a block.
+    """
+    holder: Json
+    key: str
+    take: Callable[[str], None]
+    is_plain: Callable[[PendingBlock], bool]
 
 
 # ============================================================================
 # 10. SERVER-SENT EVENTS
 # ============================================================================
 #
-# Bytes, cut anywhere, to the data of each event.  [WHATWG: server-sent events]
+# The bytes of an upstream's stream, cut anywhere, become the data of each event.
+# [WHATWG: server-sent events]
 
 # ---- 10.1 decoder ----------------------------------------------------------
 
@@ -3162,22 +3173,23 @@ class ErrorData(str):
 
 
 class SSEDecoder:
-    """Bytes, cut anywhere, to the data of each event.  [WHATWG: server-sent events, 9.2.6]
+    """Makes the data of each event of bytes that were cut anywhere.  [WHATWG: 9.2.6]
 
-    Tolerant where servers are careless: a line that is a whole JSON object is an event by itself, with
-    or without the empty line after it, and even without `data:` in front.
+    It tolerates careless servers: a line that is a whole JSON object is an event by itself, with or
+    without the empty line after it, and even without `data:` in front.
     """
 
     def __init__(self) -> None:
-        self._tail: List[bytes] = []             # the start of a line whose end has not come
+        self._tail: List[bytes] = []             # the start of a line
         self._tail_size = 0
         self._is_first = True
-        self._skips_lf = False                   # the last read ended in CR: an LF belongs to it
+        self._skips_lf = False                   # the last read ended in CR
         self._data: List[str] = []
         self._is_error = False
 
     @property
     def is_between_events(self) -> bool:
+        """Whether no event has begun that the next line would continue."""
         return not self._data and not self._is_error and not self._is_first
 
     def lines(self, data: bytes) -> str:
@@ -3198,19 +3210,21 @@ class SSEDecoder:
         return text
 
     def finish(self) -> List[str]:
-        """What the end of the stream completes: whole values only."""
+        """The data that the end of the stream completes: whole values only."""
         text = b"".join(self._tail).decode("utf-8", "replace")
         self._tail = []
         found = self.events(text + "\n")
         return found + [data for data in self._joined() if is_whole(data)]
 
     def _unified(self, data: bytes) -> bytes:
+        """The same bytes with LF at each line's end, in place of CR LF or CR."""
         if self._skips_lf and data[:1] == b"\n":
             data = data[1:]
         self._skips_lf = data[-1:] == b"\r"
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _keep(self, data: bytes) -> None:
+        """Buffers the start of a line.  Raises UpstreamError for one that does not end."""
         if data:
             self._tail.append(data)
             self._tail_size += len(data)
@@ -3223,7 +3237,7 @@ class SSEDecoder:
             self._is_first = False
             text = text[1:] if text[:1] == "\ufeff" else text
         lines = text.split("\n")
-        lines[-1] = ":"                          # what follows the last line is not known yet
+        lines[-1] = ":"                          # the next line is not known yet
         found: List[str] = []
         for line, following in zip(lines, lines[1:]):
             if line[:6] == "data: ":
@@ -3254,7 +3268,7 @@ class SSEDecoder:
         return [ErrorData(joined) if self._is_error else joined] if joined else []
 
 
-MAX_LINE = 16 * 1024 * 1024              # bytes: far over any real chunk, far under what hurts
+MAX_LINE = 16 * 1024 * 1024              # bytes; real chunks are far smaller
 
 
 def is_whole(data: str) -> bool:
@@ -3262,13 +3276,18 @@ def is_whole(data: str) -> bool:
     data = data.strip()
     if data[:1] == "{":
         return data[-1:] == "}" and data.count("{") == data.count("}")
-    return data == "[DONE]" or (data[:1] == "[" and data[-1:] == "]" and data.count("[") == data.count("]"))
+    if data[:1] == "[" and data[-1:] == "]":
+        return data == "[DONE]" or data.count("[") == data.count("]")
+    return False
 
 
 def is_event_stream(claims: bool, start: bytes) -> bool:
-    """Whether an answer is server-sent events: by its first bytes, which lie less often than what its type claims."""
+    """Whether an answer is server-sent events.
+
+    Decided by the first bytes, because servers mislabel Content-Type, whose word `claims` is.
+    """
     start = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start[:1] in (b"{", b"["):                        # a line of bare JSON, or a body that only claims to be events
+    if start[:1] in (b"{", b"["):                        # a line of bare JSON, or a whole body
         return claims and is_whole(start.partition(b"\n")[0].decode("utf-8", "replace"))
     return claims or re.match(rb"(data|event|id|retry)?:", start) is not None
 
@@ -3296,6 +3315,11 @@ class ChatReader(Reader):
         self._tier: Any = None
 
     def read(self, chunk: Json) -> None:
+        """Takes the next chunk, or the whole completion.  Raises UpstreamError.
+
+        A finish reason that tells of a failure counts after the chunk's content, unless that has
+        ended the answer at a stop sequence.
+        """
         choice = whole_choice(chunk) if self._machine.is_whole else self._own_choice(chunk)
         self._note_usage(chunk)
         if choice is None:
@@ -3317,9 +3341,10 @@ class ChatReader(Reader):
             raise_if_failed(self._finish_reason)
             self._end_text()
         if not self._machine.has_ended:
-            ending = Ending(stop_class(self._finish_reason), self._refusal, self._filter.matched_stop,
-                            self._reported_stop)
-            self._machine.end(ending, anthropic_usage(self.usage, self._tier, self._translation, self._meter))
+            ending = Ending(stop_class(self._finish_reason), self._refusal,
+                            self._filter.matched_stop, self._reported_stop)
+            self._machine.end(ending, anthropic_usage(
+                self.usage, self._tier, self._translation, self._meter))
 
     def plain_target(self, chunk: Json) -> Optional[PlainTarget]:
         """Text, reasoning or arguments, if a chunk has nothing else; for 34.1."""
@@ -3337,11 +3362,18 @@ class ChatReader(Reader):
         if key in ("reasoning_content", "reasoning") and isinstance(value, str):
             return PlainTarget(delta, key, lambda text: self._thinking(text, self._reasoning_kind),
                                lambda block: False)
-        if key != "tool_calls" or not isinstance(value, list) or len(value) != 1 or not is_object(value[0]):
+        if key == "tool_calls" and isinstance(value, list) and len(value) == 1:
+            return self._arguments_target(value[0])
+        return None
+
+    def _arguments_target(self, entry: Any) -> Optional[PlainTarget]:
+        """The target of an entry of tool_calls that has arguments alone."""
+        function = entry.get("function") if is_object(entry) else None
+        if not is_object(function) or not isinstance(function.get("arguments"), str):
             return None
-        function, fragment = value[0].get("function"), call_fragment(value[0])
+        fragment = call_fragment(entry)
         call = None if fragment.name else self._calls.matching(fragment)
-        if call is None or self._calls.keeps_arguments(call) or not is_object(function) or not isinstance(function.get("arguments"), str):
+        if call is None or self._calls.keeps_arguments(call):
             return None
         return PlainTarget(function, "arguments", partial(self._arguments, call), lambda block: (
             block is call and call.is_in_string()))
@@ -3404,7 +3436,8 @@ class ChatReader(Reader):
         if not fragment.name:
             raise UpstreamError(502, NAMELESS_CALL)
         call = self._calls.add(fragment)
-        call.set_arguments({"input": fragment.arguments} if call.is_custom else fragment.whole_arguments)
+        call.set_arguments(
+            {"input": fragment.arguments} if call.is_custom else fragment.whole_arguments)
         self._meter.add(fragment.arguments)
         self._machine.open_call(call)
 
@@ -3414,8 +3447,8 @@ class ChatReader(Reader):
         self._machine.arguments(call, text)
 
 
-TEXT_CARRIERS = ("content", "reasoning_content", "reasoning", "reasoning_details", "refusal", "tool_calls",
-                 "function_call")
+TEXT_CARRIERS = ("content", "reasoning_content", "reasoning", "reasoning_details", "refusal",
+                 "tool_calls", "function_call")
 
 
 # ---- 11.2 choice of a whole completion -------------------------------------
@@ -3426,7 +3459,7 @@ def whole_choice(completion: Json) -> Json:
     A stream's choice is that of the first index seen, as a lower one may never follow.
     """
     choices = completion.get("choices")
-    choices = [choice for choice in choices if is_object(choice)] if isinstance(choices, list) else []
+    choices = list(filter(is_object, choices)) if isinstance(choices, list) else []
     indexes = [choice["index"] if is_number(choice.get("index")) else place
                for place, choice in enumerate(choices)]
     choice = choices[indexes.index(min(indexes))] if choices else {}
@@ -3457,7 +3490,7 @@ def reasoning_text(message: Json) -> Tuple[str, str]:
 
 
 def thinking_part(part: Any) -> str:
-    """The text of a content part of type thinking (Magistral), whose `thinking` is a list or a string."""
+    """The text of a content part of type thinking, a list or a string (Magistral)."""
     if not is_object(part) or part.get("type") != "thinking":
         return ""
     inner = part.get("thinking")
@@ -3490,7 +3523,7 @@ def content_texts(message: Json) -> Tuple[str, str]:
 
 class CallFragment(NamedTuple):
     """An entry of tool_calls: a whole call, or a piece of one.  Absent members are empty."""
-    kind: str                            # function, custom; "" for one that is not passed on
+    kind: str                            # function or custom; "" is dropped
     index: Any                           # None if absent
     id: str
     name: str
@@ -3545,7 +3578,7 @@ class ToolCalls:
         self._texts: Dict[PendingToolUse, List[str]] = {}        # arguments of calls without index
 
     def find(self, fragment: CallFragment) -> Tuple[Optional[PendingToolUse], bool]:
-        """(the call that a fragment means, whether it is new); (None, False) for one that means none."""
+        """(the call that a fragment means or None, whether it is new)."""
         call = self.matching(fragment)
         if call is None:
             is_call = fragment.index is not None or fragment.name or fragment.arguments
@@ -3573,7 +3606,7 @@ class ToolCalls:
         return call in self._texts
 
     def note_arguments(self, call: PendingToolUse, text: str) -> int:
-        """Keeps the arguments that tell a repeated call from a new one; returns how many characters."""
+        """Keeps arguments that tell a repeated call from a new one; returns their size."""
         if not self.keeps_arguments(call):
             return 0
         self._texts[call].append(text)
@@ -3586,7 +3619,7 @@ class ToolCalls:
             self._by_id[fragment.id] = call
         name = fragment.name
         if name and name != call.name and (call.state is ArgumentsState.NONE or not call.name):
-            call.name += name            # a name in fragments, or one that is late
+            call.name += name            # in fragments, or late
         if fragment.extra is not None and not call.is_started:
             call.extra = fragment.extra
 
@@ -3598,22 +3631,20 @@ class ToolCalls:
             if call is None or call.id != fragment.id:
                 call = self._by_id[fragment.id]
             return None if self._repeats_id(call, fragment) else call
-        # 2. Neither id nor index: the last call, in a server that sends calls one after another.
+        # 2. Without an index it is the last call, unless it names another one (Gemini, Ollama).
         if fragment.index is None:
             last = self._all[-1] if self._all else None
-            if not fragment.name or last is None:
-                return last if not fragment.name else None
-            return last if is_same_call(last, fragment) and not (last.id and fragment.id) else None
+            return last if last is None or continues_last(last, fragment) else None
         # 3. A new index is a new call.
         call = self._by_index.get(fragment.index)
-        if call is None:
-            return None
-        # 4. Another id at a known index.  Without a name it was made up for the fragment; with one it
-        #    is a new call, unless the call at hand is still open.
+        # 4. Without a name it is the call of this index.  Another id was made up for the fragment.
+        if call is None or not fragment.name:
+            return call
+        # 5. A name and another id are a new call, unless this one is still open and has the name.
         if fragment.id and call.id:
-            return call if not fragment.name or is_same_call(call, fragment) else None
-        # 5. The index alone.  After the end of a call a name begins the next one.
-        return None if fragment.name and call.state is ArgumentsState.CLOSED else call
+            return call if is_same_call(call, fragment) else None
+        # 6. A name behind the end of a call begins the next one, as in servers without ids.
+        return None if call.state is ArgumentsState.CLOSED else call
 
     def _repeats_id(self, call: PendingToolUse, fragment: CallFragment) -> bool:
         """Whether a server has given the id of one call to another one, too.
@@ -3630,8 +3661,15 @@ class ToolCalls:
         return is_closed and (is_renamed or is_changed)
 
 
+def continues_last(last: PendingToolUse, fragment: CallFragment) -> bool:
+    """Whether a fragment without index, whose id is not known, belongs to the last call."""
+    if not fragment.name:
+        return True
+    return is_same_call(last, fragment) and not (last.id and fragment.id)
+
+
 def is_same_call(call: PendingToolUse, fragment: CallFragment) -> bool:
-    """Whether a fragment with a name can belong to a call: its arguments are open, and the name is the same."""
+    """Whether a fragment with a name can belong to a call: that is open and has the same name."""
     return call.state is ArgumentsState.OPEN and call.name == fragment.name
 
 
@@ -3664,8 +3702,9 @@ def reported_stop(choice: Json, translation: Translation) -> Optional[str]:
 STOP_REASONS = {
     "error": "failed", "network_error": "failed", "abort": "failed",
     "insufficient_system_resource": "overloaded",                          # DeepSeek
-    "content_filter": "refusal", "safety": "refusal", "recitation": "refusal", "blocklist": "refusal",
-    "prohibited_content": "refusal", "spii": "refusal", "sensitive": "refusal",
+    "content_filter": "refusal", "safety": "refusal", "recitation": "refusal",
+    "blocklist": "refusal", "prohibited_content": "refusal", "spii": "refusal",
+    "sensitive": "refusal",
     "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens",
 }
 
@@ -4924,14 +4963,14 @@ def translation_of(params: Json, target: Target, session_id: str = "",
 # ---- 16.2 the way back -----------------------------------------------------
 
 class StreamTranslator:
-    """Turns the bytes of an upstream's answer into the bytes of Anthropic's events, or into one message.
+    """Turns the bytes of an upstream's answer into the bytes of events, or into one message.
 
-    The front of decoder, reader, machine and writer.  feed() takes the bytes of one read, at any cut,
-    and finish() says that the body has ended; whole() takes an answer in plain JSON.  Each returns the
-    bytes for the client: none where the writer is a MessageWriter, which has the message in the end.
+    It puts decoder, reader, machine and writer together.  feed() takes the bytes of one read, cut
+    anywhere, and finish() the end of the body; whole() takes an answer in plain JSON.  Each returns
+    the bytes for the client; a MessageWriter gives none and has the message in the end.
 
-    An error is raised as ProxyError while it can be an HTTP status: before the first event (`started`
-    is False), and always for a message.  Later it becomes an `error` event, and nothing follows.
+    An error is raised as ProxyError while it can be an HTTP status: before the first event, when
+    `started` is False, and always for a message.  Later it is an `error` event, and nothing follows.
     """
 
     def __init__(self, translation: Translation, new_id: NewId, writer: Writer,
@@ -5006,7 +5045,8 @@ class StreamTranslator:
             if not self.started:
                 raise UpstreamError(502, EMPTY_ANSWER)
             if not self.has_finished and not self.done:
-                raise UpstreamError(502, "The upstream closed the connection before the end of the answer")
+                raise UpstreamError(
+                    502, "The upstream closed the connection before the end of the answer")
             if not self.done:
                 self._reader.end()
         except ProxyError as error:
@@ -5018,14 +5058,15 @@ class StreamTranslator:
         self._reader.expect_whole()
         try:
             value = whole_value(body, self._translation)
-            self._reader.read(self._answer_object(value, "The upstream's answer is not a JSON object"))
+            self._reader.read(
+                self._answer_object(value, "The upstream's answer is not a JSON object"))
             self._reader.end()
         except ProxyError as error:
             self._fail(error)
         return self._writer.taken()
 
     def empty(self) -> bytes:
-        """The answer when nothing can be generated: max_tokens is 0 or too small for a first token."""
+        """The answer without content: max_tokens is 0, or too small for a first token."""
         usage = anthropic_usage({"completion_tokens": 0}, None, self._translation, self._meter)
         self._machine.end(Ending("max_tokens"), usage)
         return self._writer.taken()
@@ -5060,6 +5101,7 @@ class StreamTranslator:
             self._read_event(data)
 
     def _read_event(self, data: str) -> None:
+        """Reads the data of one event: a chunk, an error, or [DONE]."""
         if self._machine.has_ended or not data:
             return
         if data == "[DONE]" or data.strip() == "[DONE]":
@@ -5079,7 +5121,7 @@ class StreamTranslator:
         self._reader.read(chunk)
 
     def _answer_object(self, value: Any, problem: str) -> Json:
-        """A chunk, or a whole answer.  Raises the error that it is, or `problem` if it is no object."""
+        """A chunk or a whole answer.  Raises the error that it is, or `problem` for no object."""
         if isinstance(value, list) and value and is_object(value[0]) and is_error_object(value[0]):
             value = value[0]
         if not is_object(value):
@@ -5089,7 +5131,7 @@ class StreamTranslator:
         return value
 
     def _fail(self, error: ProxyError) -> None:
-        """Raises an error, or writes it as the last event; after the end of the answer it has no effect."""
+        """Raises an error, or writes it as the last event.  After the end it has no effect."""
         if self._machine.has_ended:
             return
         if not self.started or not isinstance(self._writer, EventWriter):
@@ -5104,13 +5146,14 @@ EMPTY_ANSWER = "The upstream's answer is empty"
 
 
 def whole_value(body: bytes, translation: Translation) -> Any:
-    """The value of an answer in plain JSON.  Raises UpstreamError, with the title of a page of HTML."""
+    """The value of an answer in plain JSON.  Raises UpstreamError that names a page of HTML."""
     try:
         return upstream_json(body.decode("utf-8", "replace").lstrip("\ufeff").strip())
     except (ValueError, RecursionError):
-        page = response_summary(200, body) if body.lstrip()[:1] == b"<" else ""
-        raise UpstreamError(502, "The upstream's answer is not JSON"
-                            + (": " + redacted(page, translation.secrets) if page else "")) from None
+        page = ""
+        if body.lstrip()[:1] == b"<":
+            page = ": " + redacted(response_summary(200, body), translation.secrets)
+        raise UpstreamError(502, "The upstream's answer is not JSON" + page) from None
 
 
 # ############################################################################
@@ -7731,12 +7774,14 @@ LARGE_BODY = 1048576                     # bytes
 
 async def call_and_relay(app: App, exchange: Exchange, translation: Translation, key: str,
                          recording: Any) -> Optional[Response]:
-    """Calls the upstream and brings its answer to the client: as events, or as the Response returned."""
+    """Calls the upstream and sends its answer as events, or returns it as a Response."""
     message = None if translation.is_streamed else MessageWriter(translation, app.new_id)
     writer = message or EventWriter(translation, app.new_id, exchange.id)
     translator = StreamTranslator(translation, app.new_id, writer, app.shortcuts)
     try:
-        reply = None if translation.is_empty else await call_upstream(app, exchange, translation, key)
+        reply = None
+        if not translation.is_empty:
+            reply = await call_upstream(app, exchange, translation, key)
     except OutputLimitReached:
         reply = None
     if reply is None:
@@ -7895,8 +7940,9 @@ class OutputLimitReached(Exception):
 class Relay:
     """Carries one answer from the upstream to the client, and keeps the client awake meanwhile."""
 
-    def __init__(self, app: App, exchange: Exchange, translation: Translation, reply: UpstreamResponse,
-                 recording: Any, translator: StreamTranslator) -> None:
+    def __init__(self, app: App, exchange: Exchange, translation: Translation,
+                 reply: UpstreamResponse, recording: Any,
+                 translator: StreamTranslator) -> None:
         self._recording = recording
         self._last_events = b""              # of the end, still to be sent
         self._app = app
@@ -7906,7 +7952,9 @@ class Relay:
         self._loop = app.loop
         self._translator = translator
         self._last_read = self._loop.time()
-        self._timer = self._loop.call_later(FIRST_CHUNK_WAIT, self._tick) if translation.is_streamed else None
+        self._timer: Optional[asyncio.TimerHandle] = None
+        if translation.is_streamed:
+            self._timer = self._loop.call_later(FIRST_CHUNK_WAIT, self._tick)
 
     async def run(self) -> None:
         """Carries the answer to its end.  Raises ProxyError while that can be an HTTP status."""
@@ -7929,7 +7977,8 @@ class Relay:
             error_of_end = ProxyError(529, "The proxy is shutting down")
             self._exchange.note(outcome="shutdown", error=error_of_end.message)
             # If the end was translated just before the cancellation, the answer is complete.
-            self._exchange.send_now(self._last_events or self._translator.fail(error_of_end), is_last=True)
+            events = self._last_events or self._translator.fail(error_of_end)
+            self._exchange.send_now(events, is_last=True)
 
     async def _run(self) -> None:
         """Asks once what the upstream sends, events or JSON, and translates that."""
@@ -8006,28 +8055,31 @@ class Relay:
             return
         if not exchange.has_begun():
             exchange.send_now(translator.begin())
-        elif now - exchange.last_write >= PING_INTERVAL - 0.01 and not exchange.is_over_write_limit():
-            exchange.send_now(translator.ping())
-        next_time = max(now + 0.1, min(exchange.last_write + PING_INTERVAL, self._last_read + LAST_CHUNK_WAIT))
-        self._timer = self._loop.call_at(next_time if next_time > now + 0.1 else now + 1, self._tick)
+        elif now - exchange.last_write >= PING_INTERVAL - 0.01:
+            if not exchange.is_over_write_limit():
+                exchange.send_now(translator.ping())
+        due = min(exchange.last_write + PING_INTERVAL, self._last_read + LAST_CHUNK_WAIT)
+        self._timer = self._loop.call_at(due if due > now + 0.1 else now + 1, self._tick)
 
     def close(self) -> None:
         """Gives the connection back, or closes it if the answer has not been read to its end."""
         if self._timer is not None:
             self._timer.cancel()
         translator, reply = self._translator, self._reply
-        if reply.is_complete or not translator.done or translator.error is not None or translator.was_cut:
+        has_ended = translator.done and translator.error is None and not translator.was_cut
+        if reply.is_complete or not has_ended:
             reply.close()
         else:
             self._app.spawn(reply.finish())
 
 
 FIRST_CHUNK_WAIT = 5.0                   # seconds until a stream starts without a chunk
-PING_INTERVAL = 10.0                     # seconds; clients give up after 300 without an event
+PING_INTERVAL = 10.0                     # seconds; clients give up after 300
 LAST_CHUNK_WAIT = 10.0                   # seconds from the finish reason to the end
 
 
-def note_answer(app: App, exchange: Exchange, translation: Translation, translator: StreamTranslator) -> None:
+def note_answer(app: App, exchange: Exchange, translation: Translation,
+                translator: StreamTranslator) -> None:
     """Notes for the log how an answer ended, and how large it was."""
     error = translator.error
     if error is not None:
@@ -8041,9 +8093,10 @@ def note_answer(app: App, exchange: Exchange, translation: Translation, translat
 
 
 async def read_start(reply: UpstreamResponse) -> bytes:
-    """The start of an answer that tells events from JSON: a byte that is not white space, or a line of JSON.
+    """The start of an answer that tells events from JSON.
 
-    Raises UpstreamError for an empty body.
+    This is a byte that is not white space, or a whole line of JSON.  Raises UpstreamError for an
+    empty body.
     """
     start = await reply.read()
     while not start.strip() or (start.lstrip()[:1] in (b"{", b"[") and b"\n" not in start.strip()):
@@ -8067,19 +8120,20 @@ def warn_of_truncation(app: App, translation: Translation, usage: Json) -> None:
     """
     if translation.profile.host_class != "other":
         return
-    prompt = usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["cache_creation_input_tokens"]
+    prompt = sum(usage[name] for name in (
+        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
     model = translation.profile.model
     if prompt * MANY_BYTES > translation.sent_bytes or model in app.truncation_warned:
         return
     estimate = translation.input_estimate()
     if estimate >= TRUNCATION_PROMPT and 0 < prompt * 2 < estimate:
         app.truncation_warned.add(model)
-        log(logging.WARNING, "prompt_truncated", upstream_model=model, prompt_tokens=prompt, estimate=estimate,
-            message=f"{model} saw {prompt} tokens of a prompt of about {estimate}: the server has cut "
-            "it. Raise its context window (Ollama: OLLAMA_CONTEXT_LENGTH=65536)")
+        log(logging.WARNING, "prompt_truncated", upstream_model=model, prompt_tokens=prompt,
+            estimate=estimate, message=f"{model} saw {prompt} tokens of a prompt of about {estimate}: "
+            "the server has cut it. Raise its context window (Ollama: OLLAMA_CONTEXT_LENGTH=65536)")
 
 
-MANY_BYTES = 5                           # bytes for each token; below it nothing was cut
+MANY_BYTES = 5                           # bytes for each token: nothing was cut
 TRUNCATION_PROMPT = 3000                 # estimated tokens; a shorter prompt proves nothing
 
 
@@ -9635,31 +9689,35 @@ class ChunkPattern:
 
     The chunks of one stream mostly differ in nothing but their text.  `_learn` splits a chunk around
     its text and proves, by parsing it again with another text in it, that nothing else in the chunk
-    depends on that.  Later bytes that are the same before and after one JSON string are then the same
-    chunk with another text.  All others are read in the plain way.
+    depends on that.  Later bytes that are the same before and after one JSON string are then the
+    same chunk with another text.  All others are read in the plain way.
     """
 
-    def __init__(self, decoder: SSEDecoder, reader: Reader, machine: BlockMachine, meter: OutputMeter,
-                 writer: Writer) -> None:
+    def __init__(self, decoder: SSEDecoder, reader: Reader, machine: BlockMachine,
+                 meter: OutputMeter, writer: Writer) -> None:
         self._decoder = decoder
         self._reader = reader
         self._machine = machine
         self._meter = meter
         self._writer = writer
-        self._event = ""                 # the last event that was read in the plain way
-        self._head = ""                  # the pattern up to the text and its opening quote
-        self._tail = ""                  # and from the closing quote on
+        self._event = ""                 # the last one read plainly
+        self._head = ""                  # the pattern up to the text
+        self._tail = ""                  # and after its closing quote
         self._target: Optional[PlainTarget] = None
         self._tries = LEARN_TRIES
 
     def feed(self, lines: str, plain: Callable[[str], None]) -> None:
-        """Reads whole lines of a stream; `plain` reads those that are not like the pattern."""
+        """Reads whole lines of a stream; `plain` reads those that are not like the pattern.
+
+        An event is learned when the next one is there, so that learning never delays an event.
+        """
         place, size, runs = 0, len(lines), RUN_TRIES
         while place < size and not self._machine.has_ended:
-            if self._event:                  # learned when the next one is there, so that none waits for it
+            if self._event:
                 self._learn()
             end = 0
-            if self._head and lines.startswith(self._head, place) and self._decoder.is_between_events:
+            is_like = self._head and lines.startswith(self._head, place)
+            if is_like and self._decoder.is_between_events:
                 if runs and size - place > SHORT_READ:
                     runs -= 1
                     end = self._read_run(lines, place)
@@ -9672,7 +9730,7 @@ class ChunkPattern:
             place = end
 
     def _read_one(self, lines: str, place: int) -> int:
-        """Reads the event at a place, if it is like the pattern.  Returns its end, 0 if it is not."""
+        """Reads the event at a place, if it is like the pattern.  Returns its end, else 0."""
         try:
             text, end = scanstring(lines, place + len(self._head))
         except ValueError:
@@ -9690,13 +9748,15 @@ class ChunkPattern:
         return end + len(self._tail)
 
     def _read_run(self, lines: str, place: int) -> int:
-        """Reads the events at a place that are like the pattern and whose texts are plain, all at once.
+        """Reads the events at a place that are like the pattern and have plain texts, all at once.
 
         Their texts are found by cutting at the part that stands between two of them, and written as
         they are.  Returns the end of the last one, 0 if there is none.
         """
         block, close = self._machine.open_block, '"' + self._tail
-        if self._target is None or block is None or not self._target.is_plain(block) or SEPARATOR in lines:
+        if self._target is None or block is None or not self._target.is_plain(block):
+            return 0
+        if SEPARATOR in lines:
             return 0
         texts = SEPARATOR.join(lines[place:].split(close + self._head))[len(self._head):]
         # A quote that is escaped in JSON inside JSON can end a string of the arguments.
@@ -9713,7 +9773,7 @@ class ChunkPattern:
         return place + len(texts) + count * (len(self._head) + len(close)) - (count - 1)
 
     def _learn(self) -> None:
-        """Takes the last event as the pattern of those after it, if its chunk has one text and nothing else."""
+        """Takes the last event as the pattern, if its chunk has one text and nothing else."""
         event, self._event, self._head = self._event, "", ""
         match = CHUNK_EVENT.fullmatch(event)
         if match is None or self._tries <= 0:
@@ -9748,12 +9808,13 @@ def escaped(match: Match[str]) -> str:
     return quote(match[0])[1:-1]
 
 
-LEARN_TRIES = 8                          # events; then a stream whose chunks all differ is left alone
+LEARN_TRIES = 8                          # events without success, then none
 RUN_TRIES = 5                            # looks at one read; each copies the read
-SHORT_READ = 600                         # characters, two events: by themselves they are as fast
+SHORT_READ = 600                         # characters; two events gain nothing by it
 SEPARATOR = "\x01"                       # stands in no JSON text
 NO_ESCAPES = re.compile(r'[^"\\\x00\x02-\x1f\x7f]*')
-PLAIN_ESCAPES = re.compile(r'(?:[^"\\\x00\x02-\x1f\x7f]+|\\["\\bfnrt])*')      # written the same way again
+# These escapes are written in the same way again.
+PLAIN_ESCAPES = re.compile(r'(?:[^"\\\x00\x02-\x1f\x7f]+|\\["\\bfnrt])*')
 NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 CHUNK_EVENT = re.compile(r"data: ?(\{.*\})\n\n")
 

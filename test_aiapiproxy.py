@@ -3454,7 +3454,8 @@ def test_an_answer_is_the_same_whole_and_streamed(host, members, answer):
         choice["delta"] = choice.pop("message")
         found.append(streamed([sse([{**answer, "choices": [choice]}, DONE])], translation))
     for raw in found:
-        assert list(map(readable_block, blocks_of(raw))) == list(map(readable_block, message["content"]))
+        for block, wanted in itertools.zip_longest(blocks_of(raw), message["content"]):
+            assert readable_block(block) == readable_block(wanted)
         assert (events(raw)[-2]["delta"], events(raw)[-2]["usage"]) == end
 
 
