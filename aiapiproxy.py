@@ -96,6 +96,7 @@ import gc
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -208,8 +209,8 @@ class ProxyError(Exception):
     """A failure that is told to the client.
 
     `message` is the sentence for the client, `log_message` the text for the log: an upstream's
-    message may quote the prompt, so it is not logged.  `headers` are added to the response, names in
-    lower case; `details` is a member of the error object; `outcome` is its label in the metrics.
+    message may quote the prompt, so it is not logged.  `headers`, names in lower case, are added to
+    the response, `details` to the error object; `outcome` is the label in the metrics.
     """
 
     outcome = "rejected"
@@ -656,8 +657,8 @@ class Conversation:
     system: List[str]                    # texts that stand before all turns
     tools: List[Tool]                    # in the order in which they are sent
     tool_names: Dict[str, str]           # the client's -> the upstream's
-    choice: Optional[ToolChoice]         # None: the client did not say
-    effort: Optional[str]                # one of EFFORTS; None: the client did not say
+    choice: Optional[ToolChoice]         # None: the client has none
+    effort: Optional[str]                # one of EFFORTS
     display: ThinkingDisplay
     answer_schema: Optional[Json]        # the answer must be JSON that matches it
     max_tokens: Optional[int]            # None: nothing is generated, only counted
@@ -667,8 +668,8 @@ class Conversation:
     user_id: str
     session_id: str
     wants_standard_tier: bool
-    call_ids: Set[str]                   # of the history's tool calls, as the client wrote them
-    dropped_fields: List[str]            # fields and tools that are worth a line in the log
+    call_ids: Set[str]                   # of the history, as written
+    dropped_fields: List[str]            # for a line in the log
 
     def upstream_name(self, tool_name: str) -> str:
         """The name under which the upstream knows a tool, also one that only the history has."""
@@ -844,25 +845,22 @@ def transcript_of(messages: List[Any]) -> Transcript:
     if len(messages) > MAX_MESSAGES:
         raise ProxyError(400, f"messages: at most {MAX_MESSAGES} are allowed")
     checked = [checked_message(message, index) for index, message in enumerate(messages)]
+    if all(turn.role == "system" for turn in checked):
+        raise ProxyError(400, NO_USER_MESSAGE)
     transcript, entries = Transcript(), []
     last_user = max((at for at, turn in enumerate(checked) if turn.role == "user"), default=-1)
-    has_begun = False
     for index, turn in enumerate(checked):
         if turn.role != "system":
-            has_begun = True
             note_history(transcript, turn.blocks)
             entries.append(turn)
             continue
         text = read_system_message(transcript, messages[index], turn.blocks)
         is_over = messages[index].get("clear_at") == "next_user_message" and index < last_user
-        if text and not is_over and has_begun:
-            reminder = Reminder(f"<system-reminder>\n{text}\n</system-reminder>")
-            entries.append(Turn("system", [reminder]))
-        elif text and not is_over:
-            transcript.system.append(text)
-    if not has_begun:
-        raise ProxyError(400, NO_USER_MESSAGE)
-    transcript.turns = merged_turns([entry for entry in entries if not is_empty_turn(entry)])
+        if text and not is_over:
+            entries.append(Turn("system", [Reminder(text)]))
+    begin = next((at for at, turn in enumerate(entries) if turn.role != "system"), 0)
+    transcript.system = [str(text) for turn in entries[:begin] for text in turn.blocks]
+    transcript.turns = merged_turns([turn for turn in entries[begin:] if not is_empty_turn(turn)])
     return transcript
 
 
@@ -923,10 +921,8 @@ def merged_turns(entries: List[Turn]) -> List[Turn]:
     waiting: List[Block] = []
     for role, blocks in entries:
         if role == "system":
-            if turns and turns[-1].role == "user":
-                turns[-1].blocks.extend(blocks)
-            else:
-                waiting += blocks
+            place = turns[-1].blocks if turns and turns[-1].role == "user" else waiting
+            place += [Reminder(f"<system-reminder>\n{text}\n</system-reminder>") for text in blocks]
             continue
         if waiting:
             turns.append(Turn("user", waiting))
@@ -1030,7 +1026,8 @@ WRONG_CONTENT = ".content: Input should be a valid string or list"
 BLOCK_PROBLEMS: Dict[str, Callable[[Json], str]] = {
     "image": source_problem, "document": source_problem, "tool_use": tool_use_problem,
     "tool_result": tool_result_problem}
-SOURCES = {          # kind of block -> type of source -> the member that holds it
+# Kind of block -> type of source -> the source's member that must be there.
+SOURCES = {
     "image": {"base64": "data", "url": "url"},
     "document": {"base64": "data", "url": "url", "text": "data", "content": "content"},
 }
@@ -1625,10 +1622,6 @@ def object_member(value: Json, name: str) -> Json:
     return member if is_object(member) else {}
 
 
-def image_placeholder(block: Json) -> str:
-    return "[image]"
-
-
 SERVER_RESULTS: Dict[str, Tuple[str, Callable[[Json], str]]] = {
     "web_search_tool_result": ("web_search", search_hits),
     "web_fetch_tool_result": ("web_fetch", fetched_page),
@@ -1640,7 +1633,7 @@ SERVER_RESULTS: Dict[str, Tuple[str, Callable[[Json], str]]] = {
 }
 ASSISTANT_PARAGRAPHS: Dict[str, Callable[[Json], str]] = {
     "server_tool_use": called_text, "mcp_tool_use": called_text, "compaction": compaction_text,
-    "image": image_placeholder, "document": document_placeholder,
+    "image": lambda block: "[image]", "document": document_placeholder,
     **dict.fromkeys(SERVER_RESULTS, server_result_text)}
 
 
@@ -1656,27 +1649,12 @@ def user_parts(block: Json, profile: ModelProfile) -> List[Part]:
     return [text] if text else []
 
 
-def text_parts(block: Json, profile: ModelProfile) -> List[Part]:
-    return [block["text"]] if block["text"] else []
-
-
-def search_parts(block: Json, profile: ModelProfile) -> List[Part]:
-    return [search_result_text(block)]
-
-
-def compaction_parts(block: Json, profile: ModelProfile) -> List[Part]:
-    text = compaction_text(block)
-    return [text] if text else []
-
-
-def no_parts(block: Json, profile: ModelProfile) -> List[Part]:
-    return []
-
-
 USER_PARTS: Dict[str, Callable[[Json, ModelProfile], List[Part]]] = {
-    "text": text_parts, "image": image_parts, "document": document_parts,
-    "search_result": search_parts, "compaction": compaction_parts,
-    "thinking": no_parts, "redacted_thinking": no_parts,
+    "text": lambda block, profile: list(filter(None, [block["text"]])),
+    "image": image_parts, "document": document_parts,
+    "search_result": lambda block, profile: [search_result_text(block)],
+    "compaction": lambda block, profile: list(filter(None, [compaction_text(block)])),
+    "thinking": lambda block, profile: [], "redacted_thinking": lambda block, profile: [],
 }
 
 
@@ -1717,11 +1695,11 @@ def result_content(text: str, is_error: bool) -> str:
         return "Error: tool execution failed"
     if is_error and not re.match(r"error|<tool_use_error>", text, re.I):
         return "Error: " + text
-    return text or "(no output)"         # some models end their turn on an empty result
+    return text or "(no output)"         # models may stop after an empty result
 
 
 class OpenCalls:
-    """The calls of one assistant turn, and which of them the next user turn has answered.
+    """The calls of one assistant turn that the next user turn has to answer.
 
     Upstreams demand exactly one result for each call, under an id that no other call of the turn
     has.  Clients don't: of several calls with one id the n-th result belongs to the n-th call.
@@ -1730,28 +1708,21 @@ class OpenCalls:
     def __init__(self, id_at_upstream: Callable[[str], str]) -> None:
         self.unanswered: Dict[str, None] = {}        # upstream's ids, in the order of the calls
         self._id_at_upstream = id_at_upstream
-        self._taken: Set[str] = set()
         self._uses: Dict[str, int] = {}              # decoded id -> number of its last use
         self._waiting: Dict[str, Deque[str]] = {}    # client's id -> upstream's ids
 
     def add(self, client: str) -> Tuple[str, Any]:
         """Adds a call; returns (its id for the upstream, its `extra_content` or None)."""
         plain, extra = decoded_id(client)
-        number = self._uses.get(plain, 0) + 1
-        call_id = self._numbered_id(plain, number)
-        while call_id in self._taken:
+        number, call_id = self._uses.get(plain, 0), ""
+        while not call_id or call_id in self.unanswered:
             number += 1
-            call_id = self._numbered_id(plain, number)
+            numbered = plain if number == 1 else "call_" + sha256_hex(f"{plain}#{number}")[:32]
+            call_id = self._id_at_upstream(numbered)
         self._uses[plain] = number
-        self._taken.add(call_id)
         self.unanswered[call_id] = None
         self._waiting.setdefault(client, deque()).append(call_id)
         return call_id, extra
-
-    def _numbered_id(self, plain: str, number: int) -> str:
-        if number > 1:
-            plain = "call_" + sha256_hex(f"{plain}#{number}")[:32]
-        return self._id_at_upstream(plain)
 
     def has(self, client: str) -> bool:
         """Whether the turn has a call with a client's id, answered or not."""
@@ -1908,7 +1879,8 @@ def chat_body(conversation: Conversation, target: Target) -> Json:
     """The body for a target.  Raises ProxyError(400) if no message is left to send."""
     profile = model_profile(target.model, target.host_class)
     body: Json = {"model": profile.model}
-    for fields_of in CHAT_FIELDS:
+    for fields_of in (message_fields, limit_fields, sampling_fields, reasoning_fields, format_fields,
+                      tool_fields, identity_fields, stream_fields):
         body.update(fields_of(conversation, profile))
     return body
 
@@ -1924,11 +1896,11 @@ def message_fields(conversation: Conversation, profile: ModelProfile) -> Json:
             calls = OpenCalls(lambda call_id: upstream_call_id(call_id, profile.host_class))
             messages.append(assistant_message(turn.blocks, calls, conversation, profile))
         else:
-            messages += UserTurn(profile, calls).messages(turn.blocks)
+            messages += user_messages(turn.blocks, calls, profile)
             calls = OpenCalls(str)
     messages += missing_results(calls)
-    if conversation.turns and conversation.turns[-1].role == "assistant" and not calls.unanswered:
-        finish_prefill(messages, prefill_text(conversation.turns), profile)
+    if messages and messages[-1]["role"] == conversation.turns[-1].role == "assistant":
+        messages = with_prefill(messages, prefill_text(conversation.turns), profile)
     if not messages:
         raise ProxyError(400, NO_USER_MESSAGE)
     system = list(conversation.system)
@@ -1939,14 +1911,12 @@ def message_fields(conversation: Conversation, profile: ModelProfile) -> Json:
     return {"messages": messages}
 
 
-def finish_prefill(messages: List[Json], prefill: str, profile: ModelProfile) -> None:
-    """Puts the prefill into the last message; Mistral wants it marked."""
-    if not prefill:
-        messages.pop()
-        return
-    messages[-1]["content"] = prefill
+def with_prefill(messages: List[Json], prefill: str, profile: ModelProfile) -> List[Json]:
+    """Messages whose last one is the prefill, which Mistral wants marked; without an empty one."""
+    last = {**messages[-1], "content": prefill}
     if profile.host_class == "mistral":
-        messages[-1]["prefix"] = True
+        last["prefix"] = True
+    return [*messages[:-1], last] if prefill else messages[:-1]
 
 
 def assistant_message(blocks: List[Block], calls: OpenCalls, conversation: Conversation,
@@ -2003,66 +1973,53 @@ def missing_results(calls: OpenCalls) -> List[Json]:
     return [tool_message(call_id, MISSING_RESULT) for call_id in calls.unanswered]
 
 
-class UserTurn:
-    """Writes a user turn: tool messages for the calls before it, then one user message.
+def user_messages(blocks: List[Block], calls: OpenCalls, profile: ModelProfile) -> List[Json]:
+    """Tool messages for the calls before a user turn, then one user message with all the rest.
 
-    Chat Completions takes no pictures in tool messages, so the pictures and files of results are in
-    front of the user message, and the results point at them by number.
+    Chat Completions takes no pictures in tool messages, so the pictures and files of results stand
+    in front of the user message, and the results point at them by number.
     """
+    results: List[Json] = []
+    parts: List[Part] = []
+    media: List[Part] = []               # of results
+    numbers = itertools.count(1)
+    for block in blocks:
+        if isinstance(block, Reminder):
+            parts.append(block)
+        elif block["type"] != "tool_result":
+            parts += user_parts(block, profile)
+        elif not calls.has(block["tool_use_id"]):
+            content, pictures = chat_result(block, block["tool_use_id"], profile, numbers)
+            parts += [f"[Result of tool call {block['tool_use_id']}]\n{content}", *pictures]
+        else:
+            call_id = calls.answer(block["tool_use_id"])
+            if call_id is not None:      # else a second result, which is dropped
+                content, pictures = chat_result(block, call_id, profile, numbers)
+                results.append(tool_message(call_id, content))
+                media += pictures
+    has_result = bool(results)
+    results += missing_results(calls)
+    if has_result and all(isinstance(part, Reminder) for part in parts):
+        # A user message made for a reminder alone would end the tool loop.
+        results[-1]["content"] = "\n\n".join([results[-1]["content"], *map(str, parts)])
+        parts = []
+    content = chat_content(media + parts)
+    return [*results, {"role": "user", "content": content}] if content else results
 
-    def __init__(self, profile: ModelProfile, calls: OpenCalls) -> None:
-        self._profile = profile
-        self._calls = calls
-        self._results: List[Json] = []
-        self._media: List[Part] = []             # of results
-        self._media_count = 0
-        self._parts: List[Part] = []
 
-    def messages(self, blocks: List[Block]) -> List[Json]:
-        for block in blocks:
-            if isinstance(block, Reminder):
-                self._parts.append(block)
-            elif block["type"] == "tool_result":
-                self._add_result(block)
-            else:
-                self._parts += user_parts(block, self._profile)
-        has_result = bool(self._results)
-        self._results += missing_results(self._calls)
-        if has_result and all(isinstance(part, Reminder) for part in self._parts):
-            # A user message made for a reminder alone would end the tool loop.
-            last = self._results[-1]
-            last["content"] = "\n\n".join([last["content"], *map(str, self._parts)])
-            self._parts = []
-        parts = self._media + self._parts
-        return [*self._results, {"role": "user", "content": chat_content(parts)}] if parts \
-            else self._results
-
-    def _add_result(self, block: Json) -> None:
-        client = block["tool_use_id"]
-        if not self._calls.has(client):
-            content, media = self._result(block, client)
-            self._parts += [f"[Result of tool call {client}]\n{content}", *media]
-            return
-        call_id = self._calls.answer(client)
-        if call_id is not None:                  # else a second result, which is dropped
-            content, media = self._result(block, call_id)
-            self._results.append(tool_message(call_id, content))
-            self._media += media
-
-    def _result(self, block: Json, call_id: str) -> Tuple[str, List[Part]]:
-        """(the text of a result, its pictures and files with their labels)."""
-        texts: List[str] = []
-        media: List[Part] = []
-        for kind, parts in result_parts(block, self._profile):
-            if any(isinstance(part, Media) for part in parts):
-                self._media_count += 1
-                number = self._media_count
-                texts.append(f"[{kind} {number}: see the next user message]")
-                media += [f"{kind.capitalize()} {number} from tool result {call_id}:", *parts]
-            else:
-                texts += [str(part) for part in parts]
-        text = "\n".join(filter(None, texts))
-        return result_content(text, block.get("is_error") is True), media
+def chat_result(block: Json, call_id: str, profile: ModelProfile,
+                numbers: Iterator[int]) -> Tuple[str, List[Part]]:
+    """(the text of a result, its pictures and files with their labels)."""
+    texts: List[str] = []
+    media: List[Part] = []
+    for kind, parts in result_parts(block, profile):
+        if any(isinstance(part, Media) for part in parts):
+            number = next(numbers)
+            texts.append(f"[{kind} {number}: see the next user message]")
+            media += [f"{kind.capitalize()} {number} from tool result {call_id}:", *parts]
+        else:
+            texts += map(str, parts)
+    return result_content("\n".join(filter(None, texts)), block.get("is_error") is True), media
 
 
 def chat_content(parts: List[Part]) -> Union[str, List[Json]]:
@@ -2203,10 +2160,6 @@ def stream_fields(conversation: Conversation, profile: ModelProfile) -> Json:
 
 # Tokens that a quick model can write while a client waits without a sign of life.
 UNSTREAMED_TOKENS = 8192
-
-CHAT_FIELDS: Tuple[Callable[[Conversation, ModelProfile], Json], ...] = (
-    message_fields, limit_fields, sampling_fields, reasoning_fields, format_fields, tool_fields,
-    identity_fields, stream_fields)
 
 
 # ============================================================================
