@@ -4590,7 +4590,7 @@ def test_a_drain_ends_with_its_connection(way):
 
 @table([
     ("little, of which nothing is lost", b"x" * 65536, [], False),
-    ("more than is read ahead, and is seen all the same", b"x" * 200_000, ["PAUSED", "RESUMED"], True),
+    ("more than is read ahead, and is seen still", b"x" * 200_000, ["PAUSED", "RESUMED"], True),
 ], "ahead, want, is_over")
 def test_a_watched_client_that_has_sent_ahead(ahead, want, is_over):
     async def scenario():
@@ -4648,7 +4648,7 @@ def pumped(events, buffered=b""):
     ("until it fails", [b"ERROR", b"b"], b"", (["ERROR"], "KeyError('take')", "b")),
     ("until nothing arrives for too long", [b"a"], b"", (["a"], "None", "ReadTimeout")),
     ("unless bytes have arrived before", [], b"a", ([], "None", "a")),
-    ("but not a burst, which is read in pieces", [b"a", b"b" * 65537], b"", (["a"], "None", "b" * 9)),
+    ("but no burst, which is read in pieces", [b"a", b"b" * 65537], b"", (["a"], "None", "b" * 9)),
 ], "events, buffered, want")
 def test_a_pump_gives_arriving_bytes_to_its_callback(events, buffered, want):
     assert pumped(events, buffered) == want
@@ -5693,7 +5693,8 @@ def test_a_hundred_streams_of_which_half_are_disconnected_leave_nothing_open():
                     assert said(await client.answer()) == ONE_X
             while server.server.tasks or server.app.tasks:
                 await asyncio.sleep(0.005)
-            assert server.app.in_flight == 0 and not server.server.exchanges and not server.app.tasks
+            assert server.app.in_flight == 0
+            assert not server.server.exchanges and not server.app.tasks
             server.app.upstream.close()
             while descriptors() > before or len(asyncio.all_tasks()) > tasks:
                 await asyncio.sleep(0.005)
