@@ -294,6 +294,7 @@ ERROR_KINDS = {
 class Shortcuts(NamedTuple):
     """The doors for faster ways to the same bytes, which stand in section 34; None is the plain way."""
     chunk_pattern: Optional[Callable[..., Any]] = None       # makes a ChunkPattern for one stream
+    count_tokens: Optional[Callable[[str], int]] = None      # estimated_tokens with a cache
 
 
 PLAIN = Shortcuts()
@@ -1429,7 +1430,7 @@ class Translation:
     is_mostly_non_ascii: bool = False    # large, and sent as UTF-8
     dropped_fields: List[str] = field(default_factory=list)      # worth a line in the log
     token_estimate: int = 0              # see input_estimate
-    estimate_tokens: Callable[[Json], int] = len
+    estimate_tokens: Callable[..., int] = len        # of the body; `count` counts a text
 
     def input_estimate(self) -> int:
         """Estimated tokens of the prompt, counted once, when first asked for."""
@@ -4909,8 +4910,8 @@ def translation_of(params: Json, target: Target, session_id: str = "",
         stop_sequences=conversation.stop_sequences, prefill=prefill_text(conversation.turns),
         is_single_call=conversation.choice is not None and conversation.choice.is_single,
         is_empty=conversation.max_tokens == 0, dropped_fields=conversation.dropped_fields,
-        estimate_tokens=lambda body: estimated_prompt_tokens(
-            api.prompt_texts(body), estimated_tokens))
+        estimate_tokens=lambda body, count=estimated_tokens: estimated_prompt_tokens(
+            api.prompt_texts(body), count))
 
 
 # ---- 16.2 the way back -----------------------------------------------------
@@ -7796,7 +7797,9 @@ def prepare_exchange(app: App, exchange: Exchange, translation: Translation, key
         log(logging.INFO, "dropped", request_id=exchange.id, names=names)
     if model in app.adjustments:
         apply_adjustments(app.adjustments[model], translation)
-
+    if app.shortcuts.count_tokens is not None:
+        translation.estimate_tokens = partial(
+            translation.estimate_tokens, count=app.shortcuts.count_tokens)
 
 # Characters: a shorter key is taken for a placeholder, which may occur in any text.
 SECRET_LENGTH = 8
@@ -9771,7 +9774,32 @@ NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 CHUNK_EVENT = re.compile(r"data: ?(\{.*\})\n\n")
 
 
-SHORTCUTS = Shortcuts(chunk_pattern=ChunkPattern)
+# ---- 34.2 token counts -----------------------------------------------------
+
+def cached_tokens(text: str) -> int:
+    """estimated_tokens with a cache, because a conversation repeats its turns in each request.
+
+    The estimate of a captured request of Claude Code, 50 to 90 KB, takes 0.2 to 0.5 ms instead of
+    2.6 to 6 ms, each time that a stream begins.  Measured on 2026-11-28 with Python 3.11 by calling
+    estimated_request_tokens twice.  The key is a hash, so that no prompt text is kept.
+    """
+    if len(text) < MIN_CACHED_TEXT:
+        return estimated_tokens(text)
+    key = hash(text), len(text)
+    tokens = TOKEN_CACHE.get(key)
+    if tokens is None:
+        if len(TOKEN_CACHE) >= MAX_CACHED_TEXTS:
+            TOKEN_CACHE.clear()
+        tokens = TOKEN_CACHE[key] = estimated_tokens(text)
+    return tokens
+
+
+MIN_CACHED_TEXT = 200                    # characters; shorter ones are counted as fast
+MAX_CACHED_TEXTS = 10000                 # a few numbers each: some 2 MB
+TOKEN_CACHE: Dict[Tuple[int, int], int] = {}
+
+
+SHORTCUTS = Shortcuts(chunk_pattern=ChunkPattern, count_tokens=cached_tokens)
 
 
 # ============================================================================

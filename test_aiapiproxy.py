@@ -2247,14 +2247,13 @@ def test_result(given, want):
                           "toolu_01A09q90qw90lq917835lq9"])
 def test_an_id_comes_back_to_the_upstream_as_it_was(id):
     translation = aiapiproxy.checked_translation(req(), SETTINGS["local"])
-    answer = completion({"content": None,
-                         "tool_calls": [call(id), call("other", extra_content=EXTRA)]})
+    calls = [call(id), call("other", extra_content=EXTRA)]
+    answer = completion({"content": None, "tool_calls": calls})
     blocks = whole_message(answer, translation)["content"]
     assert all(re.fullmatch(r"[a-zA-Z0-9_-]+", block["id"]) for block in blocks)
     history = [usr("Hi"), asst(blocks), usr([res(block["id"], "ok") for block in blocks])]
     assert sent(req(history), "local")["messages"][1:] == [
-        msg(None, [call(id), call("other", extra_content=EXTRA)]), tmsg(id, "ok"),
-        tmsg("other", "ok")]
+        msg(None, calls), tmsg(id, "ok"), tmsg("other", "ok")]
 
 
 # ---- Reasoning on its way back
@@ -4170,6 +4169,13 @@ def test_estimate_of_a_request():
     assert estimate(usr("Hi"), asst([use("call_1")]), usr([res("call_1", "Hello")])) == (
         8 + 4 + tokens("f") + tokens("{}") + 4 + tokens("Hello"))
     assert estimate(usr("Hi"), **output(STRICT)) == 8 + tokens(compact(STRICT))
+
+
+@BOTH_WAYS
+def test_the_estimate_is_the_same_when_a_text_was_counted_before(shortcuts):
+    body = aiapiproxy.checked_translation(req([usr("some words " * 100)]), SETTINGS["openai"]).body
+    want = aiapiproxy.estimated_request_tokens(body)
+    assert [aiapiproxy.estimated_request_tokens(body, shortcuts.count_tokens) for _ in "ab"] == [want] * 2
 
 
 def test_estimate_of_a_text():
