@@ -14,7 +14,9 @@
 #
 # It does not touch a file that is right already, and never an edited .env.  The script may be
 # killed at any point and run again; a running service is stopped only after the new files have
-# been tested.
+# been tested.  The folders of the configuration and of the logs belong to the service, so a
+# compromised service may have put links there.  While the script works in these folders they
+# belong to root, and it removes the links first.
 #
 # AIAPIPROXY_PYTHON=/path/python3 names the interpreter to try first.
 
@@ -47,6 +49,11 @@ HERE=
 PYTHON=
 SERVICE_UID=
 SERVICE_GID=
+TAKEN=      # folders of the service that belong to root for now
+FOREIGN=    # folders that had another owner
+UNFINISHED= # the temporary file
+HEALTH_URL=
+KEY_IS_MISSING=
 
 main() { # the deployment guide, step by step
     read_options "$@"
@@ -79,6 +86,9 @@ check_prerequisites() {
         die "this installs a launchd service and works on macOS only;" \
             "elsewhere run: python3 aiapiproxy.py"
     [ "$(id -u)" = 0 ] || die "needs root; run: sudo ./install.sh"
+    trap clean_up EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' HUP TERM
     step "Prerequisites"
     HERE=$(folder_of_this_script)
     cd /
@@ -86,7 +96,7 @@ check_prerequisites() {
         [ -s "$HERE/$name" ] ||
             die "$name does not lie beside install.sh; run it from a complete copy of aiapiproxy"
     done
-    for tool in awk chmod chown cmp curl dscl find launchctl mkdir mv plutil sed tail; do
+    for tool in awk chmod chown cmp curl dscl find launchctl mkdir mv plutil sed tail tr; do
         command -v "$tool" >/dev/null 2>&1 ||
             die "the command '$tool' is missing; it belongs to macOS, so look at PATH and try again"
     done
@@ -150,15 +160,19 @@ create_service_user() { # the group first, the user's id last: a user without on
 
 install_application_files() {
     step "Install Application Files"
-    for folder in /usr/local/bin "$CONFIG_FOLDER" "$LOG_FOLDER"; do make_folder "$folder"; done
     if [ "$DRY_RUN" = no ]; then # again, now that the user is there who must be able to run it
         PYTHON=$(find_python as_service)
         [ -n "$PYTHON" ] || die_without_python
     fi
+    make_folder /usr/local/bin
+    take_folder "$CONFIG_FOLDER"
+    refuse_an_env_with_two_names
+    take_folder "$LOG_FOLDER"
+    for folder in "$CONFIG_FOLDER" "$LOG_FOLDER"; do remove_links "$folder"; done
     install_file "$PROGRAM" "$SERVICE" 755 prove_program \
         sed "1s|.*|#!$PYTHON|" "$HERE/aiapiproxy.py"
-    for folder in "$CONFIG_FOLDER" "$LOG_FOLDER"; do own_folder "$folder"; done
     for log in "$LOG_FOLDER/stdout.log" "$LOG_FOLDER/stderr.log"; do prepare_log "$log"; done
+    give_folder_back "$LOG_FOLDER"
 }
 
 configure_environment() {
@@ -171,6 +185,10 @@ configure_environment() {
     else # there is none, or the empty one of an interrupted copy
         install_file "$ENV_FILE" "$SERVICE" 600 no_proof cat "$HERE/env.example"
     fi
+    # The settings are read now, because later the service could put a link in the place of .env.
+    HEALTH_URL=$(health_url)
+    case $(env_text) in *your-openai-api-key-here*) KEY_IS_MISSING=yes ;; esac
+    give_folder_back "$CONFIG_FOLDER"
 }
 
 install_launch_daemon() {
@@ -190,7 +208,6 @@ install_log_rotation() { # B: no line of newsyslog's own in a JSON log; 1, SIGHU
 
 load_and_start_service() {
     step "Load and Start the Service"
-    HEALTH_URL=$(health_url)
     refuse_a_foreign_listener
     run launchctl enable "system/$LABEL" || :
     if service_is_current; then
@@ -217,7 +234,7 @@ verify_health() { # an answer of our own process is the only success: launchctl'
 show_next_steps() {
     if [ "$DRY_RUN" = yes ]; then printf '\nDry run: nothing was changed.\n'; return 0; fi
     printf '\naiapiproxy is installed. Next:\n\n'
-    if grep -q 'your-openai-api-key-here' "$ENV_FILE" 2>/dev/null; then
+    if [ -n "$KEY_IS_MISSING" ]; then
         printf '  put in your key:    sudo nano %s\n' "$ENV_FILE"
         printf '  and have it read:   sudo launchctl kill SIGHUP system/%s\n' "$LABEL"
     fi
@@ -323,7 +340,7 @@ install_file() {
     file=$1 owner=$2 mode=$3 proof=$4
     shift 4
     [ ! -d "$file" ] || die "$file is a folder; move it away and run again"
-    if [ -f "$file" ] && [ ! -L "$file" ] && "$@" | cmp -s - "$file"; then
+    if has_one_name "$file" && "$@" | cmp -s - "$file"; then
         secure "$file" "$owner" "$mode"
         say "unchanged  $file"
         return 0
@@ -334,6 +351,7 @@ install_file() {
     strip_quarantine "$file.new"
     "$proof" "$file.new"
     run mv -f "$file.new" "$file"
+    UNFINISHED=
     say "installed  $file"
 }
 
@@ -342,12 +360,13 @@ install_file() {
 write_new() {
     target=$1
     shift
+    [ ! -d "$target" ] || die "$target is a folder; move it away and run again"
     run rm -f "$target"
     if [ "$DRY_RUN" = yes ]; then
         printf '    +%s >%s\n' "$(quoted "$@")" "$(quoted "$target")"
         return 0
     fi
-    trap 'rm -f "$target"' EXIT
+    UNFINISHED=$target
     (umask 077 && set -C && "$@" >"$target") ||
         die "can't write $target; make room or look at the folder's permissions, then run again"
 }
@@ -362,9 +381,13 @@ secure() {
 # is_owned FILE OWNER - by number, for find knows no user that is only just made.
 is_owned() {
     case $2 in
-        root:wheel) [ -n "$(find "$1" -prune -user 0 -group 0)" ] ;;
-        *) [ -n "$(find "$1" -prune -user "$SERVICE_UID" -group "$SERVICE_GID")" ] ;;
+        root:wheel) [ -n "$(find "$1" -prune -user 0 -group 0 -print)" ] ;;
+        *) [ -n "$(find "$1" -prune -user "$SERVICE_UID" -group "$SERVICE_GID" -print)" ] ;;
     esac
+}
+
+has_one_name() { # a regular file without hard links, so it lies in no other folder too
+    [ -n "$(find "$1" -prune -type f -links 1 2>/dev/null)" ]
 }
 
 strip_quarantine() { # launchd refuses a plist that carries it; most files don't
@@ -375,20 +398,8 @@ make_folder() { # one that is there keeps its owner and mode: Homebrew may own i
     [ -d "$1" ] || run mkdir -p "$1"
 }
 
-own_folder() { # ours alone, so all that is in it
-    if [ ! -d "$1" ]; then # a dry run
-        run chown -R "$SERVICE" "$1"
-    elif [ -L "$1" ]; then
-        die "$1 is a link; make it a folder and run again"
-    elif [ -n "$(find "$1" \( ! -user "$SERVICE_UID" -o ! -group "$SERVICE_GID" \) -print)" ]; then
-        run chown -R "$SERVICE" "$1"
-        run chmod 750 "$1"
-    fi
-}
-
 prepare_log() { # launchd opens it as root or as the user: made beforehand, it suits both
-    if [ -L "$1" ]; then run rm -f "$1"; fi # root must not be led elsewhere
-    if [ -f "$1" ]; then
+    if has_one_name "$1"; then
         secure "$1" "$SERVICE" 640
     else
         install_file "$1" "$SERVICE" 640 no_proof :
@@ -413,6 +424,84 @@ prove_program() { # the way launchd starts it: first line, interpreter and user
 }
 
 no_proof() { :; }
+
+# ---- folders of the service ----------------------------------------------------------------------
+#
+# The service may write into its folders, so root must not trust their entries.  A symlink would
+# make root write into another folder; a hard link is a file of another folder, and `chown -R` would
+# give it to the service.
+
+# take_folder FOLDER - makes root the owner of FOLDER and of each folder in it, outer ones first, so
+# that nobody can exchange an entry after the script has checked it.  ACLs are removed, because they
+# could still let the service write.
+take_folder() {
+    [ ! -L "$1" ] || die "$1 is a link; make it a folder and run again"
+    if [ ! -d "$1" ]; then
+        run mkdir -p "$1"
+    elif is_owned "$1" "$SERVICE"; then
+        TAKEN="$TAKEN $1"
+    else
+        FOREIGN="$FOREIGN $1"
+    fi
+    if [ "$DRY_RUN" = yes ]; then run chown -h root:wheel "$1"; run chmod go-w "$1"; return 0; fi
+    # shellcheck disable=SC2016 # $1 is that of the inner sh
+    untaken=$(find "$1" -type d ! -exec sh -c 'chown -h root:wheel "$1" && chmod go-w "$1" &&
+        { chmod -N "$1" 2>/dev/null || :; }' sh '{}' ';' -print) || untaken=$1
+    [ -z "$untaken" ] || die "can't take $1 for root (see above); mend that, then run again"
+}
+
+# refuse_an_env_with_two_names - refuses a .env that is no file, too.  A symlink stays; root does
+# not follow it.
+refuse_an_env_with_two_names() {
+    if [ -L "$ENV_FILE" ] || [ ! -e "$ENV_FILE" ]; then return 0; fi
+    [ -f "$ENV_FILE" ] || die "$ENV_FILE is no file: move it away, run again"
+    has_one_name "$ENV_FILE" ||
+        die "$ENV_FILE has a second name (a hard link): copy it, remove the link, run again"
+}
+
+remove_links() { # folders stay, and regular files with one name
+    [ -d "$1" ] || return 0 # a dry run
+    remove_entries "$1" "a symlink" -type l
+    remove_entries "$1" "a hard link" -type f ! -links 1
+    remove_entries "$1" "neither file nor folder" ! -type f ! -type l ! -type d
+}
+
+# remove_entries FOLDER KIND TEST... - removes the names for which find's TEST holds, except .env.
+remove_entries() {
+    folder=$1 kind=$2
+    shift 2
+    set -- find "$folder" "$@" ! -path "$ENV_FILE"
+    # A name may hold a line break or an escape sequence of the terminal.
+    names=$("$@" -print0 | tr '\000\001-\037\177' '\n?')
+    [ -n "$names" ] || return 0
+    run "$@" -exec rm -f '{}' ';'
+    [ "$DRY_RUN" = no ] || return 0
+    [ -z "$("$@" -print)" ] || die "can't remove all of this; do so, then run again: $names"
+    printf '%s\n' "$names" | while IFS= read -r name; do say "removed    $name ($kind)"; done
+}
+
+# give_folder_back FOLDER - `chown -R` changes the entries of a folder before the folder itself, on
+# macOS as on Linux, so the service gets no chance to exchange an entry meanwhile.
+give_folder_back() {
+    run chown -R -h "$SERVICE" "$1"
+    case "$TAKEN " in *" $1 "*) ;; *) run chmod 750 "$1" ;; esac
+    case "$FOREIGN " in *" $1 "*) say "owner      $1 is $SERVICE again, as the guide has it" ;; esac
+    returned=$1 still_taken=
+    for folder in $TAKEN; do
+        [ "$folder" = "$returned" ] || still_taken="$still_taken $folder"
+    done
+    TAKEN=$still_taken
+}
+
+# clean_up - runs at every exit.  If the script has failed, the running service needs its folders
+# back; their entries may be unchecked, so they keep their owners.
+clean_up() {
+    [ -z "$UNFINISHED" ] || rm -f "$UNFINISHED"
+    [ "$DRY_RUN" = no ] || return 0
+    for folder in $TAKEN; do
+        find "$folder" -depth -type d -exec chown -h "$SERVICE" '{}' ';' || :
+    done
+}
 
 # ---- Python --------------------------------------------------------------------------------------
 
@@ -599,15 +688,24 @@ health_url() {
 setting() {
     blank='[[:space:]]'
     beginning="^$blank*\(export$blank$blank*\)\{0,1\}$1$blank*=$blank*"
-    value=$(sed -n "s/$beginning//p" "$ENV_FILE" 2>/dev/null | tail -n 1 |
+    value=$(env_text | sed -n "s/$beginning//p" | tail -n 1 |
         sed -e 's/^#.*//' -e "s/$blank#.*//" -e "s/$blank*\$//" -e "s/^[\"']//" -e "s/[\"']\$//")
     printf '%s\n' "${value:-$2}"
+}
+
+env_text() { # the text of .env; through a symlink it is read as the service, not as root
+    if [ -L "$ENV_FILE" ] && [ -f "$ENV_FILE" ]; then
+        as_service cat "$ENV_FILE" 2>/dev/null || :
+    elif has_one_name "$ENV_FILE"; then
+        cat "$ENV_FILE"
+    fi
 }
 
 die_unhealthy() {
     launchctl print "system/$LABEL" 2>/dev/null |
         grep -E '^[[:space:]]*(state|last exit code) =' >&2 || :
-    tail -n 20 "$LOG_FOLDER/stderr.log" >&2 || :
+    # The folder belongs to the service again, so a link there must not show root's files.
+    as_service tail -n 20 "$LOG_FOLDER/stderr.log" >&2 || :
     die "the service does not answer at $HEALTH_URL; the reason should stand above, at the end of" \
         "$LOG_FOLDER/stderr.log. Mend it (most often in $ENV_FILE) and run this again"
 }

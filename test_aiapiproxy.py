@@ -7741,8 +7741,8 @@ def test_what_is_removed_with_all_its_content_is_named_literally():
 #
 # The scripts run unchanged, except that their absolute paths are moved into a temporary folder.
 # Every tool that only a Mac has, or that would do harm, is one shell script under many names
-# (STAND_IN): it keeps accounts and the launchd job as small files, writes every call into a log,
-# and can end the whole run by SIGKILL at the n-th call that changes something.
+# (STAND_IN): it keeps accounts, owners and the launchd job as small files, writes every call into a
+# log, and can end the whole run by SIGKILL at the n-th call that changes something.
 
 STAND_IN = r"""#!/bin/sh
 name=${0##*/}
@@ -7770,8 +7770,37 @@ sudo)  # as whom does not matter here; a script is started by its first line
     exec ${interpreter:+"$interpreter"} "$@" ;;
 plutil) changes "$@"; grep -q '^</plist>' "$2" || { echo "$2: not a plist"; exit 1; } ;;
 lsof) [ ! -f "$MAC/listener" ] || cat "$MAC/listener" ;;
-chown) changes "$@" ;;
-chmod | mkdir | mv | rm) changes "$@"; real "$@" ;;
+chown)  # writes down whose owner would change; BSD's -R passes over symlinks without -h
+    changes "$@"
+    follow=-L some=-prune
+    case "$1 $2" in
+    *-R*-h* | *-h*-R*) follow=-P some= ;;
+    -R*) follow=-P some="! -type l" ;;
+    -h*) follow=-P ;;
+    esac
+    while case $1 in -*) ;; *) false ;; esac; do shift; done
+    PATH=$REAL_PATH
+    find $follow "$2" $some -exec ls -di ${follow#-P} {} + |
+        awk -v owner="$1" '{ print $1, owner }' >>"$MAC/owners" ;;
+find)  # -user and -group ask for those owners
+    number=
+    for word; do
+        shift
+        case $word in
+        -user | -group) set -- "$@" -exec owned "$word"; number=next ;;
+        *) set -- "$@" "$word" ${number:+"{}" ";"}; number= ;;
+        esac
+    done
+    exec "$(PATH=$REAL_PATH command -v find)" "$@" ;;
+owned)  # -user|-group NUMBER FILE; what no chown was told of is root's
+    PATH=$REAL_PATH
+    owner=$(sed -n "s/^$(ls -di "$3" | awk '{ print $1 }') //p" "$MAC/owners" | tail -n 1)
+    case $1:${owner:-root:wheel} in
+    -user:_aiapiproxy:*) [ "$2" = "$(cat "$MAC/Users/_aiapiproxy/UniqueID")" ] ;;
+    -group:*:_aiapiproxy) [ "$2" = "$(cat "$MAC/Groups/_aiapiproxy/PrimaryGroupID")" ] ;;
+    *) [ "$2" = 0 ] ;;
+    esac ;;
+chmod | mkdir | mv | rm) changes "$@"; [ "$1" = -N ] || real "$@" ;;
 curl)
     [ -f "$MAC/job" ] && [ ! -f "$MAC/ill" ] || exit 7
     echo "{\"status\": \"ok\", \"service\": \"aiapiproxy\", \"pid\": $(cat "$MAC/job")}" ;;
@@ -7855,7 +7884,7 @@ launchctl)
 esac
 """
 STAND_INS = ("uname sw_vers sleep dscacheutil xattr xcode-select id sudo plutil lsof chown chmod "
-             "mkdir mv rm curl dscl launchctl").split()
+             "find owned mkdir mv rm curl dscl launchctl").split()
 
 # An interpreter whose fitness is 0, or 4 without CA certificates, or 3 if it is too old.
 PYTHON = """#!/bin/sh
@@ -7885,7 +7914,7 @@ class Mac:
             path.mkdir(parents=True)
         for node in ("Users", "Groups"):
             (self.state / "Search" / node).symlink_to(self.state / node)
-        self.set(uid=0, system="Darwin", version="14.5", tools="")
+        self.set(uid=0, system="Darwin", version="14.5", tools="", owners="")
         self.account("/Users/me", UniqueID=501, PrimaryGroupID=20)
         self.account("/Groups/staff", PrimaryGroupID=20)
         stand_in = self.tools / "stand-in"
@@ -7916,6 +7945,19 @@ class Mac:
         path = self.state / record[1:]
         return ({key.name: key.read_text().strip() for key in path.iterdir()}
                 if path.is_dir() else None)
+
+    def owners(self):
+        """The owner of every file and folder; what chown was never told of is root's."""
+        lines = (self.state / "owners").read_text().split("\n")
+        told = dict(line.split() for line in lines if line)
+        return {str(path.relative_to(self.disk)): told.get(str(path.lstat().st_ino), "root:wheel")
+                for path in self.disk.rglob("*")}
+
+    def own(self, owners):
+        """Gives the files to these owners, those of `owners()` to begin with."""
+        with open(self.state / "owners", "a") as lines:
+            for name, owner in owners.items():
+                lines.write(f"{(self.disk / name).lstat().st_ino} {owner}\n")
 
     def python(self, place, fitness=0):
         path = self.disk / place
@@ -7983,6 +8025,7 @@ def template():
         result = mac.run("install.sh", shell=("sh", "-c", 'umask 077; exec sh "$0" "$@"'))
         assert result.returncode == 0, result.stdout + result.stderr
         (mac.state / "stdout").write_text(result.stdout)
+        mac.first_owners = mac.owners()
         shutil.copytree(folder / "mac", folder / "copy", symlinks=True)
         yield mac, outcome(mac), folder / "copy"
 
@@ -7993,6 +8036,8 @@ def installed(template):
     mac, _, copy = template
     shutil.rmtree(copy.parent / "mac")
     shutil.copytree(copy, copy.parent / "mac", symlinks=True)
+    mac.set(owners="")
+    mac.own(mac.first_owners)
     return mac
 
 
@@ -8029,8 +8074,10 @@ def test_the_owners_are_those_of_the_guide(installed):
     owned = {tuple(line.split()[1:]) for line in installed.changes("chown")}
     assert {(*call[:-1], call[-1].replace(".new", "")) for call in owned} == {
         ("_aiapiproxy:_aiapiproxy", "/usr/local/bin/aiapiproxy"),
-        ("-R", "_aiapiproxy:_aiapiproxy", "/usr/local/etc/aiapiproxy"),
-        ("-R", "_aiapiproxy:_aiapiproxy", "/usr/local/var/log/aiapiproxy"),
+        ("-h", "root:wheel", "/usr/local/etc/aiapiproxy"),
+        ("-h", "root:wheel", "/usr/local/var/log/aiapiproxy"),
+        ("-R", "-h", "_aiapiproxy:_aiapiproxy", "/usr/local/etc/aiapiproxy"),
+        ("-R", "-h", "_aiapiproxy:_aiapiproxy", "/usr/local/var/log/aiapiproxy"),
         ("_aiapiproxy:_aiapiproxy", "/usr/local/var/log/aiapiproxy/stdout.log"),
         ("_aiapiproxy:_aiapiproxy", "/usr/local/var/log/aiapiproxy/stderr.log"),
         ("_aiapiproxy:_aiapiproxy", "/usr/local/etc/aiapiproxy/.env"),
@@ -8401,9 +8448,177 @@ def test_an_update_that_was_killed_before_the_restart_is_restarted_by_the_next_r
     assert (installed.state / "job").read_text() == "1002\n"
 
 
-# ---- Uninstalling
+# ---- Links in the folders of the service
 
 ETC, LOG = "usr/local/etc/aiapiproxy", "usr/local/var/log/aiapiproxy"
+SERVICE, ROOT_WHEEL = "_aiapiproxy:_aiapiproxy", "root:wheel"
+
+
+def prey(mac):
+    """A file of root's: its path, and a function that tells whether it is unchanged."""
+    path = mac.place("etc/prey", "mine", 0o604)
+    links = path.stat().st_nlink
+    def is_untouched():
+        return (path.read_text(), path.stat().st_mode & 0o777, mac.owners()["etc/prey"],
+                path.stat().st_nlink) == ("mine", 0o604, ROOT_WHEEL, links)
+    return path, is_untouched
+
+
+def removed(mac, result):
+    return dict(re.findall(r" removed    (.*?) \((.*)\)$",
+                           result.stdout.replace(f"{mac.disk}/", ""), re.M))
+
+
+def test_a_file_of_roots_that_is_linked_into_the_folders_stays_roots(installed):
+    path, is_untouched = prey(installed)
+    (installed.disk / LOG / "records").mkdir()
+    planted = [f"{LOG}/old.log", f"{LOG}/stdout.log", f"{LOG}/records/x", f"{ETC}/backup"]
+    for name in planted:
+        (installed.disk / name).unlink(missing_ok=True)
+        os.link(path, installed.disk / name)
+    result = installed.run("install.sh")
+    assert (result.returncode, is_untouched()) == (0, True), result.stderr
+    assert removed(installed, result) == dict.fromkeys(planted, "a hard link")
+    assert installed.owners()[f"{LOG}/stdout.log"] == SERVICE
+    assert "healthy    http://127.0.0.1:8082/health" in result.stdout
+
+
+def test_an_env_with_a_second_name_is_refused_and_the_service_runs_on(installed):
+    path, is_untouched = prey(installed)
+    (installed.disk / ETC / ".env").unlink()
+    os.link(path, installed.disk / ETC / ".env")
+    before = installed.owners()
+    result = installed.run("install.sh")
+    assert (result.returncode, result.stderr.replace(str(installed.disk), "")) == (
+        1, f"install.sh: /{ETC}/.env has a second name (a hard link): "
+           "copy it, remove the link, run again\n")
+    assert (installed.changes("launchctl"), installed.owners()) == ([], before)
+    path.unlink()  # the other name: an administrator has copied the file
+    assert installed.run("install.sh").returncode == 0
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["FIFO", "folder"])
+def test_an_env_that_is_no_file_is_refused_and_never_read(installed, make):
+    (installed.disk / ETC / ".env").unlink()
+    make(installed.disk / ETC / ".env")
+    result = installed.run("install.sh")
+    assert (result.returncode, installed.changes("launchctl")) == (1, [])
+    assert f"/{ETC}/.env is " in result.stderr
+    assert installed.owners()[ETC] == SERVICE
+
+
+def test_nothing_behind_a_symlink_in_the_folders_changes(installed):
+    path, is_untouched = prey(installed)
+    planted = {f"{LOG}/stdout.log": path, f"{LOG}/x": installed.disk / "etc",
+               f"{LOG}/stdout.log.new": path, f"{ETC}/.env.new": path}
+    (installed.disk / ETC / ".env").unlink()
+    (installed.disk / LOG / "stdout.log").unlink()
+    for name, target in planted.items():
+        (installed.disk / name).symlink_to(target)
+    etc = {name: owner for name, owner in installed.owners().items() if name.startswith("etc")}
+    result = installed.run("install.sh")
+    for log in ("stdout.log", "stderr.log"):  # launchd opens them as root
+        with open(installed.disk / LOG / log, "a") as opened:
+            opened.write("started\n")
+    assert (result.returncode, is_untouched()) == (0, True), result.stderr
+    assert removed(installed, result) == dict.fromkeys(planted, "a symlink")
+    assert {name: installed.owners()[name] for name in etc} == etc
+
+
+def test_an_env_that_is_a_symlink_is_left_and_read_with_the_services_rights(installed):
+    path = installed.place("etc/prey", "SERVER_PORT=9000\n", 0o604)
+    (installed.disk / ETC / ".env").unlink()
+    (installed.disk / ETC / ".env").symlink_to(path)
+    result = installed.run("install.sh")
+    assert (result.returncode, (installed.disk / ETC / ".env").is_symlink()) == (0, True)
+    assert (installed.owners()["etc/prey"], path.stat().st_mode & 0o777) == (ROOT_WHEEL, 0o604)
+    assert re.search(r"kept +\S+/.env \(a link: its target must be readable", result.stdout)
+    assert "healthy    http://127.0.0.1:9000/health" in result.stdout
+    assert [call for call in installed.calls("sudo") if call.endswith(f"cat /{ETC}/.env")]
+
+
+def test_what_is_neither_file_nor_folder_is_removed_whatever_its_name(installed):
+    os.mkfifo(installed.disk / LOG / "a pipe")
+    os.mkfifo(installed.disk / ETC / "\x1b[2J\nstarted    all")
+    (installed.disk / LOG / "records").mkdir()
+    (installed.disk / LOG / "records/-rf *").symlink_to("/")
+    kept = installed.place(f"{LOG}/records/1.json", "{}", 0o600)
+    result = installed.run("install.sh")
+    assert (result.returncode, removed(installed, result)) == (0, {
+        f"{LOG}/records/-rf *": "a symlink", f"{LOG}/a pipe": "neither file nor folder",
+        f"{ETC}/?[2J?started    all": "neither file nor folder"})
+    assert (kept.read_text(), installed.owners()[f"{LOG}/records/1.json"]) == ("{}", SERVICE)
+
+
+def test_a_folder_is_roots_before_it_is_looked_into_and_until_its_files_are_in_place(installed):
+    (installed.disk / ETC / ".env").unlink()
+    (installed.disk / LOG / "stdout.log").unlink()
+    (installed.disk / LOG / "records").mkdir()
+    (installed.disk / LOG / "x").symlink_to("/")
+    installed.run("install.sh")
+    changes = installed.changes()
+    for folder, work in ((ETC, [f"mv -f /{ETC}/.env.new /{ETC}/.env"]),
+                         (LOG, [f"chown -h root:wheel /{LOG}/records", f"rm -f /{LOG}/x",
+                                f"rm -f /{LOG}/stdout.log.new",
+                                f"mv -f /{LOG}/stdout.log.new /{LOG}/stdout.log"])):
+        order = [f"chown -h root:wheel /{folder}", f"chmod go-w /{folder}", *work,
+                 f"chown -R -h {SERVICE} /{folder}"]
+        assert sorted(map(changes.index, order)) == [changes.index(line) for line in order]
+
+
+def test_an_env_that_an_edit_left_to_root_is_the_services_again(installed):
+    text = "PROXY_API_KEY=secret\n"
+    path = installed.disk / ETC / ".env"
+    path.unlink()
+    installed.place(f"{ETC}/.env", text, 0o600)
+    installed.own({f"{ETC}/.env": ROOT_WHEEL})
+    (installed.state / "job").unlink()  # it has ended with 78, as it can't read this file
+    result = installed.run("install.sh")
+    assert (result.returncode, path.read_text(), path.stat().st_mode & 0o777,
+            installed.owners()[f"{ETC}/.env"]) == (0, text, 0o600, SERVICE)
+    assert "healthy" in result.stdout
+
+
+def test_the_stricter_form_is_set_back_and_said_so(installed):
+    assert "owner  " not in installed.run("install.sh").stdout
+    installed.own({LOG: ROOT_WHEEL})
+    result = installed.run("install.sh")
+    assert re.findall("^    owner +(.*)", result.stdout.replace(str(installed.disk), ""), re.M) == [
+        f"/{LOG} is {SERVICE} again, as the guide has it"]
+    assert installed.owners()[LOG] == SERVICE
+
+
+def test_a_run_that_fails_leaves_the_folders_to_the_service(installed):
+    (installed.disk / LOG / "records").mkdir()
+    before = {**installed.owners(), f"{LOG}/records": SERVICE}
+    installed.own({f"{LOG}/records": SERVICE})
+    (installed.disk / "usr/local/bin/aiapiproxy").unlink()
+    (installed.disk / "usr/local/bin/aiapiproxy").mkdir()
+    assert installed.run("install.sh").returncode == 1
+    assert {**installed.owners(), "usr/local/bin/aiapiproxy": SERVICE} == before
+
+
+def test_uninstalling_takes_no_file_of_others_for_root(installed):
+    path, is_untouched = prey(installed)
+    installed.own({"etc/prey": "me:staff"})
+    os.link(path, installed.disk / LOG / "old.log")
+    (installed.disk / ETC / "link").symlink_to(path)
+    result = answered_script(installed, "uninstall.sh", "n\nn\ny\n")
+    assert (result.returncode, installed.owners()["etc/prey"]) == (0, "me:staff")
+    assert removed(installed, result) == {f"{LOG}/old.log": "a hard link",
+                                          f"{ETC}/link": "a symlink"}
+
+
+def test_uninstalling_keeps_the_account_while_env_has_a_second_name(installed):
+    os.link(installed.disk / ETC / ".env", installed.disk / "etc/env")
+    result = answered_script(installed, "uninstall.sh", "n\nn\ny\n")
+    assert (result.returncode, installed.owners()["etc/env"]) == (1, SERVICE)
+    assert "has a second name (a hard link): copy it, remove the link, run again" in result.stderr
+    assert installed.attributes("/Users/_aiapiproxy") is not None
+
+
+# ---- Uninstalling
+
 ANSWERS = [
     ("yes to all", "y\ny\nyes\n", [], (False, False, False)),
     ("no to all", "n\n\nno\n", [], (True, True, True)),
@@ -8453,8 +8668,10 @@ def test_purging_leaves_the_folders_of_others_and_their_files(installed):
 
 def test_files_that_outlive_the_account_are_given_to_root(installed):
     answered_script(installed, "uninstall.sh", "n\nn\ny\n")
-    assert installed.changes("chown") == [f"chown -R root:wheel /{ETC}",
-                                          f"chown -R root:wheel /{LOG}"]
+    assert installed.changes("chown") == [
+        f"chown {options} root:wheel /{folder}"
+        for folder in (ETC, LOG) for options in ("-h", "-R -h")]
+    assert set(installed.owners().values()) == {"root:wheel"}
 
 
 def test_an_account_that_may_not_be_deleted_is_explained_and_the_rest_is_gone(installed):

@@ -18,6 +18,7 @@ export LC_ALL
 
 LABEL=com.aiapiproxy
 DAEMON=/Library/LaunchDaemons/com.aiapiproxy.plist
+ENV_FILE=/usr/local/etc/aiapiproxy/.env
 STOP_SECONDS=45 # ExitTimeOut of the plist, and 15 for launchd to clear the label
 
 DRY_RUN=no
@@ -173,9 +174,51 @@ remove_leftover() { # of an installation that was killed
 
 # disown_what_stays - otherwise the files would belong to the next account with the same number.
 disown_what_stays() {
-    for folder in /usr/local/etc/aiapiproxy /usr/local/var/log/aiapiproxy; do
-        if is_there "$folder"; then run chown -R root:wheel "$folder"; fi
+    for kept in /usr/local/etc/aiapiproxy /usr/local/var/log/aiapiproxy; do
+        if [ -L "$kept" ] || [ ! -d "$kept" ]; then continue; fi
+        take_folder "$kept"
+        refuse_an_env_with_two_names
+        remove_links "$kept"
+        run chown -R -h root:wheel "$kept"
     done
+}
+
+# take_folder FOLDER - makes root the owner of FOLDER and of each folder in it, outer ones first, so
+# that nobody can exchange an entry after the script has checked it.  ACLs are removed, because they
+# could still let the service write.
+take_folder() {
+    if [ "$DRY_RUN" = yes ]; then run chown -h root:wheel "$1"; run chmod go-w "$1"; return 0; fi
+    # shellcheck disable=SC2016 # $1 is that of the inner sh
+    untaken=$(find "$1" -type d ! -exec sh -c 'chown -h root:wheel "$1" && chmod go-w "$1" &&
+        { chmod -N "$1" 2>/dev/null || :; }' sh '{}' ';' -print) || untaken=$1
+    [ -z "$untaken" ] || die "can't take $1 for root (see above); mend that, then run again"
+}
+
+# refuse_an_env_with_two_names - `chown -R` would give root a file that also lies in another folder.
+refuse_an_env_with_two_names() {
+    if [ -L "$ENV_FILE" ] || [ ! -f "$ENV_FILE" ]; then return 0; fi
+    [ -n "$(find "$ENV_FILE" -prune -links 1)" ] ||
+        die "$ENV_FILE has a second name (a hard link): copy it, remove the link, run again"
+}
+
+remove_links() { # folders stay, and regular files with one name
+    remove_entries "$1" "a symlink" -type l
+    remove_entries "$1" "a hard link" -type f ! -links 1
+    remove_entries "$1" "neither file nor folder" ! -type f ! -type l ! -type d
+}
+
+# remove_entries FOLDER KIND TEST... - removes the names for which find's TEST holds, except .env.
+remove_entries() {
+    folder=$1 kind=$2
+    shift 2
+    set -- find "$folder" "$@" ! -path "$ENV_FILE"
+    # A name may hold a line break or an escape sequence of the terminal.
+    names=$("$@" -print0 | tr '\000\001-\037\177' '\n?')
+    [ -n "$names" ] || return 0
+    run "$@" -exec rm -f '{}' ';'
+    [ "$DRY_RUN" = no ] || return 0
+    [ -z "$("$@" -print)" ] || die "can't remove all of this; do so, then run again: $names"
+    printf '%s\n' "$names" | while IFS= read -r name; do say "removed    $name ($kind)"; done
 }
 
 record_exists() { dscl . -read "$1" >/dev/null 2>&1; }
