@@ -274,7 +274,7 @@ def error_kind(status: int) -> str:
 
 
 def error_fields(error: ProxyError, request_id: str) -> Json:
-    """The error object of the Messages API, for a response's body or the data of an `error` event."""
+    """The Messages API's error object, for a response's body or the data of an `error` event."""
     members: Json = {"type": error.kind, "message": error.message}
     if error.details is not None:
         members["details"] = error.details
@@ -709,6 +709,10 @@ LOGGED_FIELDS = ("inference_geo", "container")      # dropped, and somebody may 
 
 
 # ---- 4.2 fields ------------------------------------------------------------
+#
+# Each known field has a check of its type and the Anthropic API's sentence for a wrong one.
+# Unknown fields pass and are dropped, so that newer clients still work.  Ranges are the
+# upstream's business.
 
 def check_fields(params: Json, is_counting: bool) -> None:
     """Raises ProxyError(400) for the first top-level field that cannot be used."""
@@ -737,6 +741,7 @@ def is_model_name(value: Any) -> bool:
 
 
 def is_system(value: Any) -> bool:
+    """A string, or a list of text blocks: system texts hold no pictures."""
     return isinstance(value, str) or (isinstance(value, list) and all(map(is_text_block, value)))
 
 
@@ -961,6 +966,7 @@ UNSENT_BLOCKS = {
 # a path is built only if something is wrong.
 
 def message_problem(message: Any) -> str:
+    """A message needs content, except a system message that only changes the effort."""
     if not isinstance(message, dict):
         return ": Input should be an object"
     role, content = message.get("role"), message.get("content")
@@ -975,6 +981,7 @@ def message_problem(message: Any) -> str:
 
 
 def content_problem(blocks: List[Any]) -> str:
+    """The first problem of a list of blocks, at any depth: results and documents hold blocks."""
     if len(blocks) > MAX_MESSAGES:
         return f".content: at most {MAX_MESSAGES} blocks are allowed"
     for index, block in enumerate(blocks):
@@ -985,6 +992,7 @@ def content_problem(blocks: List[Any]) -> str:
 
 
 def block_problem(block: Any) -> str:
+    """Blocks of unknown types pass: clients are newer than this program."""
     if not isinstance(block, dict):
         return ": Input should be an object"
     kind = block.get("type")
@@ -1011,6 +1019,7 @@ def tool_result_problem(block: Json) -> str:
 
 
 def source_problem(block: Json) -> str:
+    """An image or a document needs a source that can be sent on; stored files are not here."""
     source = block.get("source")
     kind = source.get("type") if is_object(source) else None
     if kind == "file":
@@ -1133,6 +1142,7 @@ def read_tool(definition: Any, where: str) -> Optional[Tool]:
 
 
 def is_server_tool(kind: str) -> bool:
+    """Whether only Anthropic's servers could run a tool of this type."""
     return bool(re.match(SERVER_TOOLS, kind)) or kind.startswith("tool_search_tool_")
 
 
@@ -1199,6 +1209,7 @@ def client_tool(definition: Json) -> Optional[ClientTool]:
 
 
 def bash_tool(definition: Json) -> ClientTool:
+    """A shell that lives as long as the session."""
     return ClientTool(
         "bash", "Runs a command in a persistent bash session and returns what it prints. "
         "Set restart to true to start the session anew.",
@@ -1223,6 +1234,7 @@ def edit_tool(definition: Json) -> ClientTool:
 
 
 def memory_tool(definition: Json) -> ClientTool:
+    """A file system for notes; the client keeps the files."""
     return ClientTool(
         "memory", "Reads and writes files that persist between conversations. "
         "All paths lie under /memories.",
@@ -1300,6 +1312,11 @@ TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 # ---- 4.8 schemas -----------------------------------------------------------
+#
+# JSON Schema has many dialects, and each upstream reads another part of it.  A schema is changed
+# as little as possible here; an upstream that refuses it gets a simpler one (14.4).  The walk
+# enters keywords that hold schemas, never `enum`, `const`, `default` or `examples`, whose
+# objects are data.
 
 def clean_schema(schema: Any) -> Json:
     """A schema for `parameters` that every upstream can read: an object with properties.
@@ -1450,6 +1467,7 @@ class Translation:
 # ---- 5.1 texts of single blocks --------------------------------------------
 
 def without_whitespace(text: str) -> str:
+    """Base64 data without line breaks, which upstreams refuse in a URL."""
     return text if text.isalnum() else "".join(text.split())
 
 
@@ -1460,6 +1478,7 @@ def unknown_text(block: Json) -> str:
 
 
 def document_text(block: Json, text: str) -> str:
+    """The text of a document below its title and its context; citations have no counterpart."""
     lines = [f"[Document: {block['title']}]" if is_name(block.get("title")) else "[Document]"]
     if is_name(block.get("context")):
         lines.append(f"[Context: {block['context']}]")
@@ -1481,6 +1500,7 @@ def nested_texts(block: Json) -> str:
 
 
 def compaction_text(block: Json) -> str:
+    """The summary that stands for earlier turns; empty if the client has none."""
     content = block.get("content")
     return f"[Summary of the earlier conversation]\n{content}" if isinstance(content, str) else ""
 
@@ -1548,6 +1568,9 @@ def document_placeholder(block: Json) -> str:
 
 
 # ---- 5.3 blocks of an assistant turn ---------------------------------------
+#
+# Upstreams know text and tool calls.  The other blocks of an assistant turn become text, as far
+# as the model needs them to understand its own earlier answer.
 
 def assistant_text(blocks: List[Block]) -> str:
     """The text of an assistant turn.  Text right behind text is joined to it, because the client
@@ -1585,6 +1608,7 @@ def assistant_paragraph(block: Json) -> str:
 
 
 def called_text(block: Json) -> str:
+    """The text for a call that Anthropic's servers ran: no upstream knows the tool."""
     return f"[Called {block.get('name')} with {json_text(block.get('input') or {})}]"
 
 
@@ -1598,12 +1622,14 @@ def server_result_text(block: Json) -> str:
 
 
 def search_hits(block: Json) -> str:
+    """A line for each hit of a web search; the encrypted page contents mean nothing here."""
     content = block.get("content")
     hits = [hit for hit in content if is_object(hit)] if isinstance(content, list) else []
     return "\n".join(f"- {hit.get('title')}: {hit.get('url')}" for hit in hits)
 
 
 def fetched_page(block: Json) -> str:
+    """The address of a fetched page, and its text if it is one."""
     content = object_member(block, "content")
     source = object_member(object_member(content, "content"), "source")
     text = source.get("data") if source.get("type") == "text" else None
@@ -1611,6 +1637,7 @@ def fetched_page(block: Json) -> str:
 
 
 def execution_output(block: Json) -> str:
+    """The output of code that Anthropic's servers ran, and the exit code if it failed."""
     content = object_member(block, "content")
     lines = [content[key] for key in ("stdout", "stderr", "content") if is_name(content.get(key))]
     if content.get("return_code"):
@@ -1619,6 +1646,7 @@ def execution_output(block: Json) -> str:
 
 
 def object_member(value: Json, name: str) -> Json:
+    """A member if it is an object, else an empty object."""
     member = value.get(name)
     return member if is_object(member) else {}
 
@@ -1639,6 +1667,8 @@ ASSISTANT_PARAGRAPHS: Dict[str, Callable[[Json], str]] = {
 
 
 # ---- 5.4 blocks of a user turn ---------------------------------------------
+#
+# A block becomes texts, pictures and files: a writer gives them the shape of its API.
 
 def user_parts(block: Json, profile: ModelProfile) -> List[Part]:
     """The parts of a user message for a block; an unknown block is named, never lost."""
@@ -1742,6 +1772,11 @@ MISSING_RESULT = "Tool call was not executed."
 
 
 # ---- 5.6 ids ---------------------------------------------------------------
+#
+#     toolu_rRRRRRR_BASE64      the upstream's id: characters or a length that clients reject
+#     toolu_xRRRRRR_BASE64      packed JSON: the upstream's id and its extra_content
+#
+# RRRRRR is random, because an id must be new even if the upstream's is not.
 
 def client_id(call_id: Any, extra: Any, known: Set[str], new_id: NewId) -> str:
     """The id of a tool_use block for an upstream's call.
@@ -1880,13 +1915,17 @@ def chat_body(conversation: Conversation, target: Target) -> Json:
     """The body for a target.  Raises ProxyError(400) if no message is left to send."""
     profile = model_profile(target.model, target.host_class)
     body: Json = {"model": profile.model}
-    for fields_of in (message_fields, limit_fields, sampling_fields, reasoning_fields, format_fields,
-                      tool_fields, identity_fields, stream_fields):
+    for fields_of in (message_fields, limit_fields, sampling_fields, reasoning_fields,
+                      format_fields, tool_fields, identity_fields, stream_fields):
         body.update(fields_of(conversation, profile))
     return body
 
 
 # ---- 6.2 messages ----------------------------------------------------------
+#
+# OpenAI demands that an assistant message with calls is directly followed by one tool message
+# for each call.  Clients interrupt, repeat and reorder; here the list is repaired: results first,
+# in the order of their blocks, then a sentence for each call without one, then everything else.
 
 def message_fields(conversation: Conversation, profile: ModelProfile) -> Json:
     """`messages`: the system message, then the turns, each call directly followed by its result."""
@@ -1967,10 +2006,12 @@ REASONING_FIELDS = {"c": "reasoning_content", "r": "reasoning", "d": "reasoning_
 
 
 def tool_message(call_id: str, content: str) -> Json:
+    """The result of a call.  Its content must be a string, because few upstreams take parts."""
     return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
 def missing_results(calls: OpenCalls) -> List[Json]:
+    """Tool messages for the calls without a result; an interrupted client sends none."""
     return [tool_message(call_id, MISSING_RESULT) for call_id in calls.unanswered]
 
 

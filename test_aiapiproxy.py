@@ -2256,6 +2256,33 @@ def test_an_id_comes_back_to_the_upstream_as_it_was(id):
         msg(None, calls), tmsg(id, "ok"), tmsg("other", "ok")]
 
 
+MANY = {  # messages and tools whose number a client chooses
+    "calls": req([usr("Hi"), asst([use(f"a{i}") for i in range(40000)])]),
+    "calls of one id": req([usr("Hi"), asst([use("a")] * 20000), usr([res("a", "ok")] * 20000)]),
+    "results in reverse order": req([
+        usr("Hi"), asst([use(f"a{i}") for i in range(12000)]),
+        usr([res(f"a{i}", "ok") for i in reversed(range(12000))])]),
+    "tools": req(tools=[tool("ToolSearch")] + [tool(f"tool {i}", defer_loading=i % 2 == 0)
+                                               for i in range(25000)]),
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_many_calls_results_and_tools_take_linear_time(kind):
+    began = time.process_time()
+    aiapiproxy.checked_translation(MANY[kind], SETTINGS["openai"])
+    assert time.process_time() - began < 5  # 0.1 to 0.5 s; quadratic work took minutes
+
+
+def test_equal_calls_and_results_are_paired_in_order():
+    body = sent(req([usr("Hi"), asst([use("a"), use("a"), use("a")]),
+                     usr([res("a", "1"), res("a", "2")])]))
+    ids = [each["id"] for each in body["messages"][1]["tool_calls"]]
+    assert len(set(ids)) == 3
+    assert body["messages"][2:] == [tmsg(ids[0], "1"), tmsg(ids[1], "2"),
+                                    tmsg(ids[2], "Tool call was not executed.")]
+
+
 # ---- Reasoning on its way back
 
 def carrier(kind, text): return f"aap1.{kind}.{encoded(zlib.compress(text.encode()))}"
