@@ -6585,14 +6585,7 @@ class Exchange:
         self.extra_headers: Headers = {}         # for every response to this request: CORS
         self.is_shut_down = False                # the server ends before the response does
         self.was_interrupted = False             # by the shutdown, or the client disconnected
-        # The service's own facts of this exchange.
-        self.record = record
-        self.first_token: Optional[float] = None
-        self.secrets: Tuple[str, ...] = ()
-
-    def note(self, **facts: Any) -> None:
-        for name, value in facts.items():
-            setattr(self.record, name, value)
+        self.record = record                     # the service's own facts of this exchange
 
     def has_begun(self) -> bool:
         """Whether the response's head is sent: an error can then only be told inside the stream."""
@@ -7377,7 +7370,8 @@ def descriptor_is_open(descriptor: int) -> bool:
 class RequestRecord:
     """The facts of one request.  A fact that a request does not have is None or "".
 
-    The fields up to `outcome` are those of the log's `request` line, in its order.
+    The fields up to `outcome` are those of the log's `request` line, in its order; those behind it
+    are for the metrics, the history and redaction.
     """
 
     request_id: str = ""
@@ -7403,6 +7397,13 @@ class RequestRecord:
     outcome: str = "ok"
     time: float = 0.0                                # when it ended, seconds since 1970
     route: str = ""                                  # a key of ROUTES, or `other`
+    first_token: Optional[float] = None              # a time of the event loop
+    secrets: Tuple[str, ...] = ()                    # keys that no log line may show
+
+    def set_error(self, error: ProxyError, outcome: str) -> None:
+        """Sets the facts of a failure."""
+        self.outcome = outcome
+        self.error = error.log_message[:300]
 
     def set_answer(self, stop_reason: Optional[str], usage: Json) -> None:
         """Sets the facts of an answer: why it stopped, and the tokens of its `usage`."""
@@ -7419,7 +7420,8 @@ class RequestRecord:
 
 TOKEN_KINDS = {"input": "input_tokens", "output": "output_tokens",
                "cache_read": "cache_read_input_tokens"}
-LOG_FIELDS = [item.name for item in fields(RequestRecord) if item.name not in ("time", "route")]
+LOG_FIELDS = [item.name for item in fields(RequestRecord)]
+LOG_FIELDS = LOG_FIELDS[:LOG_FIELDS.index("outcome") + 1]
 
 
 # ---- 23.2 metrics ----------------------------------------------------------
@@ -7749,7 +7751,7 @@ async def create_message(app: App, exchange: Exchange) -> Optional[Response]:
     await let_others_run(exchange)
     prepare_exchange(app, exchange, translation, key)
     recording = app.new_recording(exchange, translation, params)
-    del params                           # a large request is kept in memory only once
+    del params                           # only one copy stays in memory
     try:
         return await call_and_relay(app, exchange, translation, key, recording)
     finally:
@@ -7758,7 +7760,7 @@ async def create_message(app: App, exchange: Exchange) -> Optional[Response]:
 
 
 async def let_others_run(exchange: Exchange) -> None:
-    """Lets other streams run: each step on a body over 1 MB blocks the event loop for up to 0.2 s."""
+    """Lets other streams run: a step on a body over 1 MB blocks the event loop for up to 0.2 s."""
     if exchange.body_size > LARGE_BODY:
         await asyncio.sleep(0)
 
@@ -7780,7 +7782,7 @@ async def call_and_relay(app: App, exchange: Exchange, translation: Translation,
         reply = None
     if reply is None:
         events = translator.empty()
-        note_answer(app, exchange, translation, translator)
+        record_answer(app, exchange.record, translation, translator)
         if events:
             await exchange.send(events, is_last=True)
     else:
@@ -7823,16 +7825,17 @@ def model_for_log(name: str) -> str:
 
 
 def prepare_exchange(app: App, exchange: Exchange, translation: Translation, key: str) -> None:
-    """Sets the facts of a translation for log and redaction; applies the adjustments of its model."""
+    """Sets a request's facts for log and redaction; applies the adjustments of its model."""
     is_new = len(key) >= SECRET_LENGTH and key not in app.secrets
-    translation.secrets = exchange.secrets = (*app.secrets, key) if is_new else app.secrets
+    translation.secrets = (*app.secrets, key) if is_new else app.secrets
     translation.is_mostly_non_ascii = (
         exchange.is_mostly_non_ascii and exchange.body_size > LARGE_BODY)
     record, model = exchange.record, translation.profile.model
     record.model = model_for_log(translation.requested_model)
     record.upstream_model = model_for_log(model)
     record.stream = translation.is_streamed
-    record.session = redacted(client_session(exchange), exchange.secrets)[:100]
+    record.secrets = translation.secrets
+    record.session = redacted(client_session(exchange), record.secrets)[:100]
     if translation.dropped_fields:
         names = ", ".join(translation.dropped_fields)[:300]
         log(logging.INFO, "dropped", request_id=exchange.id, names=names)
@@ -7891,9 +7894,9 @@ async def send_body(app: App, exchange: Exchange, translation: Translation,
         "POST", APIS[translation.target.api].path, encoded_body(translation), key, is_streamed,
         stream_limit if has_events else request_limit)
     app.metrics.observe("upstream_seconds", app.loop.time() - began)
-    upstream_id = redacted(response.headers.get("x-request-id", ""), exchange.secrets)
-    exchange.record.upstream_status = response.status
-    exchange.record.upstream_request_id = upstream_id[:100]
+    record, upstream_id = exchange.record, response.headers.get("x-request-id", "")
+    record.upstream_status = response.status
+    record.upstream_request_id = redacted(upstream_id, record.secrets)[:100]
     if is_streamed and 200 <= response.status < 300:
         response.timeout, response.is_live = stream_limit, True
     return response
@@ -7971,7 +7974,7 @@ class Relay:
             if not self._exchange.is_shut_down or not self._exchange.has_begun():
                 raise
             error_of_end = ProxyError(529, "The proxy is shutting down")
-            self._exchange.note(outcome="shutdown", error=error_of_end.message)
+            self._exchange.record.set_error(error_of_end, "shutdown")
             # If the end was translated just before the cancellation, the answer is complete.
             events = self._last_events or self._translator.fail(error_of_end)
             self._exchange.send_now(events, is_last=True)
@@ -7985,7 +7988,7 @@ class Relay:
         else:
             body = start if reply.is_complete else start + await reply.read_all(ANSWER_BODY)
             events = translator.whole(body)
-        note_answer(self._app, self._exchange, self._translation, translator)
+        record_answer(self._app, self._exchange.record, self._translation, translator)
         if events:                           # none for a client that wants one message
             await self._send(events)
 
@@ -8023,14 +8026,14 @@ class Relay:
         if not translator.has_finished:
             self._last_read = now
         if events:
-            if exchange.first_token is None:
+            if exchange.record.first_token is None:
                 self._note_first_token()
             exchange.send_now(events, False, now)
         return exchange.has_unsent()
 
     def _note_first_token(self) -> None:
-        if self._exchange.first_token is None and self._translator.has_content:
-            self._exchange.first_token = self._loop.time()
+        if self._exchange.record.first_token is None and self._translator.has_content:
+            self._exchange.record.first_token = self._loop.time()
 
     async def _send(self, events: bytes) -> None:
         self._note_first_token()
@@ -8074,18 +8077,16 @@ PING_INTERVAL = 10.0                     # seconds; clients give up after 300
 LAST_CHUNK_WAIT = 10.0                   # seconds from the finish reason to the end
 
 
-def note_answer(app: App, exchange: Exchange, translation: Translation,
-                translator: StreamTranslator) -> None:
-    """Notes for the log how an answer ended, and how large it was."""
+def record_answer(app: App, record: RequestRecord, translation: Translation,
+                  translator: StreamTranslator) -> None:
+    """Sets the facts of an answer that has ended: its stop reason and tokens, or its error."""
     error = translator.error
     if error is not None:
-        exchange.note(outcome="upstream_error" if isinstance(error, UpstreamError) else "shutdown",
-                      error=error.log_message[:300])
+        is_upstream = isinstance(error, UpstreamError)
+        record.set_error(error, "upstream_error" if is_upstream else "shutdown")
         return
-    usage = translator.usage
-    exchange.note(stop_reason=translator.stop["stop_reason"], **{name: usage[name] for name in (
-        "input_tokens", "output_tokens", "cache_read_input_tokens")})
-    warn_of_truncation(app, translation, usage)
+    record.set_answer(translator.stop["stop_reason"], translator.usage)
+    warn_of_truncation(app, translation, translator.usage)
 
 
 async def read_start(reply: UpstreamResponse) -> bytes:
@@ -8136,14 +8137,15 @@ TRUNCATION_PROMPT = 3000                 # estimated tokens; a shorter prompt pr
 # ---- 25.3 the application --------------------------------------------------
 
 class App:
-    """The state that all requests share: settings, upstream, adjustments, counts.
-
-    `page`, `counters` and `recorder` come from Part IV, which this part does not name.  Counters are
-    an object with `slots`, `write(slot, value)` and `read(slot)`.
-    """
+    """The state that all requests share: settings, upstream, adjustments, counts."""
 
     def __init__(self, settings: Settings, page: str = "", counters: Any = None, slot: int = 0,
                  recorder: Optional[Recorder] = None, shortcuts: Shortcuts = PLAIN) -> None:
+        """Runs in an event loop.  Raises OSError, ssl.SSLError for unusable CA certificates.
+
+        Part IV gives `page`, `counters` and `recorder`; nothing here names it.  Counters are an
+        object with `slots`, `write(slot, value)` and `read(slot)`.
+        """
         self.shortcuts = shortcuts
         self.metrics = Metrics()
         self.history = History()
@@ -8179,7 +8181,7 @@ class App:
         self.secrets = tuple(settings.secrets())
 
     def adjustments_for(self, model: str) -> Dict[str, Any]:
-        """The adjustments of a model, to be changed; drops the oldest model where there are many."""
+        """The adjustments of a model, to be changed; drops the oldest of LEARNED_MODELS for it."""
         if model not in self.adjustments and len(self.adjustments) >= LEARNED_MODELS:
             del self.adjustments[next(iter(self.adjustments))]
         return self.adjustments.setdefault(model, {})
@@ -8191,7 +8193,7 @@ class App:
         return self.recorder(exchange, translation, params, self.settings)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs work that nobody waits for.  The event loop itself keeps only a weak reference to it."""
+        """Runs work that nobody waits for.  The event loop keeps only a weak reference to it."""
         task = asyncio.ensure_future(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -8271,8 +8273,9 @@ def random_id(size: int) -> str:
 
 def log_internal_error(app: App, exchange: Exchange, error: Exception) -> None:
     """Logs a fault of the proxy itself, with its traceback where RUST_BACKTRACE asks for it."""
+    text = redacted(f"{type(error).__name__}: {error}", (*app.secrets, *exchange.record.secrets))
     log(logging.ERROR, "internal_error", request_id=exchange.id, path=exchange.request.path,
-        error=redacted(f"{type(error).__name__}: {error}", (*app.secrets, *exchange.secrets))[:500])
+        error=text[:500])
     if app.settings.rust_backtrace:
         LOG.error("traceback", exc_info=error)
 
@@ -8498,8 +8501,7 @@ async def respond(app: App, exchange: Exchange) -> Optional[Response]:
 def error_response(exchange: Exchange, error: ProxyError) -> Response:
     """An error as a response.  Sets the outcome and the error of the request's record."""
     record = exchange.record
-    record.outcome = "shutdown" if exchange.is_shut_down else error.outcome
-    record.error = error.log_message[:300]
+    record.set_error(error, "shutdown" if exchange.is_shut_down else error.outcome)
     if isinstance(error, UpstreamError):
         record.upstream_status = error.upstream_status
     body = json_bytes(error_fields(error, exchange.id))
@@ -8586,17 +8588,17 @@ def finish_exchange(app: App, exchange: Exchange) -> None:
     record.request_id, record.client = exchange.id, exchange.client
     record.method, record.path = request.method[:20], request.path
     if route == "other":
-        record.path = redacted(request.path, exchange.secrets)[:200]
+        record.path = redacted(request.path, record.secrets)[:200]
     client_request_id = request.headers.get("x-request-id", "")
-    record.client_request_id = redacted(client_request_id, exchange.secrets)[:200]
+    record.client_request_id = redacted(client_request_id, record.secrets)[:200]
     if exchange.was_interrupted:
         record.outcome = "shutdown" if exchange.is_shut_down else "client_gone"
     record.status = exchange.status or CLIENT_CLOSED_REQUEST
     record.bytes_out = exchange.bytes_out
     record.time = time.time()
     record.duration_ms = round((app.loop.time() - exchange.began) * 1000, 1)
-    if exchange.first_token is not None:
-        record.ttft_ms = round((exchange.first_token - exchange.began) * 1000, 1)
+    if record.first_token is not None:
+        record.ttft_ms = round((record.first_token - exchange.began) * 1000, 1)
     app.record_request(record)
     log(logging.DEBUG if route in QUIET_ROUTES else logging.INFO, "request", **record.log_fields())
 
@@ -8830,6 +8832,7 @@ class Recording:
 
     def __init__(self, exchange: Exchange, translation: Translation, params: Json,
                  settings: Settings) -> None:
+        """Begins with the facts that are known before the upstream is called."""
         self._secrets = translation.secrets
         self._began = time.time()
         self._size = 0
