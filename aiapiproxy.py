@@ -292,7 +292,7 @@ ERROR_KINDS = {
 # ---- 1.4 shortcuts ---------------------------------------------------------
 
 class Shortcuts(NamedTuple):
-    """The doors for faster ways to the same bytes, which stand in section 34; None is the plain way."""
+    """The doors for faster ways to the same bytes, which stand in 34; None is the plain way."""
     chunk_pattern: Optional[Callable[..., Any]] = None       # makes a ChunkPattern for one stream
     count_tokens: Optional[Callable[[str], int]] = None      # estimated_tokens with a cache
 
@@ -2449,7 +2449,7 @@ class PendingText(PendingBlock):
 
 
 class PendingThinking(PendingBlock):
-    """Reasoning.  Its signature carries the part back to the upstream that the client does not see."""
+    """Reasoning.  Its signature carries back to the upstream the part that is hidden."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -2557,7 +2557,7 @@ class PendingToolUse(PendingBlock):
         Raises UpstreamError for endless white space.
         """
         if self._in_string and not self._is_escaped and not IN_STRING.search(text):
-            return text                                          # the usual fragment
+            return text                                          # most fragments
         if self.is_custom:
             self._raw.append(text)
             return ""
@@ -2578,7 +2578,7 @@ class PendingToolUse(PendingBlock):
         return self._filled(*self._scan(text))
 
     def rest(self, is_cut: bool) -> Optional[str]:
-        """The text that is left to send when the block ends; None for a call that must not be sent."""
+        """The text that is left to send at the block's end; None for a call that must not be sent."""
         if not self.is_raw:
             return "" if self._is_filled else self._unsent
         text = "".join(self._raw)
@@ -2832,7 +2832,8 @@ class EventWriter:
     def block_start(self, block: Json) -> None:
         self._index += 1
         self._prefix = delta_prefix(self._index, *DELTAS[block["type"]])
-        self._events.append(sse_event("content_block_start", index=self._index, content_block=block))
+        self._events.append(
+            sse_event("content_block_start", index=self._index, content_block=block))
 
     def delta(self, text: str) -> None:
         self._events.append(self._prefix + quoted(text) + "}}\n\n")
@@ -2855,12 +2856,12 @@ class EventWriter:
     def error(self, error: ProxyError) -> None:
         self._events.append(sse_event(**error_fields(error, self._request_id)))
 
-    def ping(self, is_silent_block: bool) -> None:
-        """A sign of life: for a block that is open and shows nothing, a delta without text.
+    def ping(self, is_hidden_block: bool) -> None:
+        """Writes a ping; in an open block that shows no text, a delta without text.
 
-        Claude Code stops believing pings after five minutes in such a block.
+        Claude Code ignores pings after five minutes in such a block.
         """
-        self._events.append(self._prefix + '""}}\n\n' if is_silent_block else PING)
+        self._events.append(self._prefix + '""}}\n\n' if is_hidden_block else PING)
 
 
 class MessageWriter:
@@ -3072,8 +3073,8 @@ def tail_overlap(text: str, wanted: str) -> int:
 class Reader:
     """Reads the chunks of one answer and tells the machine which content they have.
 
-    The base of each API's reader: visible text and reasoning take the same way to the machine in all.
-    Each has its own read() and end().
+    The base of each API's reader: visible text and reasoning take the same way to the machine in
+    all.  Each has its own read() and end().
     """
 
     def __init__(self, translation: Translation, machine: BlockMachine, meter: Meter) -> None:
@@ -3170,7 +3171,7 @@ class ErrorData(str):
 class SSEDecoder:
     """Makes the data of each event of bytes that were cut anywhere.  [WHATWG: 9.2.6]
 
-    It tolerates careless servers: a line that is a whole JSON object is an event by itself, with or
+    It tolerates careless servers: a line that is a whole JSON object is an event, with or
     without the empty line after it, and even without `data:` in front.
     """
 
@@ -3255,7 +3256,7 @@ class SSEDecoder:
         return found
 
     def _joined(self) -> List[str]:
-        """The data lines of an event: one value together, or each one by itself."""
+        """The data lines of an event: together one value, or each line a value."""
         lines, self._data = self._data, []
         if len(lines) > 1 and all(map(is_whole, lines)):
             return lines
@@ -3282,7 +3283,7 @@ def is_event_stream(claims: bool, start: bytes) -> bool:
     Decided by the first bytes, because servers mislabel Content-Type, whose word `claims` is.
     """
     start = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start[:1] in (b"{", b"["):                        # a line of bare JSON, or a whole body
+    if start[:1] in (b"{", b"["):                        # a line of JSON, or a body
         return claims and is_whole(start.partition(b"\n")[0].decode("utf-8", "replace"))
     return claims or re.match(rb"(data|event|id|retry)?:", start) is not None
 
@@ -3423,7 +3424,7 @@ class ChatReader(Reader):
     def _read_whole_call(self, fragment: CallFragment) -> None:
         """A call of a whole answer: each entry is one.
 
-        Its arguments are complete, so those that are no object become INVALID_JSON, and are left
+        Its arguments are complete, so they become INVALID_JSON if they are no object, and are left
         out at the token limit; a stream could do that only by holding them back.
         """
         if not fragment.kind:
@@ -4965,7 +4966,7 @@ class StreamTranslator:
     the bytes for the client; a MessageWriter gives none and has the message in the end.
 
     An error is raised as ProxyError while it can be an HTTP status: before the first event, when
-    `started` is False, and always for a message.  Later it is an `error` event, and nothing follows.
+    `started` is False, and always for a message.  Later it is an `error` event, the last one.
     """
 
     def __init__(self, translation: Translation, new_id: NewId, writer: Writer,
@@ -5082,11 +5083,11 @@ class StreamTranslator:
         return self._writer.taken()
 
     def ping(self) -> bytes:
-        """A sign of life."""
+        """An event that keeps the client waiting, while the upstream sends none."""
         if self.started and not self.done and isinstance(self._writer, EventWriter):
-            is_silent_block = self._translation.thinking is ThinkingDisplay.OMITTED \
+            is_hidden_block = self._translation.thinking is ThinkingDisplay.OMITTED \
                 and isinstance(self._machine.open_block, PendingThinking)
-            self._writer.ping(is_silent_block)
+            self._writer.ping(is_hidden_block)
         return self._writer.taken()
 
     # Events of the upstream.
@@ -7980,7 +7981,7 @@ class Relay:
             self._exchange.send_now(events, is_last=True)
 
     async def _run(self) -> None:
-        """Asks once what the upstream sends, events or JSON, and translates that."""
+        """Asks once whether the upstream sends events or JSON, and translates it."""
         translator, reply = self._translator, self._reply
         start = await read_start(reply)
         if is_event_stream(reply.claims_events, start):
@@ -8126,7 +8127,8 @@ def warn_of_truncation(app: App, translation: Translation, usage: Json) -> None:
     if estimate >= TRUNCATION_PROMPT and 0 < prompt * 2 < estimate:
         app.truncation_warned.add(model)
         log(logging.WARNING, "prompt_truncated", upstream_model=model, prompt_tokens=prompt,
-            estimate=estimate, message=f"{model} saw {prompt} tokens of a prompt of about {estimate}: "
+            estimate=estimate,
+            message=f"{model} saw {prompt} tokens of a prompt of about {estimate}: "
             "the server has cut it. Raise its context window (Ollama: OLLAMA_CONTEXT_LENGTH=65536)")
 
 
@@ -9683,11 +9685,12 @@ SLOT_HEAD = struct.Struct("QQ")
 class ChunkPattern:
     """Passes the text of successive chunks on without parsing each chunk.
 
-    Saves 6.4 of 8.8 µs for a text chunk that is read alone, and 7.0 of 7.8 µs for each of 200 in one
-    read (2026-11-28, Python 3.11, process time of StreamTranslator.feed with PLAIN and SHORTCUTS).
+    Saves 6.4 of 8.8 µs for a text chunk that is read alone, and 7.0 of 7.8 µs for each of 200 in
+    one read (2026-11-28, Python 3.11, time.process_time around StreamTranslator.feed with PLAIN and
+    with SHORTCUTS).
 
-    The chunks of one stream mostly differ in nothing but their text.  `_learn` splits a chunk around
-    its text and proves, by parsing it again with another text in it, that nothing else in the chunk
+    The chunks of one stream mostly differ in nothing but their text.  `_learn` splits a chunk
+    around its text and proves, by parsing it again with another text in it, that nothing else in the chunk
     depends on that.  Later bytes that are the same before and after one JSON string are then the
     same chunk with another text.  All others are read in the plain way.
     """
@@ -9706,7 +9709,7 @@ class ChunkPattern:
         self._tries = LEARN_TRIES
 
     def feed(self, lines: str, plain: Callable[[str], None]) -> None:
-        """Reads whole lines of a stream; `plain` reads those that are not like the pattern.
+        """Reads whole lines of a stream; `plain` reads the events that are not like the pattern.
 
         An event is learned when the next one is there, so that learning never delays an event.
         """
