@@ -8650,7 +8650,7 @@ class Service:
         self.port = 0
 
     async def start(self, sockets: Optional[List[socket.socket]] = None) -> None:
-        """Accepts connections from now on.  Raises OSError where an address cannot be listened on."""
+        """Accepts connections from now on.  Raises OSError if an address cannot be bound."""
         settings = self.app.settings
         self.app.restore_counters()
         await self.server.start(
@@ -8658,7 +8658,7 @@ class Service:
         self.port = self.server.port
 
     async def drain(self, seconds: float) -> None:
-        """Stops listening, lets running requests end for `seconds`, then ends them with an error."""
+        """Stops listening; running requests get `seconds` to end, then end with an error."""
         self.app.is_draining = True
         await self.server.drain(seconds)
         for task in self.app.tasks:
@@ -8702,7 +8702,7 @@ async def serve(options: ServeOptions) -> None:
             log(logging.INFO, "stopping", in_flight=service.app.in_flight)
         else:
             loop.remove_reader(options.lifeline)
-        ways = {asyncio.ensure_future(service.drain(DRAIN_TIME)), asyncio.ensure_future(insist.wait())}
+        ways = [asyncio.ensure_future(way) for way in (service.drain(DRAIN_TIME), insist.wait())]
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         for way in ways:
             way.cancel()
@@ -8722,35 +8722,38 @@ def log_loop_fault(loop: asyncio.AbstractEventLoop, context: Json) -> None:
 
     Nearly all of them are sockets that a hostile peer has closed at an odd moment.
     """
-    error, message = context.get("exception"), context.get("message")
-    log(logging.DEBUG, "connection_fault", error=f"{type(error).__name__}: {error}" if error else message)
+    error = context.get("exception")
+    text = f"{type(error).__name__}: {error}" if error else context.get("message")
+    log(logging.DEBUG, "connection_fault", error=text)
 
 
 # ---- 28.3 reload -----------------------------------------------------------
 
 def reload(options: ServeOptions, app: App) -> None:
-    """SIGHUP: opens moved log files again and reads the settings; bad ones leave the old in force."""
+    """SIGHUP: opens moved log files again and reads the settings; bad ones change nothing."""
     for file in options.files:
         file.reopen_if_moved()
     try:
         wanted, warnings = options.load()
         fresh = with_fixed_settings(wanted, app.settings, options.start_demo is not None)
     except ConfigError as error:
-        log(logging.ERROR, "reload_failed", message="the old settings stay: " + "; ".join(error.problems))
+        problems = "; ".join(error.problems)
+        log(logging.ERROR, "reload_failed", message=f"the old settings stay: {problems}")
         return
     log_warnings(warnings)
     for name in FIXED_SETTINGS:
         if getattr(wanted, name) != getattr(fresh, name):
-            log(logging.WARNING, "reloaded", message=f"{name.upper()} takes effect at the next start")
+            log(logging.WARNING, "reloaded",
+                message=f"{name.upper()} takes effect at the next start")
     app.apply_settings(fresh)
     LOG.setLevel(fresh.log_level)
     log(logging.INFO, "reloaded", message="settings read again")
 
 
 def with_fixed_settings(fresh: Settings, old: Settings, is_demo: bool) -> Settings:
-    """New settings, with the old values of those that are fixed while the process runs.
+    """New settings, with the old values of FIXED_SETTINGS.
 
-    The demo's URL is one of them: its port was chosen at the start.  Raises ConfigError.
+    The demo's URL is fixed, too: its port was chosen at the start.  Raises ConfigError.
     """
     names = (*FIXED_SETTINGS, "openai_base_url") if is_demo else FIXED_SETTINGS
     settings = replace(fresh, **{name: getattr(old, name) for name in names})
@@ -8791,9 +8794,9 @@ def start_facts(options: ServeOptions, port: int) -> Json:
     address, models = "http://" + url_authority(settings, port), model_map(settings)
     upstream = settings.hostname if options.start_demo is None else "the built-in demo"
     shown = ", ".join(f"{family} → {name}" for family, name in models.items())
-    client_line = f"ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={token_hint(settings)} claude"
-    return {"message": f"aiapiproxy {__version__} listens on {address}, upstream {upstream} ({shown}). "
-            f"Claude Code: {client_line}",
+    variables = f"ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={token_hint(settings)}"
+    return {"message": f"aiapiproxy {__version__} listens on {address}, upstream {upstream} "
+            f"({shown}). Claude Code: {variables} claude",
             "address": address, "upstream": upstream, "models": models, "version": __version__}
 
 
@@ -8803,7 +8806,8 @@ def write_pid_file(path: str) -> None:
             with open(path, "w", encoding="ascii") as file:
                 file.write(f"{os.getpid()}\n")
         except OSError as error:
-            log(logging.WARNING, "pid_file", message=f"PID_FILE {path} cannot be written: {error.strerror}")
+            problem = f"PID_FILE {path} cannot be written: {error.strerror}"
+            log(logging.WARNING, "pid_file", message=problem)
 
 
 def remove_pid_file(path: str) -> None:
@@ -8904,7 +8908,8 @@ def replay(path: str) -> int:
         with open(path, encoding="utf-8") as file:
             recorded = json.load(file)
         settings = load_settings(recorded["settings"])
-        translation = checked_translation(recorded["client_request"], settings, recorded["session_id"])
+        translation = checked_translation(
+            recorded["client_request"], settings, recorded["session_id"])
         pieces = [data.encode("latin-1") for _, data in recorded["upstream"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         print_error(f"--replay {path}: not a recorded exchange ({type(error).__name__}: {error})")
@@ -8916,7 +8921,8 @@ def replay(path: str) -> int:
     writer = EventWriter(translation, random_id, recorded["request_id"])
     translator = StreamTranslator(translation, random_id, writer)
     try:
-        claims_events = "event-stream" in recorded["upstream_headers"].get("content-type", "").lower()
+        content_type = recorded["upstream_headers"].get("content-type", "")
+        claims_events = "event-stream" in content_type.lower()
         if is_event_stream(claims_events, b"".join(pieces[:1])):
             for piece in filter(None, pieces):
                 sys.stdout.write(translator.feed(piece).decode())
@@ -8959,8 +8965,9 @@ async def run_check(settings: Settings, warnings: List[StartWarning]) -> int:
 
 def check_settings(settings: Settings, warnings: List[StartWarning], report: CheckReport) -> None:
     """The address, the key, and whether the models' windows can hold Claude Code's requests."""
-    hosts, url = ", ".join(settings.server_host), settings.openai_base_url._replace(query="").geturl()
-    report.add("ok", f"configuration: listens on {hosts} port {settings.server_port}, upstream {url}")
+    where = f"{', '.join(settings.server_host)} port {settings.server_port}"
+    url = settings.openai_base_url._replace(query="").geturl()
+    report.add("ok", f"configuration: listens on {where}, upstream {url}")
     for _, facts in warnings:
         report.add("warn", facts["message"])
     if settings.passes_keys_on:
@@ -8978,10 +8985,12 @@ def check_settings(settings: Settings, warnings: List[StartWarning], report: Che
 
 def model_variables(settings: Settings) -> List[Tuple[str, str]]:
     """(variable, model) for each family."""
-    return [(f"CLAUDE_{family.upper()}_MODEL", name) for family, name in model_map(settings).items()]
+    models = model_map(settings).items()
+    return [(f"CLAUDE_{family.upper()}_MODEL", name) for family, name in models]
 
 
-SMALL_WINDOWS = ((r"gpt-4$|gpt-4-0[36]", 8192), (r"gpt-4-32k", 32768), (r"gpt-3\.5", 16385))   # tokens
+# Windows in tokens, of models that Claude Code's first request fills up.
+SMALL_WINDOWS = ((r"gpt-4$|gpt-4-0[36]", 8192), (r"gpt-4-32k", 32768), (r"gpt-3\.5", 16385))
 
 
 # ---- 30.3 the upstream -----------------------------------------------------
@@ -9006,9 +9015,10 @@ async def check_upstream(app: App, report: CheckReport) -> None:
             if settings.passes_keys_on else ("fail", "it does not accept OPENAI_API_KEY")
         report.add(level, f"the upstream answered {reply.status} to GET /models: {reason}")
     elif reply.status != 200:
-        # Azure and some gateways have no list of models, and work.
+        # Some gateways have no list of models, and work.
+        path = settings.openai_base_url.path + "/models"
         report.add("warn" if reply.status in (404, 405, 501) else "fail",
-                   f"the upstream answered {reply.status} to GET {settings.openai_base_url.path}/models: "
+                   f"the upstream answered {reply.status} to GET {path}: "
                    "it has no list of models, or OPENAI_BASE_URL is wrong")
     else:
         check_models(settings, body, report)
@@ -9152,24 +9162,27 @@ def demo_message(params: Json) -> Json:
     """The assistant message that answers a conversation."""
     last = params["messages"][-1]
     if last["role"] == "tool":
-        return {"role": "assistant", "content": "This is the demo of aiapiproxy: the tool has answered "
-                f"“{str(last['content'])[:200]}”. {DEMO_END}"}
+        result = str(last["content"])[:200]
+        return {"role": "assistant", "content":
+                f"This is the demo of aiapiproxy: the tool has answered “{result}”. {DEMO_END}"}
     content = last.get("content")
     text = content if isinstance(content, str) else " ".join(
         part.get("text", "") for part in content or () if is_object(part))
     # Claude Code adds texts of its own to a person's, which speak of tools in nearly every request.
     tool = demo_tool(params, re.sub(r"(?s)<system-reminder>.*?</system-reminder>", "", text))
     if tool is not None:
-        call = {"name": tool["name"], "arguments": json_text(demo_value(tool["parameters"]))}
-        return {"role": "assistant", "content": "This is the demo of aiapiproxy; it calls a tool. ",
-                "tool_calls": [{"id": "call_demo_" + random_id(8), "type": "function", "function": call}]}
-    return {"role": "assistant", "content": "Hello from the demo of aiapiproxy. No model has read this: "
-            f"your request of {len(params['messages'])} message(s) was translated to Chat Completions, "
-            f"answered by a built-in upstream word by word, and translated back. {DEMO_END}"}
+        function = {"name": tool["name"], "arguments": json_text(demo_value(tool["parameters"]))}
+        call = {"id": "call_demo_" + random_id(8), "type": "function", "function": function}
+        return {"role": "assistant", "tool_calls": [call],
+                "content": "This is the demo of aiapiproxy; it calls a tool. "}
+    return {"role": "assistant", "content":
+            "Hello from the demo of aiapiproxy. No model has read this: your request of "
+            f"{len(params['messages'])} message(s) was translated to Chat Completions, answered by "
+            f"a built-in upstream word by word, and translated back. {DEMO_END}"}
 
 
 def demo_tool(params: Json, text: str) -> Optional[Json]:
-    """The function to call: named by tool_choice or the text, else the first if tools are asked for."""
+    """The function to call: the one that is named, else the first if a tool is asked for."""
     choice = params.get("tool_choice")
     if choice == "none":
         return None
@@ -9203,8 +9216,9 @@ def demo_deltas(message: Json) -> Iterator[Json]:
     for word in re.findall(r"\S+\s*", message["content"]):
         yield {"content": word}
     for index, call in enumerate(message.get("tool_calls", ())):
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        yield {"tool_calls": [{**call, "index": index, "function": {"name": name, "arguments": ""}}]}
+        arguments = call["function"]["arguments"]
+        start_of_call = {**call["function"], "arguments": ""}
+        yield {"tool_calls": [{**call, "index": index, "function": start_of_call}]}
         for start in range(0, len(arguments), 12):
             piece = arguments[start:start + 12]
             yield {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
@@ -9525,8 +9539,8 @@ poll()
 # 33. WORKERS
 # ============================================================================
 #
-# WORKERS above 1: so many processes accept from one listening socket, and their parent
-# serves nothing itself, it watches them.  A worker that dies is replaced, at most once a
+# With WORKERS above 1 that number of processes accept from one listening socket.  Their
+# parent serves nothing itself, it watches them.  A worker that dies is replaced, at most once a
 # second; the parent keeps the sockets open meanwhile, so that no client is refused.
 
 # ---- 33.1 supervisor -------------------------------------------------------
@@ -9596,13 +9610,13 @@ class Supervisor:
         slot = self._workers.pop(pid, None)
         if slot is None or self._is_stopping:
             return
-        log(logging.ERROR, "worker_died", message=f"worker {slot} (pid {pid}) ended and is replaced",
-            wait_status=code)
+        message = f"worker {slot} (pid {pid}) ended and is replaced"
+        log(logging.ERROR, "worker_died", message=message, wait_status=code)
         time.sleep(max(0.0, WORKER_PAUSE - (time.monotonic() - began)))
         self._start(slot)
 
     def _pass_on(self, number: int, frame: Any) -> None:
-        """Handles a signal: SIGHUP reloads, the first other one stops, the second one kills."""
+        """Handles a signal: SIGHUP reloads; the first other one drains, a second one cuts."""
         if number == signal.SIGHUP:
             self._reload()
         elif self._is_stopping:
@@ -9912,7 +9926,7 @@ EX_CONFIG = 78                           # sysexits.h: unusable configuration
 # ---- 35.2 options ----------------------------------------------------------
 
 class Options(NamedTuple):
-    """The options of the command line; command_line() says what each of them does."""
+    """The options of the command line, which command_line() describes."""
 
     env_file: Optional[str] = None
     host: Optional[str] = None
@@ -9936,12 +9950,14 @@ def command_line() -> Any:
     add = parser.add_argument
     add("--env-file", metavar="PATH", help="read settings from this file instead of ./.env")
     add("--host", help="address to listen on; wins over SERVER_HOST")
-    add("--port", type=port_argument, help="port to listen on; wins over SERVER_PORT; 0: a free one")
+    add("--port", type=port_argument,
+        help="port to listen on; wins over SERVER_PORT; 0: a free one")
     add("--demo", action="store_true", help="serve with a built-in offline upstream; no key needed")
     add("--check", action="store_true", help="check the configuration and the upstream, and exit")
     add("--env", action="store_true",
         help='print what points Claude Code here: eval "$(aiapiproxy --env)"')
-    add("--replay", metavar="FILE", help="translate a recorded exchange (RECORD_DIR) again, and exit")
+    add("--replay", metavar="FILE",
+        help="translate a recorded exchange (RECORD_DIR) again, and exit")
     add("--version", action="version", version=f"aiapiproxy {__version__}")
     return parser
 
