@@ -56,7 +56,8 @@ Ten words, and nothing else is called by them:
     params        the client's request body, parsed (the SDKs' word)
     body          the JSON that we send to an upstream
     conversation  the params, read once: turns, tools, wishes, in no API's words
-    translation   one request on its way: conversation, model, body, and the facts needed to read the answer
+    translation   one request on its way: conversation, model, body, and the facts needed to read
+                  the answer
     block         an element of a message's content: text, thinking, tool_use
     chunk         a piece of an upstream's answer, parsed
     event         a server-sent event for the client
@@ -68,9 +69,11 @@ One request as data:
     UPSTREAM => bytes -> chunk -> reader -> BlockMachine -> writer -> events or one message -> bytes
 
 What always holds:
-  - An answer that looks complete is complete: a broken one ends with an error, never with message_stop.
+  - An answer that looks complete is complete: a broken one ends with an error, not with
+    message_stop.
   - When a client disconnects, its upstream call ends at once.
-  - The only key that is sent to an upstream is that upstream's; no key is in a log, a page or an answer.
+  - The only key that is sent to an upstream is that upstream's; no key is in a log, a page or an
+    answer.
   - All memory is bounded: a slow reader slows its upstream.
   - Nothing outlives a request except connections, adjustments and caches; deleting the caches would
     change no answer.  So any number of copies can share the work.
@@ -120,8 +123,9 @@ from datetime import datetime, timezone
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from json.decoder import scanstring
-from typing import (Any, Awaitable, Callable, Coroutine, Deque, Dict, Iterable, Iterator, List, Mapping, Match,
-                    NamedTuple, Optional, Pattern, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union)
+from typing import (Any, Awaitable, Callable, Coroutine, Deque, Dict, Iterable, Iterator, List,
+                    Mapping, Match, NamedTuple, Optional, Pattern, Protocol, Sequence, Set, Tuple,
+                    Type, TypeVar, Union)
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 __version__ = "1.0.0"
@@ -864,10 +868,15 @@ def transcript_of(messages: List[Any]) -> Transcript:
         is_over = messages[index].get("clear_at") == "next_user_message" and index < last_user
         if text and not is_over:
             entries.append(Turn("system", [Reminder(text)]))
+    lay_out(transcript, entries)
+    return transcript
+
+
+def lay_out(transcript: Transcript, entries: List[Turn]) -> None:
+    """Puts the system texts before all other messages apart, and merges the rest into turns."""
     begin = next((at for at, turn in enumerate(entries) if turn.role != "system"), 0)
     transcript.system = [str(text) for turn in entries[:begin] for text in turn.blocks]
     transcript.turns = merged_turns([turn for turn in entries[begin:] if not is_empty_turn(turn)])
-    return transcript
 
 
 NO_USER_MESSAGE = "messages: at least one user message is required"
@@ -2578,7 +2587,7 @@ class PendingToolUse(PendingBlock):
         return self._filled(*self._scan(text))
 
     def rest(self, is_cut: bool) -> Optional[str]:
-        """The text that is left to send at the block's end; None for a call that must not be sent."""
+        """The text left to send at the block's end; None for a call that must not be sent."""
         if not self.is_raw:
             return "" if self._is_filled else self._unsent
         text = "".join(self._raw)
@@ -5859,9 +5868,9 @@ class Upstream:
                  on_connection: Callable[[bool], Any] = bool) -> None:
         """`url` has the scheme, host, path and query that all requests share.
 
-        `connect_limit` bounds each attempt to connect, beside CONNECT_TIME.  `headers` are sent with
-        each request, in place of ours of the same name.  `tls` is for https alone.  `on_connection`
-        is called for each connection that is used: with True for a reused one.
+        `connect_limit` bounds each attempt to connect, beside CONNECT_TIME.  `headers` are sent
+        with each request, in place of ours of the same name.  `tls` is for https alone.
+        `on_connection` is called for each connection that is used: with True for a reused one.
         """
         if (url.scheme == "https") != (tls is not None):
             raise ValueError("tls belongs to https, and to nothing else")
@@ -6130,8 +6139,8 @@ class UpstreamResponse:
                  timeout: TimeLimit, deadline: float) -> None:
         """`start` is the part of the body that arrived with the head.
 
-        The body must be complete at `deadline`, a time of the loop's clock; with `is_live` each read
-        may take `timeout` anew.
+        The body must be complete at `deadline`, a time of the loop's clock; with `is_live` each
+        read may take `timeout` anew.
         """
         self.status, self.headers, is_http11 = head
         self.timeout = timeout
@@ -6376,8 +6385,8 @@ class Server:
 
     `handle` answers an exchange: it returns a Response, or None if it has sent a stream.  `reject`
     gives the Response to a head that is not HTTP.  `finish` is called once for each exchange,
-    however it ended.  `new_id` gives random letters and digits for the ids of exchanges, `new_record`
-    an object for the facts that the owner of the server wants to keep of an exchange.
+    however it ended.  `new_id` gives random letters and digits for the ids of exchanges,
+    `new_record` an object for the facts that the owner of the server wants to keep of an exchange.
     """
 
     def __init__(self, handle: Callable[[Exchange], Awaitable[Optional[Response]]],
@@ -9704,9 +9713,9 @@ class ChunkPattern:
     with SHORTCUTS).
 
     The chunks of one stream mostly differ in nothing but their text.  `_learn` splits a chunk
-    around its text and proves, by parsing it again with another text in it, that nothing else in the chunk
-    depends on that.  Later bytes that are the same before and after one JSON string are then the
-    same chunk with another text.  All others are read in the plain way.
+    around its text and proves, by parsing it again with another text in it, that nothing else in
+    the chunk depends on that.  Later bytes that are the same before and after one JSON string are
+    then the same chunk with another text.  All others are read in the plain way.
     """
 
     def __init__(self, decoder: SSEDecoder, reader: Reader, machine: BlockMachine,
