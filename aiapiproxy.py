@@ -104,7 +104,6 @@ import json
 import logging
 import math
 import mmap
-import operator
 import os
 import re
 import select
@@ -139,11 +138,11 @@ __version__ = "1.0.0"
 # 1. WORDS AND ERRORS
 # ============================================================================
 #
-# The words that all sections share, and the errors.  Every failure that a client can
-# see is a ProxyError: a status, the kind that the Anthropic API gives to it, and a
-# sentence for a person.  Code that raises one knows nothing about HTTP responses:
-# `respond` (27) makes them, and once a stream has begun, the translator (16) turns
-# the same object into an `error` event.  [Anthropic: errors]
+# The words that all sections share, and the errors.  Every failure that a client can see is a
+# ProxyError: a status, from which the Anthropic API's kind of error follows, and a sentence for a
+# person.  Code that raises one knows nothing about HTTP responses: `respond` (27) makes them, and
+# once a stream has begun, the translator (16) turns the same object into an `error` event.
+# [Anthropic: errors]
 
 # ---- 1.1 words -------------------------------------------------------------
 
@@ -210,7 +209,7 @@ KEY_LIKE = re.compile(r"\bsk-[A-Za-z0-9_-]{8,}([A-Za-z0-9_-]{4})")
 # ---- 1.3 errors ------------------------------------------------------------
 
 class ProxyError(Exception):
-    """A failure that is told to the client.
+    """A failure that is told to the client.  `kind`: the `error.type` that belongs to its status.
 
     `message` is the sentence for the client, `log_message` the text for the log: an upstream's
     message may quote the prompt, so it is not logged.  `headers`, names in lower case, are added to
@@ -219,15 +218,15 @@ class ProxyError(Exception):
 
     outcome = "rejected"
 
-    def __init__(self, status: int, message: str, *, kind: Optional[str] = None,
-                 headers: Optional[Dict[str, str]] = None, details: Optional[Json] = None) -> None:
+    def __init__(self, status: int, message: str, *, headers: Optional[Dict[str, str]] = None,
+                 details: Optional[Json] = None) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.kind = kind or error_kind(status)
+        default_kind = "invalid_request_error" if status < 500 else "api_error"
+        self.kind = ERROR_KINDS.get(status, default_kind)
+        self.message = self.log_message = message
         self.headers = headers or {}
         self.details = details
-        self.log_message = message
 
 
 class ProtocolError(ProxyError):
@@ -235,10 +234,7 @@ class ProtocolError(ProxyError):
 
 
 class UpstreamError(ProxyError):
-    """The upstream failed.  `upstream_status` is its own status, 0 where it gave none.
-
-    `log_message`: the text for the log, because an upstream's own words may quote the prompt.
-    """
+    """The upstream failed.  `upstream_status` is its own status, 0 where it gave none."""
 
     outcome = "upstream_error"
 
@@ -272,11 +268,6 @@ class ConfigError(Exception):
         self.problems = problems
 
 
-def error_kind(status: int) -> str:
-    """The `error.type` that belongs to an HTTP status."""
-    return ERROR_KINDS.get(status) or ("invalid_request_error" if status < 500 else "api_error")
-
-
 def error_fields(error: ProxyError, request_id: str) -> Json:
     """The Messages API's error object, for a response's body or the data of an `error` event."""
     members: Json = {"type": error.kind, "message": error.message}
@@ -287,10 +278,8 @@ def error_fields(error: ProxyError, request_id: str) -> Json:
 
 ERROR_KINDS = {
     401: "authentication_error", 402: "billing_error", 403: "permission_error",
-    404: "not_found_error", 408: "timeout_error", 409: "conflict_error",
-    413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
-    529: "overloaded_error",
-}
+    404: "not_found_error", 408: "timeout_error", 409: "conflict_error", 413: "request_too_large",
+    429: "rate_limit_error", 504: "timeout_error", 529: "overloaded_error"}
 
 
 # ---- 1.4 shortcuts ---------------------------------------------------------
@@ -308,11 +297,10 @@ PLAIN = Shortcuts()
 # 2. JSON
 # ============================================================================
 #
-# Incoming JSON is hostile: numbers that no float can hold, nesting that no stack can
-# hold, lone surrogates.  There is one reader for each sender: client_json is strict
-# and bounded, upstream_json takes every dialect, model_json reads JSON that a model
-# wrote.  Outgoing JSON is compact ASCII without lone surrogates, because a client in
-# Python crashes when it encodes one.  [RFC 8259]
+# Incoming JSON is hostile: numbers that no float can hold, nesting that no stack can hold, lone
+# surrogates.  There is one reader for each sender: client_json is strict and bounded, upstream_json
+# takes every dialect, model_json reads JSON that a model wrote.  Outgoing JSON is compact ASCII
+# without lone surrogates, because a client in Python crashes when it encodes one.  [RFC 8259]
 
 # ---- 2.1 writing -----------------------------------------------------------
 
@@ -323,27 +311,23 @@ def json_text(value: Any) -> str:
         # `\ud` marks a surrogate, paired or lone; rfind is three times as fast as find.
         if text.rfind("\\ud") >= 0:
             clean = without_lone_surrogates(value)
-            text = text if clean is value else _encoder.encode(clean)
+            text = text if clean == value else _encoder.encode(clean)
         return text
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError(TOO_DEEP) from None
 
 
 def without_lone_surrogates(value: Any) -> Any:
-    """A JSON value whose surrogates are paired or replaced by U+FFFD; itself if it has no lone one.
+    """A JSON value whose surrogates are paired or replaced by U+FFFD.
 
-    Two neighbouring halves become one character: upstreams split an emoji between two chunks.
+    Two neighbouring surrogates become one character: upstreams split an emoji between two chunks.
     """
     if isinstance(value, str):
         return well_formed_text(value)
     if isinstance(value, list):
-        items = [without_lone_surrogates(item) for item in value]
-        return value if all(map(operator.is_, items, value)) else items
+        return [without_lone_surrogates(item) for item in value]
     if isinstance(value, dict):
-        pairs = [(well_formed_text(key), without_lone_surrogates(item))
-                 for key, item in value.items()]
-        is_same = all([key is old and item is value[old] for (key, item), old in zip(pairs, value)])
-        return value if is_same else dict(pairs)
+        return {well_formed_text(key): without_lone_surrogates(item) for key, item in value.items()}
     return value
 
 
@@ -369,20 +353,20 @@ def utf8_json_bytes(value: Any) -> bytes:
     For megabytes of non-ASCII text it takes a fifth of the time of json_bytes, and half the size.
     """
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"),
-                          allow_nan=False).encode("utf-8")
+        return readable_json(value).encode("utf-8")
     except UnicodeEncodeError:
         return json_bytes(value)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError(TOO_DEEP) from None
 
 
 def readable_json(value: Any) -> str:
     """Compact JSON without escapes, the form in which a model reads it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 _encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
+TOO_DEEP = "nested too deeply"
 
 
 # ---- 2.2 reading -----------------------------------------------------------
@@ -390,10 +374,9 @@ _encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circul
 def client_text(body: Union[bytes, bytearray]) -> str:
     """The text of a client's body, without a byte order mark.  Raises ProxyError(400)."""
     try:
-        text = body.decode()
+        return body.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ProxyError(400, f"{NOT_JSON}: not UTF-8 at byte {error.start}") from None
-    return text[1:] if text.startswith("\ufeff") else text
 
 
 def client_json(text: str) -> Any:
@@ -411,15 +394,15 @@ def client_json(text: str) -> Any:
     try:
         return _client_decoder.decode(text)
     except json.JSONDecodeError as error:
-        raise ProxyError(400, f"{NOT_JSON}: {error.msg} "
-                         f"(line {error.lineno}, column {error.colno})") from None
+        problem = f"{error.msg} (line {error.lineno}, column {error.colno})"
     except ValueError as error:
-        raise ProxyError(400, f"{NOT_JSON}: {str(error)[:200]}") from None
+        problem = str(error)[:200]
     except RecursionError:
-        raise ProxyError(400, f"{NOT_JSON}: nested too deeply") from None
+        problem = TOO_DEEP
     finally:
         if was_collecting:
             gc.enable()
+    raise ProxyError(400, f"{NOT_JSON}: {problem}")
 
 
 NOT_JSON = "Request body is not valid JSON"
@@ -428,40 +411,9 @@ NOT_JSON = "Request body is not valid JSON"
 MAX_VALUES = 500000
 
 
-def upstream_json(text: str) -> Any:
-    """The value of JSON text from an upstream.  Raises ValueError.
-
-    Raw control characters, NaN and infinity are accepted, because servers send them.
-    """
-    try:
-        return _upstream_decoder.decode(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def model_json(text: str) -> Any:
-    """The value of JSON text that a model wrote, or that travelled through a client.
-
-    Raw control characters inside strings are accepted: models don't escape line breaks.  Raises
-    ValueError for other faults, NaN and infinity included.
-    """
-    try:
-        return _model_decoder.decode(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def leading_model_json(text: str) -> Tuple[Any, int]:
-    """The value at the start of a text that a model wrote, and its end.  Raises ValueError."""
-    try:
-        return _model_decoder.raw_decode(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
 def finite_float(text: str) -> float:
     value = float(text)
-    if value in (math.inf, -math.inf):
+    if math.isinf(value):
         raise ValueError(f"the number {text[:20]} is too large")
     return value
 
@@ -470,19 +422,35 @@ def reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not allowed")
 
 
+def bounded_reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A function that reads JSON text and raises ValueError for every fault, deep nesting too."""
+    def bounded(text: str) -> Any:
+        try:
+            return read(text)
+        except RecursionError:
+            raise ValueError(TOO_DEEP) from None
+    return bounded
+
+
 _client_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant)
 _model_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant,
                                   strict=False)
-_upstream_decoder = json.JSONDecoder(strict=False)
+
+# The value of JSON text from an upstream.  Servers send raw control characters, NaN and infinity.
+upstream_json = bounded_reader(json.JSONDecoder(strict=False).decode)
+# The value of JSON text that a model wrote, or that travelled through a client.  Raw control
+# characters inside strings are accepted, because models don't escape line breaks.
+model_json = bounded_reader(_model_decoder.decode)
+# (the value at the start of a text that a model wrote, its end)
+leading_model_json = bounded_reader(_model_decoder.raw_decode)
 
 
 # ============================================================================
 # 3. MODELS AND HOSTS
 # ============================================================================
 #
-# Nobody configures what an upstream can do: it is read off the host of its URL and the
-# name of the model, with the tables of this section.  What they don't know, an
-# upstream's error can tell (14).
+# Nobody configures the abilities of an upstream: they are read off the host of its URL and the name
+# of the model, with the tables of this section.  An upstream's error can tell the rest (14).
 
 # ---- 3.1 hosts -------------------------------------------------------------
 
@@ -501,10 +469,8 @@ def is_loopback(host: str) -> bool:
 def class_of_host(hostname: str) -> str:
     """The kind of upstream behind a host name: a key of HOST_CLASSES, or `other`."""
     name = hostname.lower().rstrip(".")
-    for kind, endings in HOST_CLASSES.items():
-        if any(name.endswith(ending) if ending[0] == "." else name == ending for ending in endings):
-            return kind
-    return "other"
+    return next((kind for kind, endings in HOST_CLASSES.items() for ending in endings
+                 if (name.endswith(ending) if ending[0] == "." else name == ending)), "other")
 
 
 HOST_CLASSES = {                         # a leading dot: any name that ends so
@@ -517,37 +483,19 @@ HOST_CLASSES = {                         # a leading dot: any name that ends so
 }
 
 
-# ---- 3.2 names of models ---------------------------------------------------
-
-def gpt_version(base_name: str) -> Tuple[int, int]:
-    """(5, 1) for gpt-5.1-mini; (0, 0) for a name of another kind."""
-    match = re.match(r"gpt-(\d{1,4})(?:\.(\d{1,4}))?", base_name)
-    return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
-
-
-def is_chat_variant(base_name: str) -> bool:
-    """Whether a model is like gpt-5-chat-latest: a reasoning model's fields, but no effort."""
-    return base_name.startswith("gpt-5") and "-chat" in base_name
-
-
-# ---- 3.3 efforts -----------------------------------------------------------
+# ---- 3.2 efforts -----------------------------------------------------------
 
 def nearest_effort(wanted: str, allowed: Sequence[str]) -> str:
     """`wanted` if it is allowed, else the nearest lower one, else the lowest."""
-    rank = EFFORTS.index(wanted)
-    ranked = sorted((name for name in allowed if name in EFFORTS), key=EFFORTS.index)
-    lower = [name for name in ranked if EFFORTS.index(name) <= rank]
-    return (lower or ranked[:1])[-1] if ranked else wanted
+    ranked = [name for name in EFFORTS if name in allowed]
+    lower = [name for name in ranked if EFFORTS.index(name) <= EFFORTS.index(wanted)]
+    return (lower or ranked[:1] or [wanted])[-1]
 
 
 def allowed_efforts(base_name: str, host_class: str) -> Tuple[str, ...]:
     """The values of reasoning_effort that a model takes; none for a model without the field."""
-    if is_chat_variant(base_name):
-        return ()
-    for pattern, hosts, allowed in EFFORT_LISTS:
-        if re.search(pattern, base_name) and (not hosts or host_class in hosts):
-            return tuple(allowed.split())
-    return ()
+    return next((tuple(allowed.split()) for pattern, hosts, allowed in EFFORT_LISTS
+                 if re.search(pattern, base_name) and (not hosts or host_class in hosts)), ())
 
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")     # in rising order
@@ -555,6 +503,7 @@ CLIENT_EFFORTS = ("low", "medium", "high", "xhigh", "max")
 EFFORT_LISTS: Tuple[Tuple[str, Tuple[str, ...], str], ...] = (   # model, hosts (none: all), efforts
     (r"^o1-(mini|preview)", (), ""),
     (r"^o\d", (), "low medium high"),
+    (r"^gpt-5.*-chat", (), ""),          # the fields of a reasoning model, but no effort
     (r"^gpt-5-pro", (), "high"),
     (r"^gpt-5-codex|^codex", (), "low medium high"),
     (r"^gpt-5(?!\.)(?!\d)", (), "minimal low medium high"),
@@ -567,7 +516,7 @@ EFFORT_LISTS: Tuple[Tuple[str, Tuple[str, ...], str], ...] = (   # model, hosts 
 )
 
 
-# ---- 3.4 reasoning that the client sees ------------------------------------
+# ---- 3.3 reasoning that the client sees ------------------------------------
 
 class ThinkingDisplay(enum.Enum):
     """How much of the model's reasoning the client wants to see."""
@@ -584,7 +533,7 @@ def thinking_display(thinking: Optional[Json]) -> ThinkingDisplay:
     return ThinkingDisplay.OMITTED if is_omitted else ThinkingDisplay.SHOWN
 
 
-# ---- 3.5 targets and profiles ----------------------------------------------
+# ---- 3.4 targets and profiles ----------------------------------------------
 
 class Target(NamedTuple):
     """An upstream and a model there: where a request is sent."""
@@ -607,6 +556,12 @@ class ModelProfile(NamedTuple):
     efforts: Tuple[str, ...]             # values of reasoning_effort; empty: none
 
 
+def gpt_version(base_name: str) -> Tuple[int, int]:
+    """(5, 1) for gpt-5.1-mini; (0, 0) for a name of another kind."""
+    match = re.match(r"gpt-(\d{1,4})(?:\.(\d{1,4}))?", base_name)
+    return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
+
+
 # Clients choose the names of models, so the cache is bounded; an upstream serves a few dozen.
 @lru_cache(maxsize=256)
 def model_profile(model: str, host_class: str) -> ModelProfile:
@@ -617,9 +572,6 @@ def model_profile(model: str, host_class: str) -> ModelProfile:
     return ModelProfile(host_class, model, base_name, is_reasoning,
                         "max_completion_tokens" if is_reasoning else "max_tokens", cap,
                         allowed_efforts(base_name, host_class))
-
-
-UNKNOWN_PROFILE = ModelProfile("other", "", "", False, "max_tokens", None, ())
 
 
 def capped_limit(requested: int, profile: ModelProfile) -> int:
@@ -1572,7 +1524,7 @@ def nested_document_parts(block: Json, profile: ModelProfile) -> List[Part]:
 
 def document_placeholder(block: Json) -> str:
     """The text of a document for an assistant turn, which can hold no file."""
-    parts = document_parts(block, UNKNOWN_PROFILE)
+    parts = document_parts(block, model_profile("", "other"))
     return "\n".join(part for part in parts if isinstance(part, str))
 
 
