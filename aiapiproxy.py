@@ -148,6 +148,7 @@ __version__ = "1.0.0"
 
 Json = Dict[str, Any]
 NewId = Callable[[int], str]             # n -> n random letters and digits
+REASON_PHRASES = {int(status): status.phrase for status in HTTPStatus}
 
 
 # Parsed JSON is of unknown types until one of these functions has looked at it.  A bool is an int
@@ -3671,8 +3672,8 @@ STOP_REASONS = {
 # ============================================================================
 #
 # Every server words its errors in its own way; clients act on the status, the type and a few exact
-# wordings.  First the facts are read from wherever a server put them; then one error is built from
-# them that makes a client do the right thing.  [Anthropic: errors] [OpenAI: error codes]
+# wordings.  The facts are read from wherever a server put them; then one error is built from them
+# that makes a client do the right thing.  [Anthropic: errors] [OpenAI: error codes]
 
 # ---- 13.1 one error from the facts -----------------------------------------
 
@@ -3713,14 +3714,8 @@ def error_from_facts(facts: ErrorFacts, translation: Translation, now: float) ->
                          log_message=f"the upstream answered {facts.status} {logged}".rstrip())
 
 
-def reached_output_limit(status: int, body: bytes) -> bool:
-    """Whether max_tokens was used up before the first visible token: then the answer is empty.
-
-    OpenAI's reasoning models answer that with a 400.
-    """
-    return status == 400 and OUTPUT_LIMIT in body
-
-
+# Stands in a 400 of OpenAI's reasoning models: max_tokens was used up before the first visible
+# token, so the answer is empty.
 OUTPUT_LIMIT = b"Could not finish the message because max_tokens or model output limit"
 
 
@@ -3756,11 +3751,11 @@ class ErrorFacts:
         """
         if self.param == name or self.param.startswith((name + ".", name + "[")):
             return True
-        camel = re.sub(r"_(\w)", lambda match: match[1].upper(), name)
-        if re.search(rf"[\"'`](?:{name}|{camel})[\"'`]", self.message):
+        spelling = rf"(?:{name}|" + re.sub(r"_(\w)", lambda match: match[1].upper(), name) + ")"
+        if re.search(rf"[\"'`]{spelling}[\"'`]", self.message):
             return True
-        is_word = re.search(rf"(?<![\w-])(?:{name}|{camel})(?![\w-])", self.message)
-        return bool(is_word) and self.says_unknown()
+        is_word = re.search(rf"(?<![\w-]){spelling}(?![\w-])", self.message) is not None
+        return is_word and self.says_unknown()
 
 
 UNKNOWN_FIELD = (
@@ -3772,7 +3767,7 @@ def error_value(body: bytes) -> Any:
     """The JSON value of an error's body; None where the body is not JSON."""
     try:
         return upstream_json(body.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 
@@ -3783,13 +3778,11 @@ def error_facts(status: int, value: Any) -> ErrorFacts:
     if not is_object(value):
         return ErrorFacts(status)
     inner = value["error"] if is_object(value.get("error")) else value
-    codes = [str(holder[key]).lower() for holder in (inner, value) for key in ERROR_CODES
+    codes = [str(holder[key]).lower() for holder in (inner, value)
+             for key in ("code", "type", "status", "error_type")
              if isinstance(holder.get(key), (str, int))]
-    param = str(inner.get("param") or "")
-    return ErrorFacts(status, error_message(value), param, " ".join(codes), inner)
-
-
-ERROR_CODES = ("code", "type", "status", "error_type")
+    return ErrorFacts(status, error_message(value), str(inner.get("param") or ""), " ".join(codes),
+                      inner)
 
 
 def is_error_object(value: Json) -> bool:
@@ -3838,16 +3831,13 @@ def stated_message(value: Json) -> str:
 
 def response_summary(status: int, body: bytes) -> str:
     """Our message for an answer without one: its status, and the title or the text of its page."""
-    try:
-        phrase = " " + HTTPStatus(status).phrase
-    except ValueError:
-        phrase = ""
     text = body[:65536].decode("utf-8", "replace")
     title = re.search(r"<title[^>]*>(.*?)</title", text, re.I | re.S)
     if title is None:
         text = re.sub(r"(?is)<(script|style).*?(</\1>|$)|<[^>]*(>|$)", " ", text)
     shown = " ".join((title[1] if title else text).split())[:200]
-    return f"The upstream answered {status}{phrase}" + (f": {shown}" if shown else "")
+    summary = f"The upstream answered {status} {REASON_PHRASES.get(status, '')}".rstrip()
+    return summary + (f": {shown}" if shown else "")
 
 
 # ---- 13.3 status and message for the client --------------------------------
@@ -3907,24 +3897,21 @@ CODE_STATUS = (
 
 def client_status(status: int) -> int:
     """The status that makes an Anthropic client do what the upstream's status asks for."""
-    default = 502 if status < 400 else 400 if status < 500 else 500
-    return CLIENT_STATUS.get(status, default)
+    return CLIENT_STATUS.get(status, 502 if status < 400 else 400 if status < 500 else 500)
 
 
 # 520 to 530 are Cloudflare's: it cannot reach the upstream, or does not trust its certificate.
 CLIENT_STATUS = {
     401: 401, 402: 402, 403: 403, 404: 404, 408: 504, 409: 409, 413: 413, 425: 500, 429: 429,
     499: 500, 502: 502, 503: 529, 504: 504, 524: 504, 529: 529,
-    **dict.fromkeys((520, 521, 522, 523, 525, 526, 527, 530), 502),
-}
+    **dict.fromkeys((520, 521, 522, 523, 525, 526, 527, 530), 502)}
 
 
 def is_out_of_quota(facts: ErrorFacts, profile: ModelProfile) -> bool:
     """Whether the error means that money has run out: waiting does not help."""
-    if facts.status not in (402, 403, 429):
-        return False
-    return bool(facts.status == 402 or re.search(QUOTA_CODES, facts.codes) or (
-        profile.host_class in ("openai", "azure") and facts.matches("exceeded your current quota")))
+    return facts.status == 402 or facts.status in (403, 429) and (
+        re.search(QUOTA_CODES, facts.codes) is not None or profile.host_class in ("openai", "azure")
+        and facts.matches("exceeded your current quota"))
 
 
 QUOTA_CODES = (r"insufficient_quota|credit_balance_exhausted|billing_hard_limit_reached|"
@@ -3952,8 +3939,8 @@ def context_overflow(facts: ErrorFacts) -> Optional[ContextOverflow]:
     prompt, maximum = facts.fields.get("n_prompt_tokens"), facts.fields.get("n_ctx")
     if is_integer(prompt) and is_integer(maximum):           # llama.cpp has them as fields
         return ContextOverflow(prompt=prompt, maximum=maximum)
-    for pattern in OVERFLOW_WORDINGS:
-        match = facts.search(pattern.replace("#", NUMBER))
+    for wording in OVERFLOW_WORDINGS:
+        match = facts.search(re.sub("([A-Z])#", r"(?P<\1>\\d[\\d,_]*)", wording))
         if match:
             given = {name: plain_number(text) for name, text in match.groupdict().items() if text}
             prompt = sum(given.get(name, 0) for name in "NAF")
@@ -3966,52 +3953,50 @@ def plain_number(text: str) -> int:
     return int(re.sub(r"[,_]", "", text))
 
 
-NUMBER = r"\d[\d,_]*"
 OVERFLOW_CODES = (
     r"context_length_exceeded|context_window_exceeded|contextwindowexceeded|exceed_context_size|"
     r"model_max_prompt_tokens_exceeded|context_length(?!\w)")
-# N prompt, O output, T both, M maximum, A and F the prompt's messages and functions; # is a number.
+# M# is a number of tokens.  M: maximum, N: prompt, A and F: its messages and functions, O: output,
+# T: prompt and output.
 OVERFLOW_WORDINGS = (
-    # OpenAI and Azure; the last one is also vLLM's and OpenRouter's
-    r"maximum context length is (?P<M>#) tokens.*resulted in (?P<N>#) tokens",
-    r"maximum context length is (?P<M>#) tokens.*requested #\ tokens \((?P<A>#) in the messages,"
-    r"(?: (?P<F>#) in the functions,)?(?: and)? (?P<O>#) in the completion",
-    r"maximum context length is (?P<M>#) tokens.*requested (?P<T>#) tokens",
+    # OpenAI and Azure; the third one is also vLLM's and OpenRouter's
+    r"maximum context length is M# tokens.*resulted in N# tokens",
+    r"maximum context length is M# tokens.*requested [\d,_]+ tokens \(A# in the messages,"
+    r"(?: F# in the functions,)?(?: and)? O# in the completion",
+    r"maximum context length is M# tokens.*requested T# tokens",
     # vLLM, three versions of it
-    r"maximum context length is (?P<M>#) tokens.*requested (?P<O>#) output tokens.*"
-    r"contains (?:at least )?(?P<N>#) input tokens",
-    r"is too large: (?P<O>#).*maximum context length is (?P<M>#) tokens and your request has "
-    r"(?P<N>#) input tokens",
-    r"passed (?P<N>#) input tokens and requested (?P<O>#) output tokens.*"
-    r"context length is only (?P<M>#) tokens",
+    r"maximum context length is M# tokens.*requested O# output tokens.*"
+    r"contains (?:at least )?N# input tokens",
+    r"is too large: O#.*maximum context length is M# tokens and your request has N# input tokens",
+    r"passed N# input tokens and requested O# output tokens.*context length is only M# tokens",
     # OpenAI, gpt-5
-    r"exceed the configured limit of (?P<M>#) tokens.*resulted in (?P<N>#) tokens",
+    r"exceed the configured limit of M# tokens.*resulted in N# tokens",
     # llama.cpp
-    r"request \((?P<N>#) tokens\) exceeds the available context size \((?P<M>#) tokens\)",
-    r"input \((?P<N>#) tokens\) is larger than the max context size \((?P<M>#) tokens\)",
+    r"request \(N# tokens\) exceeds the available context size \(M# tokens\)",
+    r"input \(N# tokens\) is larger than the max context size \(M# tokens\)",
     # LM Studio
-    r"keep the first (?P<N>#) tokens.*context length of only (?P<M>#) tokens",
-    r"n_keep: ?(?P<N>#) ?>= ?n_ctx: ?(?P<M>#)",
+    r"keep the first N# tokens.*context length of only M# tokens",
+    r"n_keep: ?N# ?>= ?n_ctx: ?M#",
     # SGLang
-    r"maximum context length of (?P<M>#) tokens.*total of # tokens: (?P<N>#) tokens from the input "
-    r"messages and (?P<O>#) tokens for the completion",
-    r"prompt is too long: (?P<N>#), model maximum context length: (?P<M>#)",
+    r"maximum context length of M# tokens.*total of [\d,_]+ tokens: N# tokens from the input "
+    r"messages and O# tokens for the completion",
+    r"prompt is too long: N#, model maximum context length: M#",
     # Cohere; Moonshot; Gemini; xAI; Mistral; text-generation-inference: one row each
-    r"too many tokens.*cannot exceed (?P<M>#)",
-    r"exceed(?:s|ed)? (?:the )?model(?:'s)? token limit:? (?P<M>#)",
-    r"input token count \(?(?P<N>#)\)? exceeds the maximum number of tokens allowed \(?(?P<M>#)\)?",
-    r"maximum prompt length is (?P<M>#) but the request contains (?P<N>#) tokens",
-    r"prompt contains (?P<N>#) tokens.*model with (?P<M>#) maximum context length",
-    r"must be <= (?P<M>#)\. Given: (?P<N>#) `inputs` tokens and (?P<O>#) `max_new_tokens`",
+    r"too many tokens.*cannot exceed M#",
+    r"exceed(?:s|ed)? (?:the )?model(?:'s)? token limit:? M#",
+    r"input token count \(?N#\)? exceeds the maximum number of tokens allowed \(?M#\)?",
+    r"maximum prompt length is M# but the request contains N# tokens",
+    r"prompt contains N# tokens.*model with M# maximum context length",
+    r"must be <= M#\. Given: N# `inputs` tokens and O# `max_new_tokens`",
     # Anthropic, behind a gateway
-    r"prompt is too long: (?P<N>#) tokens > (?P<M>#) maximum",
-    r"input length and `?max_tokens`? exceed context limit: (?P<N>#) \+ (?P<O>#) > (?P<M>#)",
+    r"prompt is too long: N# tokens > M# maximum",
+    r"input length and `?max_tokens`? exceed context limit: N# \+ O# > M#",
     # GitHub Copilot
-    r"prompt token count of (?P<N>#).*exceeds the limit of (?P<M>#)",
-    r"exceeds the limit of (?P<M>#).*prompt token count of (?P<N>#)",
+    r"prompt token count of N#.*exceeds the limit of M#",
+    r"exceeds the limit of M#.*prompt token count of N#",
     # any server: the maximum alone, then wordings without a number
     r"(?:maximum context length|context length|context window|context size)"
-    r"(?: of the model| for this model)? (?:is|of)(?: only)? (?P<M>#)",
+    r"(?: of the model| for this model)? (?:is|of)(?: only)? M#",
     r"exceeds? (?:the )?(?:available )?"
     r"(?:context window|context length|context size|model's (?:maximum )?context)|"
     r"exceeds the maximum (?:allowed )?(?:input|prompt|context)|input is too long|"
@@ -4020,8 +4005,7 @@ OVERFLOW_WORDINGS = (
     r"model_max_prompt_tokens_exceeded|tokens to keep from the initial prompt|"
     r"range of input length|no user query found|longer than the (?:model's )?context|"
     r"context[_ ](?:length|window)[_ ]exceed|context window exceeds|prompt exceeds (?:the )?max|"
-    r"(?<!requested )exceed(?:s|ed)? (?:the )?model(?:'s)? (?:token )?limit|token length exceed",
-)
+    r"(?<!requested )exceed(?:s|ed)? (?:the )?model(?:'s)? (?:token )?limit|token length exceed")
 
 
 def overflow_message(overflow: ContextOverflow, estimate: int) -> str:
@@ -4076,7 +4060,7 @@ def retry_after(facts: ErrorFacts, now: float) -> Optional[float]:
     sources = [seconds_until(headers.get("retry-after", ""), now)]
     # Gemini: a RetryInfo among the details.
     sources += [parse_duration(entry.get("retryDelay"))
-                for entry in (details if isinstance(details, list) else ()) if is_object(entry)]
+                for entry in (details if is_list(details) else ()) if is_object(entry)]
     if facts.status == 429:
         # OpenAI: the message, else the reset of the limits that are used up.
         match = facts.search(r"try again in ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)")
@@ -4129,10 +4113,8 @@ def reset_time(text: str, now: float) -> str:
     seconds = parse_duration(text)
     if seconds is None or seconds > 10 ** 14:
         return ""
-    if seconds > 10 ** 12:
-        moment = seconds / 1000
-    else:
-        moment = seconds if seconds > 10 ** 9 else now + seconds
+    seconds = seconds / 1000 if seconds > 10 ** 12 else seconds
+    moment = seconds if seconds > 10 ** 9 else now + seconds
     return datetime.fromtimestamp(math.ceil(moment), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -4148,19 +4130,18 @@ def reset_time(text: str, now: float) -> str:
 
 def adjustment_for(status: int, body: bytes,
                    translation: Translation) -> Optional[Tuple[Adjustment, Any]]:
-    """The first adjustment that an error asks for and that changes the body; None where none does.
+    """(adjustment, argument) of the first change that an error asks for; None where none does.
 
-    The change has been made to the translation's body.  Beside the row stands its argument.
+    The change has been made to the translation's body.
     """
     value = error_value(body)
     text = body[:ERROR_TEXT].decode("utf-8", "replace")
     facts = ErrorFacts(status, text) if value is None else error_facts(status, value)
     for adjustment in ADJUSTMENTS:
-        if status in adjustment.statuses:
-            argument = adjustment.finds(facts, translation.body)
-            if argument and adjustment.change(translation.body, argument):
-                translation.token_estimate = 0       # it is counted anew from the changed body
-                return adjustment, argument
+        argument = status in adjustment.statuses and adjustment.finds(facts, translation.body)
+        if argument and adjustment.change(translation.body, argument):
+            translation.token_estimate = 0           # it is counted anew from the changed body
+            return adjustment, argument
     return None
 
 
@@ -4197,9 +4178,20 @@ def set_member(holder: Json, name: str, value: Any) -> bool:
     return is_new
 
 
+def change_members(holders: Iterable[Json], name: str, changed: Callable[[Any], Any]) -> bool:
+    """Replaces a member, where it is, by `changed(member)`; True if one is another now."""
+    return any([set_member(holder, name, changed(holder[name]))
+                for holder in holders if name in holder])
+
+
 def drop_members(holders: Iterable[Json], names: Sequence[str]) -> bool:
     """Removes members from objects; True if there was one with a value."""
     return any([holder.pop(name, None) is not None for holder in holders for name in names])
+
+
+def error_about(*names: str, or_says: str = r"(?!)") -> Callable[[ErrorFacts, Json], bool]:
+    """The `finds` of a row for errors about one of these fields, or with a wording."""
+    return lambda facts, body: any(map(facts.names_field, names)) or facts.matches(or_says)
 
 
 def functions_in(body: Json) -> List[Json]:
@@ -4256,10 +4248,7 @@ def token_field(body: Json) -> str:
 
 
 def rename_field(body: Json, old: str, new: str) -> bool:
-    if old not in body:
-        return False
-    body[new] = body.pop(old)
-    return True
+    return old in body and set_member(body, new, body.pop(old))
 
 
 def named_options(facts: ErrorFacts, body: Json) -> List[str]:
@@ -4278,9 +4267,6 @@ def supported_efforts(facts: ErrorFacts, body: Json) -> List[str]:
     match = facts.search(r"supported values are:?(.*)")
     is_listed = match and facts.names_field("reasoning_effort")
     return re.findall(r"['\"`](\w+)['\"`]", match[1]) if is_listed else []
-
-
-EFFORT_NONE = r"set [`'\"]?reasoning_effort[`'\"]? to [`'\"]?none"
 
 
 def take_nearest_effort(body: Json, allowed: Sequence[str]) -> bool:
@@ -4306,9 +4292,7 @@ SCHEMA_WORDINGS = (
 
 
 def change_schemas(body: Json, changed: Callable[[Any], Any]) -> bool:
-    """Replaces the schema of each tool by `changed(schema)`; True if one is another now."""
-    return any([set_member(function, "parameters", changed(function["parameters"]))
-                for function in functions_in(body)])
+    return change_members(functions_in(body), "parameters", changed)
 
 
 def unknown_keywords(facts: ErrorFacts, body: Json) -> List[str]:
@@ -4343,8 +4327,7 @@ def description_limit(facts: ErrorFacts, body: Json) -> Optional[int]:
 
 
 def cut_descriptions(body: Json, limit: int) -> bool:
-    return any([set_member(function, "description", function["description"][:limit])
-                for function in functions_in(body) if "description" in function])
+    return change_members(functions_in(body), "description", lambda text: text[:limit])
 
 
 # ---- 14.5 rejected schemas -------------------------------------------------
@@ -4377,8 +4360,7 @@ def merged_branches(root: Json) -> Tuple[Json, List[str]]:
     """
     properties, required = dict(properties_of(root)), required_by(root)
     for key in BRANCHES:
-        branches = root[key] if isinstance(root.get(key), list) else []
-        branches = [*filter(is_object, branches)]
+        branches = [*filter(is_object, root[key] if is_list(root.get(key)) else ())]
         for branch in branches:
             for name, item in properties_of(branch).items():
                 properties.setdefault(name, item)
@@ -4395,8 +4377,8 @@ def properties_of(schema: Json) -> Json:
 
 
 def required_by(schema: Json) -> List[str]:
-    required = schema.get("required") if isinstance(schema.get("required"), list) else []
-    return [name for name in required if isinstance(name, str)]
+    required = schema.get("required")
+    return [name for name in required if isinstance(name, str)] if is_list(required) else []
 
 
 def resolved_root(schema: Json) -> Json:
@@ -4418,15 +4400,14 @@ def complete_array(schema: Any) -> Any:
     if not is_object(schema):
         return schema
     complete = {**mapped_subschemas(schema, complete_array)}
-    if isinstance(schema.get("additionalProperties"), bool):
+    if is_boolean(schema.get("additionalProperties")):
         complete["additionalProperties"] = schema["additionalProperties"]
-    if not (isinstance(complete.get("required"), list) and complete["required"]):
+    if not (is_list(complete.get("required")) and complete["required"]):
         complete.pop("required", None)
-    items = complete.get("items")
-    tuple_items = complete.get("prefixItems") or items
-    if isinstance(tuple_items, list) and tuple_items:
+    tuple_items = complete.get("prefixItems") or complete.get("items")
+    if is_list(tuple_items) and tuple_items:
         complete["items"] = tuple_items[0] if len(tuple_items) == 1 else {"anyOf": tuple_items}
-    elif complete.get("type") == "array" and not is_object(items):
+    elif complete.get("type") == "array" and not is_object(complete.get("items")):
         complete["items"] = {}
     return complete
 
@@ -4440,8 +4421,7 @@ def is_null_content_error(facts: ErrorFacts, body: Json) -> bool:
 
 
 def fill_null_content(body: Json, argument: Any) -> bool:
-    return any([set_member(message, "content", "") for message in body["messages"]
-                if message.get("content", "") is None])
+    return change_members(body["messages"], "content", lambda old: "" if old is None else old)
 
 
 def separate_tool_results(body: Json, argument: Any) -> bool:
@@ -4456,11 +4436,9 @@ def separate_tool_results(body: Json, argument: Any) -> bool:
 
 def shorten_ids(body: Json, argument: Any) -> bool:
     """Makes ids of nine letters and digits, the same for a call and its result."""
-    holders = [(message, "tool_call_id") for message in body["messages"]]
-    holders += [(call, "id") for message in body["messages"]
-                for call in message.get("tool_calls", ())]
-    return any([set_member(holder, key, mistral_id(holder[key]))
-                for holder, key in holders if key in holder])
+    calls = [call for message in body["messages"] for call in message.get("tool_calls", ())]
+    return any([change_members(body["messages"], "tool_call_id", mistral_id),
+                change_members(calls, "id", mistral_id)])
 
 
 def ask_for_json(body: Json, argument: Any) -> bool:
@@ -4483,22 +4461,6 @@ def drop_format(body: Json, argument: Any) -> bool:
     return drop_members([body], ["response_format"])
 
 
-CARRIED_REASONING = ("reasoning_content", "reasoning", "reasoning_details")
-
-
-def is_image_error(facts: ErrorFacts, body: Json) -> bool:
-    """Whether the model takes no images."""
-    return facts.matches(IMAGE_WORDINGS)
-
-
-IMAGE_WORDINGS = (
-    r"(does not have|without|no) vision|"
-    r"(image|vision|multi-?modal).*"
-    r"(not support|unsupported|unknown variant|not available|text[- ]only)|"
-    r"(not support|unsupported|unknown variant|unknown (content )?type|no endpoints found).*"
-    r"(image|vision|multi-?modal)|image_url.*invalid|invalid.*image_url")
-
-
 def drop_images(body: Json, argument: Any) -> bool:
     """Puts a note in the place of each image, so that the model knows of it."""
     note = text_part("[image omitted: the model does not accept images]")
@@ -4512,6 +4474,13 @@ def drop_images(body: Json, argument: Any) -> bool:
 # Servers of local models answer a grammar that they cannot build with a 500, routers answer with a
 # 404 where no endpoint has the capability.
 LOCAL_STATUSES = (400, 404, 422, 500, 501)
+NO_IMAGES = (
+    r"(does not have|without|no) vision|image_url.*invalid|invalid.*image_url|"
+    r"(image|vision|multi-?modal).*"
+    r"(not support|unsupported|unknown variant|not available|text[- ]only)|"
+    r"(not support|unsupported|unknown variant|unknown (content )?type|no endpoints found).*"
+    r"(image|vision|multi-?modal)")
+CARRIED_REASONING = ("reasoning_content", "reasoning", "reasoning_details")
 
 ADJUSTMENTS = (
     # Reasoning models reject max_tokens and name the field that they want.  [OpenAI: o-series]
@@ -4525,60 +4494,56 @@ ADJUSTMENTS = (
                and facts.says_unknown(),
                change=lambda body, _: rename_field(body, "max_completion_tokens", "max_tokens")),
     # Clients ask for as many tokens as Claude can give.
-    Adjustment("limit_at_most", finds=lambda facts, body: token_limit(facts, AT_MOST),
-               change=lower_limit),
+    Adjustment("limit_at_most", lambda facts, body: token_limit(facts, AT_MOST), lower_limit),
     # OpenAI's least is 16; Claude Code asks for 1 when it probes a quota.
-    Adjustment("limit_at_least", finds=lambda facts, body: token_limit(facts, AT_LEAST),
-               change=raise_limit),
+    Adjustment("limit_at_least", lambda facts, body: token_limit(facts, AT_LEAST), raise_limit),
     # Prompt and answer together do not fit.  The next prompt has another size.
-    Adjustment("room_left", finds=room_left, change=lower_limit, is_remembered=False,
-               statuses=range(400, 600)),
+    Adjustment("room_left", room_left, lower_limit, is_remembered=False, statuses=range(400, 600)),
     # OpenAI, gpt-5.1 and later with function tools.
-    Adjustment("effort_none", finds=lambda facts, body: facts.matches(EFFORT_NONE),
-               change=lambda body, _: set_member(body, "reasoning_effort", "none")),
-    Adjustment("effort_nearest", finds=supported_efforts, change=take_nearest_effort),
-    Adjustment("options_dropped", finds=named_options,
-               change=lambda body, names: drop_members([body], names)),
+    Adjustment("effort_none",
+               error_about(or_says=r"set [`'\"]?reasoning_effort[`'\"]? to [`'\"]?none"),
+               lambda body, _: set_member(body, "reasoning_effort", "none")),
+    Adjustment("effort_nearest", supported_efforts, take_nearest_effort),
+    Adjustment("options_dropped", named_options, lambda body, names: drop_members([body], names)),
     # The client then gets its events from the whole answer.
     Adjustment("not_streamed",
-               finds=lambda facts, body: facts.names_field("stream") or facts.matches(
-                   "stream(ing)? (mode )?is not supported|does not support stream"),
-               change=lambda body, _: drop_members([body], ("stream", "stream_options"))),
+               error_about("stream", or_says="stream(ing)? (mode )?is not supported|"
+                           "does not support stream"),
+               lambda body, _: drop_members([body], ("stream", "stream_options"))),
     Adjustment("strict_dropped",
                finds=lambda facts, body: facts.names_field("strict")
                or facts.matches(r"function\.strict") or facts.param.endswith("function.strict"),
                change=lambda body, _: drop_members(functions_in(body), ["strict"])),
-    Adjustment("keywords_dropped", finds=unknown_keywords, change=drop_keywords),
+    Adjustment("keywords_dropped", unknown_keywords, drop_keywords),
     # Two steps: the second is taken when the first has nothing left to change.
-    Adjustment("schemas_simplified", finds=is_schema_error, statuses=LOCAL_STATUSES,
+    Adjustment("schemas_simplified", is_schema_error, statuses=LOCAL_STATUSES,
                change=lambda body, _: change_schemas(body, simple_schema)),
-    Adjustment("schemas_without_keywords", finds=is_schema_error, statuses=LOCAL_STATUSES,
+    Adjustment("schemas_without_keywords", is_schema_error, statuses=LOCAL_STATUSES,
                change=lambda body, _: drop_keywords(body, GRAMMAR_KEYWORDS)),
     # Kimi and DeepSeek take no forced choice while they think.
-    Adjustment("tool_choice_auto", finds=lambda facts, body: facts.names_field("tool_choice"),
-               change=lambda body, _: "tool_choice" in body
-               and set_member(body, "tool_choice", "auto")),
-    Adjustment("content_never_null", finds=is_null_content_error, change=fill_null_content),
+    Adjustment("tool_choice_auto", error_about("tool_choice"), lambda body, _: (
+        "tool_choice" in body and set_member(body, "tool_choice", "auto"))),
+    Adjustment("content_never_null", is_null_content_error, fill_null_content),
     # Mistral, both rows.
     Adjustment("assistant_after_tools", change=separate_tool_results,
                finds=lambda facts, body: "3230" in facts.codes
                or facts.matches(r"role ['\"]?user['\"]? after role ['\"]?tool")),
-    Adjustment("ids_of_nine", change=shorten_ids, finds=lambda facts, body: facts.matches(
-        r"tool[_ ]call[_ ]id.*(length of 9|9 characters)")),
+    Adjustment("ids_of_nine", change=shorten_ids, finds=error_about(
+        or_says=r"tool[_ ]call[_ ]id.*(length of 9|9 characters)")),
     # DeepSeek takes JSON mode; other servers take no format at all.
-    Adjustment("json_mode", change=ask_for_json,
-               finds=lambda facts, body: facts.names_field("response_format") or facts.matches(
-                   r"response_format.*(json_schema|unavailable|not support|must be)")),
-    Adjustment("format_dropped", change=drop_format,
-               finds=lambda facts, body: facts.names_field("response_format") or facts.matches(
-                   r"response_format.*(json_object|unavailable|not support|must be)")),
+    Adjustment("json_mode", change=ask_for_json, finds=error_about(
+        "response_format",
+        or_says=r"response_format.*(json_schema|unavailable|not support|must be)")),
+    Adjustment("format_dropped", change=drop_format, finds=error_about(
+        "response_format",
+        or_says=r"response_format.*(json_object|unavailable|not support|must be)")),
     # Servers that know no reasoning in the history.
     Adjustment("reasoning_not_returned",
-               finds=lambda facts, body: any(map(facts.names_field, CARRIED_REASONING))
-               or facts.matches(r"messages?\W.*\breasoning(_content|_details)?\b"),
-               change=lambda body, _: drop_members(body["messages"], CARRIED_REASONING)),
-    Adjustment("descriptions_cut", finds=description_limit, change=cut_descriptions),
-    Adjustment("images_left_out", finds=is_image_error, change=drop_images,
+               error_about(*CARRIED_REASONING,
+                           or_says=r"messages?\W.*\breasoning(_content|_details)?\b"),
+               lambda body, _: drop_members(body["messages"], CARRIED_REASONING)),
+    Adjustment("descriptions_cut", description_limit, cut_descriptions),
+    Adjustment("images_left_out", error_about(or_says=NO_IMAGES), drop_images,
                statuses=LOCAL_STATUSES),
 )
 
@@ -4589,8 +4554,8 @@ ADJUSTMENTS = (
 #
 # The size of a prompt, without the vocabulary's tables, which are megabytes.  A text is cut into
 # pieces as o200k_base itself cuts it: words with their leading blank, up to three digits, runs of
-# punctuation, white space.  No token spans two pieces, so the costs of the pieces just add up; a
-# piece's cost follows from its kind, length and script.
+# punctuation, white space.  No token spans two pieces, so the costs of the pieces add up; a piece's
+# cost follows from its kind, length and script.
 #
 # The constants are weights in tokens, from one least-squares fit of the relative error over 4,281
 # texts (20 million characters: prose, code, JSON, logs, shell, 40 languages), each class of text
@@ -4616,7 +4581,7 @@ def chat_prompt_texts(body: Json) -> Iterator[Union[str, int]]:
         content = message.get("content")
         if isinstance(content, str):
             yield content
-        for part in content if isinstance(content, list) else ():
+        for part in content if is_list(content) else ():
             if part["type"] == "text":
                 yield part["text"]
             elif part["type"] == "image_url":
@@ -4628,8 +4593,8 @@ def chat_prompt_texts(body: Json) -> Iterator[Union[str, int]]:
             yield from (call["function"]["name"], call["function"]["arguments"])
     for tool in body.get("tools", ()):
         function = tool["function"]
-        yield from (TOOL_TOKENS, function["name"], function.get("description", ""))
-        yield readable_json(function["parameters"])
+        yield from (TOOL_TOKENS, function["name"], function.get("description", ""),
+                    readable_json(function["parameters"]))
     schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
     if schema is not None:
         yield readable_json(schema)
@@ -4683,9 +4648,8 @@ class OutputMeter:
 
     def tokens(self) -> int:
         """Estimated tokens, at least 1 if anything was written."""
-        if not self._total:
-            return 0
-        return max(1, estimated_tokens("".join(self._sample)) * self._total // self._sampled)
+        estimate = estimated_tokens("".join(self._sample))
+        return max(1, estimate * self._total // self._sampled) if self._total else 0
 
 
 MAX_SAMPLE = 65536                       # characters; bounds the memory of a stream
@@ -4703,8 +4667,7 @@ def piece_pattern() -> Pattern[str]:
         rf"[^\r\na-zA-Z0-9{LETTERS}]?(?:[A-Z{LETTERS}]{{0,24}}[a-z{LETTERS}]{{1,24}}"
         rf"|[A-Z{LETTERS}]{{1,24}})(?:'(?:[stmdSTMD]|re|ve|ll))?"
         rf"|[0-9]{{1,3}}| ?[^\sa-zA-Z0-9{LETTERS}]{{1,16}}[\r\n/]{{0,8}}"
-        r"|\s{0,64}[\r\n]{1,32}|\s{1,64}(?!\S)|\s{1,64}"
-    )
+        r"|\s{0,64}[\r\n]{1,32}|\s{1,64}(?!\S)|\s{1,64}")
 
 
 # Letters and marks outside ASCII by Unicode block, since `re` has no \p{L}.  They stand among the
@@ -4712,8 +4675,7 @@ def piece_pattern() -> Pattern[str]:
 LETTERS = (
     r"\u00aa\u00b5\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u1fff\u2c00-\u2dff\u3005-\u3007"
     r"\u3031-\u318f\u31a0-\u31ff\u3400-\ud7ff\uf900-\ufdff\ufe70-\ufefc\uff21-\uff3a"
-    r"\uff41-\uff5a\uff66-\uffdc\U00020000-\U0003ffff"
-)
+    r"\uff41-\uff5a\uff66-\uffdc\U00020000-\U0003ffff")
 
 
 # Texts repeat their words: 65,536 pieces cover most of them and take some ten megabytes.
@@ -4763,8 +4725,7 @@ def latin_cost(letters: str, top: str) -> float:
     return cost
 
 
-LETTER_COST = 0.31                       # each letter after the second
-CAMEL_COST = 0.75                        # capitals beyond the first letter
+LETTER_COST, CAMEL_COST = 0.31, 0.75     # each after the second; inner capitals
 CAPITALS_COST, CAPITAL_COST = 0.13, 0.13     # all capitals: word, each after the second
 ACCENT_COSTS = (0.05, 0.49, -0.28)       # Latin-1, Latin Extended, Vietnamese
 # Pairs of neighbours that are common in English and code merge into a token, others break one.  A
@@ -4778,8 +4739,7 @@ PAIR_ROWS = (
     "49424276698129227134398657 99998657676698766896387777 46223217573630480233505918 "
     "69392424595976421833484449 49533892490559437247590003 31210023537022817011617152 "
     "46692715566429478299196894 37752966357690285029963632 47166675546829836942964645 "
-    "39485859783328317823059585 69072745942332666598692509"
-)
+    "39485859783328317823059585 69072745942332666598692509")
 PAIR_COSTS = {
     (chr(97 + row), chr(97 + column)): (int(digit) - 4) * 0.15
     for row, digits in enumerate(PAIR_ROWS.split()) for column, digit in enumerate(digits)
@@ -5483,10 +5443,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 def reason_phrase(status: int) -> str:
     """The words behind a status; 529 is Anthropic's own."""
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "Overloaded" if status == 529 else "Unknown"
+    return REASON_PHRASES.get(status, "Overloaded" if status == 529 else "Unknown")
 
 
 # ============================================================================
@@ -7825,7 +7782,7 @@ async def call_upstream(app: App, exchange: Exchange, translation: Translation,
             return response
         body = await response.read_all(ERROR_BODY, is_cut=True)
         response.close()
-        if reached_output_limit(response.status, body):
+        if response.status == 400 and OUTPUT_LIMIT in body:
             raise OutputLimitReached
         found = adjustment_for(response.status, body, translation) if tries_left else None
         if found is None:
