@@ -406,12 +406,6 @@ def client_json(text: str) -> Any:
     raise ProxyError(400, f"{NOT_JSON}: {problem}")
 
 
-NOT_JSON = "Request body is not valid JSON"
-# JSON values of a body, counted by commas, those inside of texts included.  A context window of a
-# million tokens cannot hold more.
-MAX_VALUES = 500000
-
-
 def finite_float(text: str) -> float:
     value = float(text)
     if math.isinf(value):
@@ -432,6 +426,11 @@ def bounded_reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
             raise ValueError(TOO_DEEP) from None
     return bounded
 
+
+NOT_JSON = "Request body is not valid JSON"
+# JSON values of a body, counted by commas, those inside of texts included.  A context window of a
+# million tokens cannot hold more.
+MAX_VALUES = 500000
 
 _client_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant)
 _model_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant,
@@ -459,12 +458,10 @@ leading_model_json = bounded_reader(_model_decoder.raw_decode)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address can only mean this machine."""
     name = host.lower().rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
     try:
         return ipaddress.ip_address(name.strip("[]").partition("%")[0]).is_loopback
     except ValueError:
-        return False
+        return name == "localhost" or name.endswith(".localhost")
 
 
 def class_of_host(hostname: str) -> str:
@@ -480,8 +477,7 @@ HOST_CLASSES = {                         # a leading dot: any name that ends so
     "openrouter": ("openrouter.ai", ".openrouter.ai"),
     "deepseek": ("api.deepseek.com",),
     "mistral": ("api.mistral.ai", ".api.mistral.ai"),
-    "gemini": ("generativelanguage.googleapis.com",),
-}
+    "gemini": ("generativelanguage.googleapis.com",)}
 
 
 # ---- 3.2 efforts -----------------------------------------------------------
@@ -502,19 +498,15 @@ def allowed_efforts(base_name: str, host_class: str) -> Tuple[str, ...]:
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")     # in rising order
 CLIENT_EFFORTS = ("low", "medium", "high", "xhigh", "max")
 EFFORT_LISTS: Tuple[Tuple[str, Tuple[str, ...], str], ...] = (   # model, hosts (none: all), efforts
-    (r"^o1-(mini|preview)", (), ""),
-    (r"^o\d", (), "low medium high"),
-    (r"^gpt-5.*-chat", (), ""),          # the fields of a reasoning model, but no effort
+    (r"^o1-(mini|preview)|^gpt-5.*-chat", (), ""),
     (r"^gpt-5-pro", (), "high"),
-    (r"^gpt-5-codex|^codex", (), "low medium high"),
+    (r"^o\d|^gpt-5-codex|^codex|gpt-oss", (), "low medium high"),
     (r"^gpt-5(?!\.)(?!\d)", (), "minimal low medium high"),
     (r"^gpt-5\.1(?!\d)", (), "none low medium high"),
     (r"^gpt-5\.[2-5](?!\d)", (), "none low medium high xhigh"),
     (r"^gpt-([5-9]|\d\d)", (), "none low medium high xhigh max"),
-    (r"gpt-oss", (), "low medium high"),
     (r"^gemini-2\.5|^gemini-[3-9]", ("gemini", "other"), "low medium high"),
-    (r"^grok-3-mini", (), "low high"),
-)
+    (r"^grok-3-mini", (), "low high"))
 
 
 # ---- 3.3 reasoning that the client sees ------------------------------------
@@ -593,8 +585,7 @@ TOKEN_CAPS = (
     (r"gpt-5.*-chat", 16384),
     (r"gpt-([5-9]|\d\d)", 128000),
     (r"o1-mini", 65536),
-    (r"o\d", 100000),
-)
+    (r"o\d", 100000))
 
 
 # ============================================================================
@@ -3705,7 +3696,9 @@ def error_from_facts(facts: ErrorFacts, translation: Translation, now: float) ->
     if overflow is not None:
         status, message = 400, overflow_message(overflow, translation.input_estimate())
     else:
-        status = 402 if is_out_of_quota(facts, translation.profile) else client_status(facts.status)
+        default = 502 if facts.status < 400 else 400 if facts.status < 500 else 500
+        is_quota = is_out_of_quota(facts, translation.profile)
+        status = 402 if is_quota else CLIENT_STATUS.get(facts.status, default)
         message = client_message(status, facts, translation)
     codes = re.findall(r"(?<!\S)[a-z0-9_.-]{1,40}(?!\S)", facts.codes)
     logged = redacted(" ".join(codes), translation.secrets)[:100]
@@ -3882,6 +3875,13 @@ def status_of_object(value: Any, facts: ErrorFacts) -> int:
     return next((status for pattern, status in CODE_STATUS if re.search(pattern, facts.codes)), 500)
 
 
+def is_out_of_quota(facts: ErrorFacts, profile: ModelProfile) -> bool:
+    """Whether the error means that money has run out: waiting does not help."""
+    return facts.status == 402 or facts.status in (403, 429) and (
+        re.search(QUOTA_CODES, facts.codes) is not None or profile.host_class in ("openai", "azure")
+        and facts.matches("exceeded your current quota"))
+
+
 # Words of an error's code, type or status, and the HTTP status that they stand for.
 CODE_STATUS = (
     (r"insufficient_quota|billing|credit|spend_limit", 402),
@@ -3891,29 +3891,13 @@ CODE_STATUS = (
     (r"authentication|invalid_api_key|unauthenticated|unauthorized", 401),
     (r"permission|forbidden", 403),
     (r"not_found", 404),
-    (r"invalid_request|bad_request|badrequest|invalid_argument|validation", 400),
-)
-
-
-def client_status(status: int) -> int:
-    """The status that makes an Anthropic client do what the upstream's status asks for."""
-    return CLIENT_STATUS.get(status, 502 if status < 400 else 400 if status < 500 else 500)
-
-
-# 520 to 530 are Cloudflare's: it cannot reach the upstream, or does not trust its certificate.
+    (r"invalid_request|bad_request|badrequest|invalid_argument|validation", 400))
+# The status that makes an Anthropic client do what the upstream's status asks for.  520 to 530 are
+# Cloudflare's: it cannot reach the upstream, or does not trust its certificate.
 CLIENT_STATUS = {
     401: 401, 402: 402, 403: 403, 404: 404, 408: 504, 409: 409, 413: 413, 425: 500, 429: 429,
     499: 500, 502: 502, 503: 529, 504: 504, 524: 504, 529: 529,
     **dict.fromkeys((520, 521, 522, 523, 525, 526, 527, 530), 502)}
-
-
-def is_out_of_quota(facts: ErrorFacts, profile: ModelProfile) -> bool:
-    """Whether the error means that money has run out: waiting does not help."""
-    return facts.status == 402 or facts.status in (403, 429) and (
-        re.search(QUOTA_CODES, facts.codes) is not None or profile.host_class in ("openai", "azure")
-        and facts.matches("exceeded your current quota"))
-
-
 QUOTA_CODES = (r"insufficient_quota|credit_balance_exhausted|billing_hard_limit_reached|"
                r"(organization|project)_spend_limit_exceeded|organization_usage_limit_exceeded|"
                r"insufficient_credits")
@@ -4209,15 +4193,6 @@ def token_limit(facts: ErrorFacts, wordings: str) -> Optional[int]:
     return plain_number(match[1]) if match and context_overflow(facts) is None else None
 
 
-# Wordings of many servers; those in brackets are DeepSeek's range, [1, 8192], and Anthropic's
-# "9000 > 8192, which is the maximum".
-AT_MOST = (
-    r"(?:at most|<=|less than or equal to|maximum(?: allowed)?(?: value)? (?:is|of)|cannot exceed|"
-    r"up to|\[\d+, ?|between \d+ and|lower than|limit(?: is| of|:)|"
-    r">(?= ?[\d,_]+,? which is the maximum))")
-AT_LEAST = r"(?:at least|>=|greater than or equal to|minimum value (?:is|of)|\[)"
-
-
 def room_left(facts: ErrorFacts, body: Json) -> Optional[int]:
     """Tokens that are left for the answer, if the prompt alone does fit and enough are left."""
     overflow = context_overflow(facts)
@@ -4225,9 +4200,6 @@ def room_left(facts: ErrorFacts, body: Json) -> Optional[int]:
         return None
     room = overflow.maximum - overflow.prompt - 8
     return room if room >= MIN_ROOM else None
-
-
-MIN_ROOM = 1024                          # tokens; a shorter answer is of no use
 
 
 def lower_limit(body: Json, limit: int) -> bool:
@@ -4238,9 +4210,6 @@ def lower_limit(body: Json, limit: int) -> bool:
 def raise_limit(body: Json, limit: int) -> bool:
     name = token_field(body)
     return body.get(name, MAX_MINIMUM) < limit <= MAX_MINIMUM and set_member(body, name, limit)
-
-
-MAX_MINIMUM = 4096                       # tokens; a higher minimum is a misread number
 
 
 def token_field(body: Json) -> str:
@@ -4257,11 +4226,6 @@ def named_options(facts: ErrorFacts, body: Json) -> List[str]:
     return [name for name in named if name == facts.param] or named
 
 
-OPTIONAL_FIELDS = (
-    "temperature", "top_p", "stop", "parallel_tool_calls", "reasoning_effort", "reasoning",
-    "thinking", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key")
-
-
 def supported_efforts(facts: ErrorFacts, body: Json) -> List[str]:
     """The efforts that an error lists (OpenAI): Supported values are: 'low' and 'high'."""
     match = facts.search(r"supported values are:?(.*)")
@@ -4274,6 +4238,20 @@ def take_nearest_effort(body: Json, allowed: Sequence[str]) -> bool:
     return effort in EFFORTS and set_member(body, name, nearest_effort(effort, allowed))
 
 
+MIN_ROOM = 1024                          # tokens; a shorter answer is of no use
+MAX_MINIMUM = 4096                       # tokens; a higher minimum is a misread number
+# Wordings of many servers; those in brackets are DeepSeek's range, [1, 8192], and Anthropic's
+# "9000 > 8192, which is the maximum".
+AT_MOST = (
+    r"(?:at most|<=|less than or equal to|maximum(?: allowed)?(?: value)? (?:is|of)|cannot exceed|"
+    r"up to|\[\d+, ?|between \d+ and|lower than|limit(?: is| of|:)|"
+    r">(?= ?[\d,_]+,? which is the maximum))")
+AT_LEAST = r"(?:at least|>=|greater than or equal to|minimum value (?:is|of)|\[)"
+OPTIONAL_FIELDS = (
+    "temperature", "top_p", "stop", "parallel_tool_calls", "reasoning_effort", "reasoning",
+    "thinking", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key")
+
+
 # ---- 14.4 tools ------------------------------------------------------------
 
 def is_schema_error(facts: ErrorFacts, body: Json) -> bool:
@@ -4282,17 +4260,6 @@ def is_schema_error(facts: ErrorFacts, body: Json) -> bool:
         "invalid_function_parameters" in facts.codes
         or re.match(r"tools\[\d+\]\.function\.parameters", facts.param) is not None
         or facts.matches(SCHEMA_WORDINGS))
-
-
-SCHEMA_WORDINGS = (
-    r"invalid schema for function|tools[\[.]\d+\]?\.function\.parameters|"
-    r"(grammar|json[ _]schema).*(pars|conver|unsupported|unrecognized|invalid)|"
-    r"(pars|conver|unsupported|unrecognized|invalid).*(grammar|json[ _]schema)|"
-    r"function_declarations\[\d+\]\.parameters")
-
-
-def change_schemas(body: Json, changed: Callable[[Any], Any]) -> bool:
-    return change_members(functions_in(body), "parameters", changed)
 
 
 def unknown_keywords(facts: ErrorFacts, body: Json) -> List[str]:
@@ -4309,14 +4276,7 @@ def drop_keywords(body: Json, keywords: Sequence[str]) -> bool:
             return schema
         kept = {key: value for key, value in schema.items() if key not in keywords}
         return mapped_subschemas(kept, without)
-    return change_schemas(body, without)
-
-
-# llama.cpp makes a grammar of each schema and cannot take some of these.
-GRAMMAR_KEYWORDS = (
-    "pattern", "format", "propertyNames", "patternProperties", "minLength", "maxLength", "minItems",
-    "maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
-    "default")
+    return change_members(functions_in(body), "parameters", without)
 
 
 def description_limit(facts: ErrorFacts, body: Json) -> Optional[int]:
@@ -4326,8 +4286,16 @@ def description_limit(facts: ErrorFacts, body: Json) -> Optional[int]:
     return int(match[1]) if match and re.search(place, f"{facts.param} {facts.message}") else None
 
 
-def cut_descriptions(body: Json, limit: int) -> bool:
-    return change_members(functions_in(body), "description", lambda text: text[:limit])
+SCHEMA_WORDINGS = (
+    r"invalid schema for function|tools[\[.]\d+\]?\.function\.parameters|"
+    r"(grammar|json[ _]schema).*(pars|conver|unsupported|unrecognized|invalid)|"
+    r"(pars|conver|unsupported|unrecognized|invalid).*(grammar|json[ _]schema)|"
+    r"function_declarations\[\d+\]\.parameters")
+# llama.cpp makes a grammar of each schema and cannot take some of these.
+GRAMMAR_KEYWORDS = (
+    "pattern", "format", "propertyNames", "patternProperties", "minLength", "maxLength", "minItems",
+    "maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+    "default")
 
 
 # ---- 14.5 rejected schemas -------------------------------------------------
@@ -4418,10 +4386,6 @@ def is_null_content_error(facts: ErrorFacts, body: Json) -> bool:
     """Whether an upstream rejects the null content that stands beside tool calls."""
     return bool(re.search(r"\bcontent\b", f"{facts.message} {facts.param}")) and facts.matches(
         r"\bnull\b|\bNone\b|expected (a )?string|field required|valid string|missing field")
-
-
-def fill_null_content(body: Json, argument: Any) -> bool:
-    return change_members(body["messages"], "content", lambda old: "" if old is None else old)
 
 
 def separate_tool_results(body: Json, argument: Any) -> bool:
@@ -4517,13 +4481,15 @@ ADJUSTMENTS = (
     Adjustment("keywords_dropped", unknown_keywords, drop_keywords),
     # Two steps: the second is taken when the first has nothing left to change.
     Adjustment("schemas_simplified", is_schema_error, statuses=LOCAL_STATUSES,
-               change=lambda body, _: change_schemas(body, simple_schema)),
+               change=lambda body, _: change_members(
+                   functions_in(body), "parameters", simple_schema)),
     Adjustment("schemas_without_keywords", is_schema_error, statuses=LOCAL_STATUSES,
                change=lambda body, _: drop_keywords(body, GRAMMAR_KEYWORDS)),
     # Kimi and DeepSeek take no forced choice while they think.
     Adjustment("tool_choice_auto", error_about("tool_choice"), lambda body, _: (
         "tool_choice" in body and set_member(body, "tool_choice", "auto"))),
-    Adjustment("content_never_null", is_null_content_error, fill_null_content),
+    Adjustment("content_never_null", is_null_content_error, lambda body, _: change_members(
+        body["messages"], "content", lambda content: "" if content is None else content)),
     # Mistral, both rows.
     Adjustment("assistant_after_tools", change=separate_tool_results,
                finds=lambda facts, body: "3230" in facts.codes
@@ -4542,7 +4508,8 @@ ADJUSTMENTS = (
                error_about(*CARRIED_REASONING,
                            or_says=r"messages?\W.*\breasoning(_content|_details)?\b"),
                lambda body, _: drop_members(body["messages"], CARRIED_REASONING)),
-    Adjustment("descriptions_cut", description_limit, cut_descriptions),
+    Adjustment("descriptions_cut", description_limit, lambda body, limit: change_members(
+        functions_in(body), "description", lambda text: text[:limit])),
     Adjustment("images_left_out", error_about(or_says=NO_IMAGES), drop_images,
                statuses=LOCAL_STATUSES),
 )
@@ -4625,10 +4592,6 @@ def estimated_tokens(text: str) -> int:
     return math.ceil(total if counted == size else total * size / counted)
 
 
-MAX_COUNTED = 1 << 19                    # characters; they take under 0.1 s
-SLICE = 1 << 13                          # characters; bounds the list of pieces
-
-
 class OutputMeter:
     """The size of a generated text, for upstreams that report no usage.
 
@@ -4652,6 +4615,8 @@ class OutputMeter:
         return max(1, estimate * self._total // self._sampled) if self._total else 0
 
 
+MAX_COUNTED = 1 << 19                    # characters; they take under 0.1 s
+SLICE = 1 << 13                          # characters; bounds the list of pieces
 MAX_SAMPLE = 65536                       # characters; bounds the memory of a stream
 
 
@@ -4742,8 +4707,7 @@ PAIR_ROWS = (
     "39485859783328317823059585 69072745942332666598692509")
 PAIR_COSTS = {
     (chr(97 + row), chr(97 + column)): (int(digit) - 4) * 0.15
-    for row, digits in enumerate(PAIR_ROWS.split()) for column, digit in enumerate(digits)
-}
+    for row, digits in enumerate(PAIR_ROWS.split()) for column, digit in enumerate(digits)}
 
 
 # ---- 15.5 other scripts and signs ------------------------------------------
@@ -4771,8 +4735,7 @@ ALPHABETS = (
     ("\u097f", 1.42, -0.02, 0.36),       # Devanagari
     ("\u0dff", 0.95, -0.12, 0.40),       # other Indian scripts
     ("\u0e7f", -0.33, -0.04, 0.42),      # Thai
-    ("\U0010ffff", 0.20, 0.05, 0.87),    # anything else
-)
+    ("\U0010ffff", 0.20, 0.05, 0.87))    # anything else
 # Russian words are longer tokens than those of its neighbours.  A capital at the start; each
 # letter that Russian has not; each letter that is commoner there than in its neighbours.
 CYRILLIC_CAPITAL_COST, NOT_RUSSIAN_COST, RUSSIAN_COST = 1.06, 1.09, -0.55
@@ -4805,8 +4768,7 @@ HANGUL_COST, HANGUL_RUN_COST, HANGUL_SPACED_COST = 0.52, -0.12, 0.29
 HAN_SIGNS = (
     (-0.62, "个这国为会对来们时后于与么发动没说学数选过还开现关当进将图内点经体间里业实机从应区长"),
     (0.77, "個這國爲會對來們時後於與麼發動沒說學數選過還開現關當進將圖內點經體間裏業實機從應區長"),
-    (-0.67, "一不国个以可有用人文如是中能自这果么作们我定使方生件要公其表成现工为关动政他合提所字"),
-)
+    (-0.67, "一不国个以可有用人文如是中能自这果么作们我定使方生件要公其表成现工为关动政他合提所字"))
 HAN_SIGN_COSTS = {sign: sum(cost for cost, signs in HAN_SIGNS if sign in signs)
                   for sign in "".join(signs for _, signs in HAN_SIGNS)}
 
@@ -5200,15 +5162,13 @@ def parse_response_head(head: bytes) -> ResponseHead:
 
 def connection_options(headers: Headers) -> List[str]:
     """The options of the Connection header.  [RFC 9110 7.6.1]"""
-    if "connection" not in headers:
-        return []
-    return [option.strip() for option in headers["connection"].lower().split(",")]
+    return [option.strip() for option in headers.get("connection", "").lower().split(",")]
 
 
 HTTP_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")      # [RFC 9110 5.6.2]
 STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?")
-REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-HEADER_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*"
+REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % HTTP_TOKEN.pattern)
+HEADER_LINE = rb"%b:[\t\x20-\x7e\x80-\xff]*" % HTTP_TOKEN.pattern
 HEADER_BLOCK = re.compile(rb"(?:%b(?:\r\n%b)*)?" % (HEADER_LINE, HEADER_LINE))
 HOST = re.compile(r"(?:[A-Za-z0-9._~%!$&'()*+,;=-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._~-]+)?\])"
                   r"(?::[0-9]{0,5})?")
