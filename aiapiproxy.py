@@ -7238,10 +7238,9 @@ def descriptor_is_open(descriptor: int) -> bool:
 # 23. METRICS AND HISTORY
 # ============================================================================
 #
-# A request's facts are the fields of its RequestRecord.  Handlers set them; when the
-# request has ended, the record is given to the log, the metrics and the history, and
-# each picks the fields that it shows.  Metrics are sums with bounded labels, so that
-# those of several workers can be added.
+# A request's facts are the fields of its RequestRecord.  Handlers set them; when the request has
+# ended, the record is given to the log, the metrics and the history, and each picks the fields that
+# it shows.  Metrics are sums with bounded labels, so that those of several workers can be added.
 
 # ---- 23.1 the record of a request ------------------------------------------
 
@@ -7252,7 +7251,6 @@ class RequestRecord:
     The fields up to `outcome` are those of the log's `request` line, in its order; those behind it
     are for the metrics, the history and redaction.
     """
-
     request_id: str = ""
     method: str = ""
     path: str = ""
@@ -7281,8 +7279,7 @@ class RequestRecord:
 
     def set_error(self, error: ProxyError, outcome: str) -> None:
         """Sets the facts of a failure."""
-        self.outcome = outcome
-        self.error = error.log_message[:300]
+        self.outcome, self.error = outcome, error.log_message[:300]
 
     def set_answer(self, stop_reason: Optional[str], usage: Json) -> None:
         """Sets the facts of an answer: why it stopped, and the tokens of its `usage`."""
@@ -7305,78 +7302,68 @@ LOG_FIELDS = LOG_FIELDS[:LOG_FIELDS.index("outcome") + 1]
 
 # ---- 23.2 metrics ----------------------------------------------------------
 
+Sums = Mapping[str, Mapping[str, float]]     # a metric's name -> its labels -> the sum
+
+
 class Metrics:
     """Sums by name and labels, histograms among them.  `sums` can be added up over workers."""
 
     def __init__(self) -> None:
         self.sums: Dict[str, Dict[str, float]] = defaultdict(lambda: defaultdict(int))
-        self._models: Dict[str, str] = {}
+        self._models: Dict[str, str] = {}        # name -> label
 
     def add(self, name: str, labels: str = "", amount: float = 1) -> None:
         """Adds to a sum.  `labels` are written as Prometheus does: `a="x",b="y"`."""
         self.sums[name][labels] += amount
 
+    def add_sums(self, sums: Sums) -> None:
+        """Adds the sums of another worker."""
+        for name, series in sums.items():
+            for labels, amount in series.items():
+                self.add(name, labels, amount)
+
     def observe(self, name: str, seconds: float) -> None:
         """Adds to a histogram.  Each bucket counts only its own values; rendering adds them up."""
-        self.sums[name + "_bucket"][BUCKET_PLACES[bisect_left(BUCKETS, seconds)]] += 1
-        self.sums[name + "_sum"][""] += seconds
+        self.add(name + "_bucket", str(bisect_left(BUCKETS, seconds)))
+        self.add(name + "_sum", "", seconds)
 
     def model_label(self, model: str) -> str:
-        """A model's name as a label; after MAX_MODELS of them, `other`."""
-        label = self._models.get(model)
-        if label is None:
-            if len(self._models) >= MAX_MODELS:
-                return "other"
-            label = self._models[model] = label_value(model)
-        return label
+        """A model's name as a label, escaped and cut; after MAX_MODELS of them, `other`."""
+        if model not in self._models and len(self._models) >= MAX_MODELS:
+            return "other"
+        escaped = model[:100].replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
+        return self._models.setdefault(model, escaped)
 
     def add_request(self, record: RequestRecord) -> None:
         """Counts a request that has ended: its outcome, and the times and tokens of a message."""
-        self.add("requests_total", request_labels(record.route, record.status, record.outcome))
+        self.add("requests_total", f'route="{record.route}",status="{record.status}",'
+                                   f'outcome="{record.outcome}"')
         if record.route != "/v1/messages":
             return
         self.observe("request_duration_seconds", record.duration_ms / 1000)
         if record.ttft_ms is not None:
             self.observe("time_to_first_token_seconds", record.ttft_ms / 1000)
         if record.output_tokens is not None:
-            labels = token_labels(self.model_label(record.upstream_model or ""))
-            for kind_labels, name in zip(labels, TOKEN_KINDS.values()):
-                self.add("tokens_total", kind_labels, getattr(record, name) or 0)
+            model = self.model_label(record.upstream_model or "")
+            for kind, name in TOKEN_KINDS.items():
+                labels = f'kind="{kind}",model="{model}"'
+                self.add("tokens_total", labels, getattr(record, name) or 0)
 
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)    # seconds
-BUCKET_PLACES = tuple(map(str, range(len(BUCKETS) + 1)))
 # Names of models: clients choose them, and the number of labels must be bounded.
 MAX_MODELS = 20
 
 
-def label_value(text: str) -> str:
-    """A text as the value of a label, escaped and at most 100 characters of it."""
-    return text[:100].replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
-
-
-@lru_cache(maxsize=256)
-def request_labels(route: str, status: int, outcome: str) -> str:
-    return f'route="{route}",status="{status}",outcome="{outcome}"'
-
-
-@lru_cache(maxsize=64)
-def token_labels(model_label: str) -> Tuple[str, ...]:
-    return tuple(f'kind="{kind}",model="{model_label}"' for kind in TOKEN_KINDS)
-
-
-def merged_sums(parts: Iterable[Mapping[str, Mapping[str, float]]]) -> Dict[str, Dict[str, float]]:
+def merged_sums(workers: Iterable[Json]) -> Sums:
     """The sums of several workers, added up."""
-    total: Dict[str, Dict[str, float]] = {}
-    for sums in parts:
-        for name, series in sums.items():
-            merged = total.setdefault(name, {})
-            for labels, amount in series.items():
-                merged[labels] = merged.get(labels, 0) + amount
-    return total
+    total = Metrics()
+    for counts in workers:
+        total.add_sums(counts["sums"])
+    return total.sums
 
 
-def rendered_metrics(sums: Mapping[str, Mapping[str, float]]) -> bytes:
+def rendered_metrics(sums: Sums) -> bytes:
     """The metrics in Prometheus' text format 0.0.4."""
     lines: List[str] = []
     for name, (kind, help_text) in METRICS.items():
@@ -7385,8 +7372,7 @@ def rendered_metrics(sums: Mapping[str, Mapping[str, float]]) -> bytes:
         if kind == "histogram":
             total = sums.get(name + "_sum", {}).get("", 0)
             lines += rendered_histogram(full, sums.get(name + "_bucket", {}), total)
-            continue
-        for labels, value in sorted((sums.get(name) or {}).items()):
+        for labels, value in sorted(sums.get(name, {}).items()):
             lines.append(f"{full}{{{labels}}} {value:.15g}" if labels else f"{full} {value:.15g}")
     return ("\n".join(lines) + "\n").encode("utf-8", "replace")
 
@@ -7429,42 +7415,39 @@ class History:
         self.minutes: Deque[Json] = deque(maxlen=60)
 
     def add(self, record: RequestRecord) -> None:
+        """Adds a request that has ended.  The times of a minute are sums: workers add them up."""
         self.recent.append({name: getattr(record, name) for name in HISTORY_FIELDS})
         minute = int(record.time) // 60 * 60
         if not self.minutes or self.minutes[-1]["minute"] != minute:
-            self.minutes.append({"minute": minute, **dict.fromkeys(MINUTE_SUMS, 0)})
+            self.minutes.append({"minute": minute, **NO_REQUESTS})
         sums = self.minutes[-1]
         sums["requests"] += 1
         sums["errors"] += record.outcome not in ("ok", "client_gone")
-        for name in TOKEN_KINDS.values():
+        sums["first_tokens"] += record.ttft_ms is not None
+        for name in (*TOKEN_KINDS.values(), "ttft_ms", "duration_ms"):
             sums[name] += getattr(record, name) or 0
-        for name in MINUTE_MEANS:
-            if getattr(record, name) is not None:
-                sums[name] += getattr(record, name)
-                sums[name + "_count"] += 1
 
 
 RECENT_REQUESTS = 50
 HISTORY_FIELDS = ("time", "status", "outcome", "ttft_ms", "duration_ms", "session", "error",
                   "model", "upstream_model", *TOKEN_KINDS.values(), "stop_reason")
-MINUTE_COUNTS = ("requests", "errors", *TOKEN_KINDS.values())
-MINUTE_MEANS = ("ttft_ms", "duration_ms")
-MINUTE_SUMS = (*MINUTE_COUNTS, *MINUTE_MEANS, *(name + "_count" for name in MINUTE_MEANS))
+NO_REQUESTS = dict.fromkeys(("requests", "errors", *TOKEN_KINDS.values(), "first_tokens", "ttft_ms",
+                             "duration_ms"), 0)
 
 
 def last_hour(minutes: Iterable[Json], now: float) -> List[Json]:
     """Sixty minutes, oldest first, with means of the times; minutes of several workers added up."""
     newest = int(now) // 60 * 60
-    sums = {newest - 60 * age: dict.fromkeys(MINUTE_SUMS, 0) for age in range(59, -1, -1)}
+    hour = {minute: {"minute": minute, **NO_REQUESTS}
+            for minute in range(newest - 59 * 60, newest + 1, 60)}
     for entry in minutes:
-        for name in MINUTE_SUMS if entry["minute"] in sums else ():
-            sums[entry["minute"]][name] += entry[name]
-    hour = []
-    for minute, entry in sums.items():
-        means = {name: round(entry[name] / entry[name + "_count"], 1)
-                 if entry[name + "_count"] else None for name in MINUTE_MEANS}
-        hour.append({"minute": minute, **{name: entry[name] for name in MINUTE_COUNTS}, **means})
-    return hour
+        for name in NO_REQUESTS if entry["minute"] in hour else ():
+            hour[entry["minute"]][name] += entry[name]
+    for entry in hour.values():
+        for name, count in (("ttft_ms", entry.pop("first_tokens")),
+                            ("duration_ms", entry["requests"])):
+            entry[name] = round(entry[name] / count, 1) if count else None
+    return list(hour.values())
 
 
 # ============================================================================
@@ -7616,8 +7599,8 @@ def upstream_key(request: Request, settings: Settings) -> str:
 #     call_upstream      sends the body; adjusts it and retries where an error asks for that
 #     Relay              carries the answer to the client while it arrives
 #
-# An error before the first byte of the response is an HTTP status; after that the
-# translator writes it into the stream.
+# An error before the first byte of the response is an HTTP status; after that the translator
+# writes it into the stream.
 
 # ---- 25.1 the request ------------------------------------------------------
 
@@ -7629,7 +7612,9 @@ async def create_message(app: App, exchange: Exchange) -> Optional[Response]:
     translation = checked_translation(params, app.settings, client_session(exchange))
     await let_others_run(exchange)
     prepare_exchange(app, exchange, translation, key)
-    recording = app.new_recording(exchange, translation, params)
+    recording = None
+    if app.recorder is not None and app.settings.record_dir:
+        recording = app.recorder(exchange, translation, params, app.settings)
     del params                           # only one copy stays in memory
     try:
         return await call_and_relay(app, exchange, translation, key, recording)
@@ -7653,24 +7638,17 @@ async def call_and_relay(app: App, exchange: Exchange, translation: Translation,
     message = None if translation.is_streamed else MessageWriter(translation, app.new_id)
     writer = message or EventWriter(translation, app.new_id, exchange.id)
     translator = StreamTranslator(translation, app.new_id, writer, app.shortcuts)
-    try:
-        reply = None
-        if not translation.is_empty:
-            reply = await call_upstream(app, exchange, translation, key)
-    except OutputLimitReached:
-        reply = None
-    if reply is None:
+    response = await call_upstream(app, exchange, translation, key)
+    if response is None:
         events = translator.empty()
         record_answer(app, exchange.record, translation, translator)
         if events:
             await exchange.send(events, is_last=True)
     else:
-        limits = ratelimit_headers(reply.headers, time.time())
-        if limits:
-            exchange.extra_headers = {**exchange.extra_headers, **limits}
+        exchange.extra_headers.update(ratelimit_headers(response.headers, time.time()))
         if recording is not None:
-            recording.answered(reply)
-        relay = Relay(app, exchange, translation, reply, recording, translator)
+            recording.answered(response)
+        relay = Relay(app, exchange, translation, response, recording, translator)
         try:
             await relay.run()
         finally:
@@ -7729,12 +7707,15 @@ SECRET_LENGTH = 8
 
 
 async def call_upstream(app: App, exchange: Exchange, translation: Translation,
-                        key: str) -> UpstreamResponse:
-    """The upstream's response, once it is one of success.
+                        key: str) -> Optional[UpstreamResponse]:
+    """The upstream's response, once it is one of success; None for an answer without content:
+    max_tokens is 0, or was used up before the first visible token.
 
     An error that asks for an adjustment changes the body, which is sent again.  Raises
-    UpstreamError, and OutputLimitReached.
+    UpstreamError.
     """
+    if translation.is_empty:
+        return None
     exchange.watch_client()
     for tries_left in range(MAX_ADJUSTED_RETRIES, -1, -1):
         response = await send_body(app, exchange, translation, key)
@@ -7743,7 +7724,7 @@ async def call_upstream(app: App, exchange: Exchange, translation: Translation,
         body = await response.read_all(ERROR_BODY, is_cut=True)
         response.close()
         if response.status == 400 and OUTPUT_LIMIT in body:
-            raise OutputLimitReached
+            return None
         found = adjustment_for(response.status, body, translation) if tries_left else None
         if found is None:
             break
@@ -7766,12 +7747,10 @@ async def send_body(app: App, exchange: Exchange, translation: Translation,
     streamed upstream; each part of a stream has STREAM_TIMEOUT.
     """
     is_streamed = translation.body.get("stream") is True
-    has_events = is_streamed and translation.is_streamed
-    stream_limit, request_limit = app.stream_limit, app.request_limit
-    began = app.loop.time()
+    stream_limit, began = app.stream_limit, app.loop.time()      # SIGHUP may change it meanwhile
     response = await app.upstream.send(
         "POST", APIS[translation.target.api].path, encoded_body(translation), key, is_streamed,
-        stream_limit if has_events else request_limit)
+        stream_limit if is_streamed and translation.is_streamed else app.request_limit)
     app.metrics.observe("upstream_seconds", app.loop.time() - began)
     record, upstream_id = exchange.record, response.headers.get("x-request-id", "")
     record.upstream_status = response.status
@@ -7799,7 +7778,9 @@ def remember_adjustment(app: App, exchange: Exchange, translation: Translation, 
                         argument: Any) -> None:
     """Applies an adjustment to all later requests of its model; lists are joined."""
     model = translation.profile.model
-    adjustments = app.adjustments_for(model)
+    if model not in app.adjustments and len(app.adjustments) >= ADJUSTED_MODELS:
+        del app.adjustments[next(iter(app.adjustments))]         # the oldest
+    adjustments = app.adjustments.setdefault(model, {})
     known = adjustments.get(name)
     if isinstance(argument, list) and isinstance(known, list):
         argument = known + [item for item in argument if item not in known]
@@ -7809,8 +7790,7 @@ def remember_adjustment(app: App, exchange: Exchange, translation: Translation, 
         message=f"{model}: {name.replace('_', ' ')}, from now on")
 
 
-class OutputLimitReached(Exception):
-    """The upstream used up max_tokens before the first visible token: the answer has no content."""
+ADJUSTED_MODELS = 100                    # clients choose the names of models
 
 
 # ---- 25.2 the answer -------------------------------------------------------
@@ -8026,16 +8006,11 @@ class App:
         Part IV gives `page`, `counters` and `recorder`; nothing here names it.  Counters are an
         object with `slots`, `write(slot, value)` and `read(slot)`.
         """
-        self.shortcuts = shortcuts
-        self.metrics = Metrics()
-        self.history = History()
+        self.page, self.recorder, self.shortcuts = page, recorder, shortcuts
         self.counters = counters                 # shared by several workers; None: there is one
         self.slot = slot                         # this worker's place in them
-        self.page = page                         # the status page
-        self.recorder = recorder
-        self.in_flight = 0
-        self.is_draining = False
-        self.began = time.time()
+        self.metrics, self.history = Metrics(), History()
+        self.began, self.in_flight, self.is_draining = time.time(), 0, False
         self.adjustments: Dict[str, Dict[str, Any]] = {}     # upstream model -> name -> argument
         self.tasks: Set[asyncio.Task] = set()
         self.truncation_warned: Set[str] = set()
@@ -8059,18 +8034,6 @@ class App:
         self.stream_limit = TimeLimit(settings.stream_timeout, "STREAM_TIMEOUT")
         self.request_limit = TimeLimit(settings.request_timeout, "REQUEST_TIMEOUT")
         self.secrets = tuple(settings.secrets())
-
-    def adjustments_for(self, model: str) -> Dict[str, Any]:
-        """The adjustments of a model, to be changed; drops the oldest of LEARNED_MODELS for it."""
-        if model not in self.adjustments and len(self.adjustments) >= LEARNED_MODELS:
-            del self.adjustments[next(iter(self.adjustments))]
-        return self.adjustments.setdefault(model, {})
-
-    def new_recording(self, exchange: Exchange, translation: Translation, params: Json) -> Any:
-        """A recording of this exchange; None where RECORD_DIR is not set."""
-        if self.recorder is None or not self.settings.record_dir:
-            return None
-        return self.recorder(exchange, translation, params, self.settings)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Runs work that nobody waits for.  The event loop keeps only a weak reference to it."""
@@ -8114,9 +8077,7 @@ class App:
     def restore_counters(self) -> None:
         """Continues the counts of a worker that had this slot before and has died."""
         found = self.counters.read(self.slot) if self.counters is not None else {}
-        for name, series in found.get("sums", {}).items():
-            for labels, amount in series.items():
-                self.metrics.add(name, labels, amount)
+        self.metrics.add_sums(found.get("sums", {}))
         self.history.recent.extend(found.get("recent", ()))
         self.history.minutes.extend(found.get("minutes", ()))
 
@@ -8125,23 +8086,19 @@ def upstream_client(settings: Settings, metrics: Metrics) -> Upstream:
     """The client of the upstream that the settings name.  Raises OSError, ssl.SSLError."""
     url = settings.openai_base_url
     is_https = url.scheme == "https"
-
-    def count_connection(is_reused: bool) -> None:
-        metrics.add(f"upstream_connections_{'reused' if is_reused else 'opened'}_total")
-
     proxy = settings.https_proxy if is_https else settings.http_proxy
     return Upstream(
         url, TimeLimit(settings.request_timeout, "REQUEST_TIMEOUT"),
         headers=settings.upstream_headers,
         tls=tls_context(settings.ssl_cert_file, settings.ssl_cert_dir) if is_https else None,
         proxy=outgoing_proxy(url.hostname or "", proxy, settings.no_proxy),
-        on_connection=count_connection)
+        on_connection=lambda is_reused: metrics.add(
+            f"upstream_connections_{'reused' if is_reused else 'opened'}_total"))
 
 
 # Builds the recording of an exchange: exchange, translation, params, settings (29).
 Recorder = Callable[[Exchange, Translation, Json, Settings], Any]
 PUBLISH_TIME = 0.05                      # seconds; several requests are then published at once
-LEARNED_MODELS = 100                     # clients choose the names of models
 
 
 def random_id(size: int) -> str:
@@ -8160,17 +8117,17 @@ def log_internal_error(app: App, exchange: Exchange, error: Exception) -> None:
         LOG.error("traceback", exc_info=error)
 
 
-def json_response(value: Any, status: int = 200) -> Response:
-    return Response(status, json_bytes(value))
+def json_response(value: Any, status: int = 200, headers: Headers = {}) -> Response:
+    return Response(status, json_bytes(value), headers=headers)
 
 
 # ============================================================================
 # 27. OTHER ENDPOINTS
 # ============================================================================
 #
-# `respond` answers a request: it checks who calls, and finds the endpoint's function in
-# ROUTES.  It is the only place that turns an exception into a response, so an endpoint
-# simply raises.  `finish_exchange` counts and logs a request when it has ended.
+# `respond` answers a request: it checks who calls, and finds the endpoint's function in ROUTES.  It
+# is the only place that turns an exception into a response, so an endpoint simply raises.
+# `finish_exchange` counts and logs a request when it has ended.
 
 # ---- 27.1 tokens and models ------------------------------------------------
 
@@ -8181,41 +8138,35 @@ async def count_tokens(app: App, exchange: Exchange) -> Response:
     record = exchange.record
     record.model = model_for_log(translation.requested_model)
     record.upstream_model = model_for_log(translation.profile.model)
-    encoded_body(translation)
+    encoded_body(translation)            # raises where /v1/messages would
     record.input_tokens = translation.input_estimate()
     return json_response({"input_tokens": record.input_tokens})
 
 
 async def list_models(app: App, exchange: Exchange) -> Response:
-    """GET /v1/models: the Claude names, so that clients' pickers work.  [Anthropic: list models]"""
-    query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
-    names, has_more = page_of_models(list(CLAUDE_MODELS), query)
-    return json_response({
-        "data": [model_object(name, app.settings) for name in names], "has_more": has_more,
-        "first_id": names[0] if names else None, "last_id": names[-1] if names else None})
-
-
-def page_of_models(names: List[str], query: Mapping[str, str]) -> Tuple[List[str], bool]:
-    """The names of the page that a query asks for, and whether there are more in its direction.
+    """GET /v1/models: the Claude names, so that clients' pickers work.  [Anthropic: list models]
 
     With `after_id` or without a cursor a page starts at the front, with `before_id` it is the end
-    of the names before that.  Raises ProxyError.
+    of the names before that.  `has_more` is about the page's direction.
     """
+    query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
     limit, after, before = query.get("limit", "20"), query.get("after_id"), query.get("before_id")
     if not re.fullmatch(r"[0-9]{1,5}", limit) or not 1 <= int(limit) <= 1000:
         raise ProxyError(400, "limit: Input should be between 1 and 1000")
     for cursor, name in (("after_id", after), ("before_id", before)):
-        if name and name not in names:
+        if name and name not in CLAUDE_MODELS:
             raise ProxyError(400, f"{cursor}: unknown model id")
     if after and before:
         raise ProxyError(400, "after_id: may not be given together with before_id")
-    if "active" not in query.get("lifecycle", "active").split(","):
-        return [], False
-    start = names.index(after) + 1 if after else 0
-    end = names.index(before) if before else len(names)
-    first = max(start, end - int(limit)) if before else start
-    page = names[first:min(end, first + int(limit))]
-    return page, len(page) < end - start
+    is_active = "active" in query.get("lifecycle", "active").split(",")      # no name is retired
+    start = CLAUDE_MODELS.index(after) + 1 if after else 0
+    end = CLAUDE_MODELS.index(before) if before else None
+    names = CLAUDE_MODELS[start:end] if is_active else ()
+    page = names[-int(limit):] if before else names[:int(limit)]
+    return json_response({
+        "data": [model_object(name, app.settings) for name in page],
+        "has_more": len(page) < len(names),
+        "first_id": page[0] if page else None, "last_id": page[-1] if page else None})
 
 
 async def get_model(app: App, exchange: Exchange) -> Response:
@@ -8229,8 +8180,8 @@ async def get_model(app: App, exchange: Exchange) -> Response:
 
 def model_object(name: str, settings: Settings) -> Json:
     """A model as the Anthropic API describes it; its display name tells the upstream's model."""
-    line, version = CLAUDE_MODELS.get(name, ("", ""))
-    shown = f"Claude {line.capitalize()} {version}" if line else name
+    _, line, *version = name.split("-") if name in CLAUDE_MODELS else ("", "")
+    shown = f"Claude {line.capitalize()} {'.'.join(version)}" if line else name
     return {"type": "model", "id": name,
             "display_name": f"{shown} ({upstream_model(name, settings)})",
             "created_at": "1970-01-01T00:00:00Z", "lifecycle": "active", "line": line or None,
@@ -8238,40 +8189,26 @@ def model_object(name: str, settings: Settings) -> Json:
             "deprecated_at": None, "retires_at": None}
 
 
-CLAUDE_MODELS = {
-    "claude-opus-5-5": ("opus", "5.5"), "claude-sonnet-5-5": ("sonnet", "5.5"),
-    "claude-haiku-5-5": ("haiku", "5.5"), "claude-opus-5": ("opus", "5"),
-    "claude-sonnet-5": ("sonnet", "5"), "claude-opus-4-8": ("opus", "4.8"),
-    "claude-sonnet-4-6": ("sonnet", "4.6"), "claude-haiku-4-5": ("haiku", "4.5"),
-}
+CLAUDE_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-opus-5",
+                 "claude-sonnet-5", "claude-opus-4-8", "claude-sonnet-4-6", "claude-haiku-4-5")
 
 
-# ---- 27.2 health -----------------------------------------------------------
+# ---- 27.2 health, metrics and status ---------------------------------------
 
 async def get_health(app: App, exchange: Exchange) -> Response:
-    """GET /health: 200 as long as the proxy serves; never waits for the upstream."""
-    return json_response(health_fields(app, "ok"))
+    """GET /health and /health/live: 200 as long as the proxy serves.  GET /health/ready: whether a
+    load balancer should send requests here.  None of them waits for the upstream.
+    """
+    path = exchange.request.path
+    reason = unready_reason(app) if path == "/health/ready" else ""
+    answer = {
+        "status": "not_ready" if reason else HEALTH_WORDS[path], "service": "aiapiproxy",
+        "version": __version__, "timestamp": rfc3339(time.time()), "uptime_seconds": app.uptime(),
+        "in_flight": sum(counts["in_flight"] for counts in app.all_snapshots()), "pid": app.pid}
+    return json_response({**answer, "reason": reason}, 503) if reason else json_response(answer)
 
 
-async def get_liveness(app: App, exchange: Exchange) -> Response:
-    """GET /health/live: the same under the name that orchestrators ask for."""
-    return json_response(health_fields(app, "alive"))
-
-
-async def get_readiness(app: App, exchange: Exchange) -> Response:
-    """GET /health/ready: whether a load balancer should send requests here."""
-    reason = unready_reason(app)
-    if reason:
-        return json_response({**health_fields(app, "not_ready"), "reason": reason}, 503)
-    return json_response(health_fields(app, "ready"))
-
-
-def health_fields(app: App, status: str) -> Json:
-    """The members that all health answers have; the requests in flight are those of all workers."""
-    return {"status": status, "service": "aiapiproxy", "version": __version__,
-            "timestamp": rfc3339(time.time()), "uptime_seconds": app.uptime(),
-            "in_flight": sum(counts["in_flight"] for counts in app.all_snapshots())
-            if app.counters else app.in_flight, "pid": app.pid}
+HEALTH_WORDS = {"/health": "ok", "/health/live": "alive", "/health/ready": "ready"}
 
 
 def unready_reason(app: App) -> str:
@@ -8283,16 +8220,14 @@ def unready_reason(app: App) -> str:
     if app.is_draining:
         return "shutting down"
     attempts = app.upstream.attempts
-    is_recent = bool(attempts) and app.loop.time() - attempts[-1][0] < RECENT_ATTEMPT
-    if len(attempts) >= 3 and is_recent and not any(is_good for _, is_good in attempts):
+    if (len(attempts) >= 3 and not any(is_good for _, is_good in attempts)
+            and app.loop.time() - attempts[-1][0] < RECENT_ATTEMPT):
         return f"the last {len(attempts)} connections to {app.upstream.host} failed"
     return ""
 
 
 RECENT_ATTEMPT = 60.0                    # seconds
 
-
-# ---- 27.3 metrics and status -----------------------------------------------
 
 async def get_metrics(app: App, exchange: Exchange) -> Response:
     """GET /metrics: the sums of all workers, and their gauges.  [Prometheus: text format 0.0.4]"""
@@ -8306,8 +8241,8 @@ async def get_metrics(app: App, exchange: Exchange) -> Response:
         "learned_adjustments": {
             f'model="{app.metrics.model_label(model)}",adjustment="{name}"': 1
             for model, name, _ in known_adjustments(workers)}}
-    sums = {**ZERO_SUMS, **merged_sums(counts["sums"] for counts in workers), **gauges}
-    return Response(200, rendered_metrics(sums), "text/plain; version=0.0.4; charset=utf-8")
+    text = rendered_metrics({**ZERO_SUMS, **merged_sums(workers), **gauges})
+    return Response(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
 
 # Counters without labels are shown from the start: rates need a first value.
@@ -8321,10 +8256,11 @@ async def get_status(app: App, exchange: Exchange) -> Response:
     settings, workers = app.settings, app.all_snapshots()
     recent = sorted((request for counts in workers for request in counts["recent"]),
                     key=lambda request: request["time"], reverse=True)[:RECENT_REQUESTS]
-    requests = merged_sums(counts["sums"] for counts in workers).get("requests_total", {})
+    requests = merged_sums(workers).get("requests_total", {})
     messages = {labels: amount for labels, amount in requests.items()
                 if 'route="/v1/messages"' in labels}
-    good = sum(amount for labels, amount in messages.items() if GOOD_OUTCOME.search(labels))
+    errors = sum(amount for labels, amount in messages.items()
+                 if not labels.endswith(('outcome="ok"', 'outcome="client_gone"')))
     minutes = (entry for counts in workers for entry in counts["minutes"])
     reason = unready_reason(app)
     return json_response({
@@ -8334,16 +8270,13 @@ async def get_status(app: App, exchange: Exchange) -> Response:
                      "url": settings.openai_base_url._replace(query="").geturl()},
         "models": model_map(settings), "workers": settings.workers,
         "in_flight": sum(counts["in_flight"] for counts in workers),
-        "requests": sum(messages.values()), "errors": sum(messages.values()) - good,
+        "requests": sum(messages.values()), "errors": errors,
         "recent": [{**request, "time": rfc3339(request["time"])} for request in recent],
         "minutes": last_hour(minutes, time.time()),
         "adjustments": [{"model": model, "adjustment": name.replace("_", " "),
                          "value": "" if value is True else str(value)}
                         for model, name, value in known_adjustments(workers)],
         "environment": shell_lines(settings, exchange.request.authority)})
-
-
-GOOD_OUTCOME = re.compile('outcome="(?:ok|client_gone)"')
 
 
 def known_adjustments(workers: Iterable[Json]) -> List[Tuple[str, str, Any]]:
@@ -8353,7 +8286,7 @@ def known_adjustments(workers: Iterable[Json]) -> List[Tuple[str, str, Any]]:
             for name, value in adjustments.items()]
 
 
-# ---- 27.4 routes -----------------------------------------------------------
+# ---- 27.3 routes -----------------------------------------------------------
 
 async def respond(app: App, exchange: Exchange) -> Optional[Response]:
     """The response to a request; None where it was sent as events.
@@ -8384,8 +8317,7 @@ def error_response(exchange: Exchange, error: ProxyError) -> Response:
     record.set_error(error, "shutdown" if exchange.is_shut_down else error.outcome)
     if isinstance(error, UpstreamError):
         record.upstream_status = error.upstream_status
-    body = json_bytes(error_fields(error, exchange.id))
-    return Response(error.status, body, headers=error.headers)
+    return json_response(error_fields(error, exchange.id), error.status, error.headers)
 
 
 async def dispatch(app: App, exchange: Exchange) -> Optional[Response]:
@@ -8407,8 +8339,12 @@ async def dispatch(app: App, exchange: Exchange) -> Optional[Response]:
         raise ProxyError(417, "The only expectation that is met here is 100-continue")
     if not route.is_api:
         return await route.handle(app, exchange)
-    check_body_headers(request, settings)
-    check_capacity(app)
+    if request.method == "POST":
+        check_body_headers(request.headers, settings.max_request_size)
+    if app.is_draining or app.in_flight >= settings.max_concurrent_requests:
+        raise ProxyError(529, "The proxy is shutting down" if app.is_draining else
+                         f"{app.in_flight} requests are in work already (MAX_CONCURRENT_REQUESTS)",
+                         headers={"retry-after": "1"})
     app.in_flight += 1
     try:
         return await route.handle(app, exchange)
@@ -8421,32 +8357,20 @@ def route_path(path: str) -> str:
     return path if path in ROUTES else "/v1/models/" if path.startswith("/v1/models/") else "other"
 
 
-def check_capacity(app: App) -> None:
-    """Raises ProxyError(529) where one more API request cannot be taken on."""
-    if app.is_draining or app.in_flight >= app.settings.max_concurrent_requests:
-        raise ProxyError(529, "The proxy is shutting down" if app.is_draining else
-                         f"{app.in_flight} requests are in work already (MAX_CONCURRENT_REQUESTS)",
-                         headers={"retry-after": "1"})
-
-
-def check_body_headers(request: Request, settings: Settings) -> None:
+def check_body_headers(headers: Headers, limit: int) -> None:
     """Raises ProxyError for a body that must not or cannot be read."""
-    headers = request.headers
-    if request.method != "POST":
-        return
     if "content-length" not in headers and "transfer-encoding" not in headers:
         raise ProxyError(411, "Content-Length or chunked coding is required")
     if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
         raise ProxyError(415, "Content-Encoding must be identity")
-    if int(headers.get("content-length", 0)) > settings.max_request_size:
-        raise too_large(settings.max_request_size)
+    if int(headers.get("content-length", 0)) > limit:
+        raise too_large(limit)
 
 
 async def get_front_page(app: App, exchange: Exchange) -> Response:
     """GET /: the status page for a browser, a few words of JSON for anything else."""
     if app.page and "text/html" in exchange.request.headers.get("accept", ""):
-        page = app.page.encode("utf-8")
-        return Response(200, page, "text/html; charset=utf-8", PAGE_HEADERS)
+        return Response(200, app.page.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
     return json_response({
         "name": "aiapiproxy", "version": __version__, "endpoints": sorted(ROUTES)})
 
@@ -8500,8 +8424,8 @@ ROUTES = {
     "/v1/models": Route("GET", list_models, True),
     "/v1/models/": Route("GET", get_model, True),
     "/health": Route("GET", get_health),
-    "/health/live": Route("GET", get_liveness),
-    "/health/ready": Route("GET", get_readiness),
+    "/health/live": Route("GET", get_health),
+    "/health/ready": Route("GET", get_health),
     "/metrics": Route("GET", get_metrics),
     "/status": Route("GET", get_status),
     "/": Route("GET", get_front_page),
@@ -8863,8 +8787,8 @@ def check_settings(settings: Settings, warnings: List[StartWarning], report: Che
 
 def model_variables(settings: Settings) -> List[Tuple[str, str]]:
     """(variable, model) for each family."""
-    models = model_map(settings).items()
-    return [(f"CLAUDE_{family.upper()}_MODEL", name) for family, name in models]
+    return [(f"CLAUDE_{family.upper()}_MODEL", name)
+            for family, name in model_map(settings).items()]
 
 
 # Windows in tokens, of models that Claude Code's first request fills up.
