@@ -8741,8 +8741,8 @@ def replay(path: str) -> int:
 # 30. CHECK
 # ============================================================================
 #
-# --check tries everything that serving will need, and says what to do where it fails:
-# the settings, the way to the upstream, its key and models, the proxy that runs already.
+# --check tries everything that serving will need, and says what to do where it fails: the settings,
+# the way to the upstream, its key and models, the proxy that runs already.
 
 # ---- 30.1 check ------------------------------------------------------------
 
@@ -8763,7 +8763,7 @@ async def run_check(settings: Settings, warnings: List[StartWarning]) -> int:
     return 1 if report.has_failed else 0
 
 
-# ---- 30.2 settings ---------------------------------------------------------
+# ---- 30.2 findings ---------------------------------------------------------
 
 def check_settings(settings: Settings, warnings: List[StartWarning], report: CheckReport) -> None:
     """The address, the key, and whether the models' windows can hold Claude Code's requests."""
@@ -8795,45 +8795,41 @@ def model_variables(settings: Settings) -> List[Tuple[str, str]]:
 SMALL_WINDOWS = ((r"gpt-4$|gpt-4-0[36]", 8192), (r"gpt-4-32k", 32768), (r"gpt-3\.5", 16385))
 
 
-# ---- 30.3 the upstream -----------------------------------------------------
-
 async def check_upstream(app: App, report: CheckReport) -> None:
     """DNS, TCP, TLS, the key, and the three models, by one GET {base}/models."""
     upstream, settings = app.upstream, app.settings
     if not await check_lookup(app, report):
         return
-    timeout = TimeLimit(settings.request_timeout, "REQUEST_TIMEOUT")
+    key = settings.openai_api_key or "none"
     try:
-        reply = await upstream.send(
-            "GET", "/models", b"", settings.openai_api_key or "none", False, timeout)
+        reply = await upstream.send("GET", "/models", b"", key, False, app.request_limit)
         body = await reply.read_all(ANSWER_BODY)
     except UpstreamError as error:
         report.add("fail", redacted(error.message, app.secrets))
         return
     layers = "TCP and TLS" if settings.openai_base_url.scheme == "https" else "TCP"
     report.add("ok", f"{layers}: {upstream.host}:{upstream.port} answers")
-    if reply.status in (401, 403):
-        level, reason = ("warn", "it wants a key, which clients must present") \
-            if settings.passes_keys_on else ("fail", "it does not accept OPENAI_API_KEY")
-        report.add(level, f"the upstream answered {reply.status} to GET /models: {reason}")
-    elif reply.status != 200:
-        # Some gateways have no list of models, and work.
-        path = settings.openai_base_url.path + "/models"
-        report.add("warn" if reply.status in (404, 405, 501) else "fail",
-                   f"the upstream answered {reply.status} to GET {path}: "
-                   "it has no list of models, or OPENAI_BASE_URL is wrong")
-    else:
+    answered = f"the upstream answered {reply.status} to GET "
+    if reply.status == 200:
         check_models(settings, body, report)
+    elif reply.status not in (401, 403):
+        # Some gateways have no list of models, and work.
+        report.add("warn" if reply.status in (404, 405, 501) else "fail",
+                   f"{answered}{settings.openai_base_url.path}/models: "
+                   "it has no list of models, or OPENAI_BASE_URL is wrong")
+    elif settings.passes_keys_on:
+        report.add("warn", answered + "/models: it wants a key, which clients must present")
+    else:
+        report.add("fail", answered + "/models: it does not accept OPENAI_API_KEY")
 
 
 async def check_lookup(app: App, report: CheckReport) -> bool:
     """Whether the upstream's host, or that of the outgoing proxy before it, can be resolved."""
-    upstream = app.upstream
-    host, port, note, variables = upstream.host, upstream.port, "", "OPENAI_BASE_URL"
-    proxy = upstream.proxy
+    host, port, proxy = app.upstream.host, app.upstream.port, app.upstream.proxy
+    variables, note = "OPENAI_BASE_URL", ""
     if proxy:
-        host, port, note = proxy.hostname or "", proxy.port or 80, " (the outgoing proxy)"
-        variables += " and HTTPS_PROXY"
+        host, port = proxy.hostname or "", proxy.port or 80
+        variables, note = "OPENAI_BASE_URL and HTTPS_PROXY", " (the outgoing proxy)"
     try:
         addresses = await app.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
@@ -8846,8 +8842,8 @@ async def check_lookup(app: App, report: CheckReport) -> bool:
 def check_models(settings: Settings, body: bytes, report: CheckReport) -> None:
     """Whether the upstream's list has each mapped model; Ollama and Gemini list longer names."""
     try:
-        entries = upstream_json(body.decode("utf-8", "replace"))["data"]
-        ids = {entry["id"] for entry in entries}
+        models = upstream_json(body.decode("utf-8", "replace"))["data"]
+        ids = {model["id"] for model in models}
     except (ValueError, KeyError, TypeError, RecursionError):
         report.add("warn", "the upstream's list of models is not understood")
         return
@@ -8858,18 +8854,15 @@ def check_models(settings: Settings, body: bytes, report: CheckReport) -> None:
             report.add("fail", f"{variable} {name} is not among the upstream's {len(ids)} models")
 
 
-# ---- 30.4 the running proxy ------------------------------------------------
-
 async def check_running(app: App, report: CheckReport) -> None:
     """The facts that a proxy gives in /status, if one runs with this configuration."""
-    settings, port = app.settings, app.settings.server_port
+    settings, port, limit = app.settings, app.settings.server_port, TimeLimit(2, "")
     here = urlsplit(f"http://{url_authority(settings, port)}")
-    local = Upstream(here, TimeLimit(2, ""))
+    local = Upstream(here, limit)
     key = "".join(settings.proxy_api_key[:1]) or "none"
     try:
-        reply = await local.send("GET", "/status", b"", key, False, TimeLimit(2, ""))
-        text = (await reply.read_all(ANSWER_BODY)).decode("utf-8", "replace")
-        found = upstream_json(text)
+        reply = await local.send("GET", "/status", b"", key, False, limit)
+        found = upstream_json((await reply.read_all(ANSWER_BODY)).decode("utf-8", "replace"))
         report.add("ok", f"aiapiproxy {found['version']} runs on {here.hostname} port {port}, "
                    f"{found['requests']:g} requests so far")
         for entry in found["adjustments"]:
@@ -8882,7 +8875,7 @@ async def check_running(app: App, report: CheckReport) -> None:
     local.close()
 
 
-# ---- 30.5 report -----------------------------------------------------------
+# ---- 30.3 report -----------------------------------------------------------
 
 class CheckReport:
     """The lines of --check: ok, warn or fail, and what to do."""
@@ -8907,16 +8900,16 @@ CHECK_COLOURS = {"ok": 32, "warn": 33, "fail": 31}       # green, yellow, red
 # 31. DEMO
 # ============================================================================
 #
-# The upstream of --demo: a loopback listener in this process that speaks real Chat
-# Completions, so that a newcomer sees the whole path work without a key.  It runs on the
-# program's own Server (20), and answers a conversation with a few words about itself, or
-# with a tool call when it is asked for one.
+# The upstream of --demo: a loopback listener in this process that speaks real Chat Completions, so
+# that a newcomer sees the whole path work without a key.  It runs on the program's own Server (20),
+# and answers a conversation with a few words about itself, or with a tool call where one is wanted.
 
 # ---- 31.1 server -----------------------------------------------------------
 
 async def start_demo() -> int:
     """Starts the upstream of --demo on a free port of 127.0.0.1.  Returns the port."""
-    server = Server(demo_response, demo_rejection, bool, random_id)
+    server = Server(demo_response, lambda exchange, error: json_response(
+        {"error": {"message": error.message}}, error.status), bool, random_id)
     await server.start(listening_sockets(["127.0.0.1"], 0))
     return server.port
 
@@ -8925,15 +8918,15 @@ async def demo_response(exchange: Exchange) -> Optional[Response]:
     """The list of models, or a completion; None after one that was streamed word by word."""
     if exchange.request.path.endswith("/models"):
         return json_response({"object": "list", "data": [{"id": DEMO_MODEL, "object": "model"}]})
-    params = await exchange.json(DEMO_BODY)
-    message = demo_message(params)
+    params = await exchange.json(limit=1 << 30)          # the proxy has checked MAX_REQUEST_SIZE
+    message = {"role": "assistant", **demo_message(params)}
     finish = "tool_calls" if "tool_calls" in message else "stop"
     usage = {"prompt_tokens": estimated_request_tokens(params),
              "completion_tokens": estimated_tokens(str(message))}
     if not params.get("stream"):
         choice = {"index": 0, "message": message, "finish_reason": finish}
-        return json_response({"object": "chat.completion", "model": DEMO_MODEL, "usage": usage,
-                              "choices": [choice]})
+        return json_response({
+            "object": "chat.completion", "model": DEMO_MODEL, "choices": [choice], "usage": usage})
     exchange.watch_client()
     for delta in demo_deltas(message):
         await exchange.send(demo_chunk([{"index": 0, "delta": delta, "finish_reason": None}]))
@@ -8943,10 +8936,6 @@ async def demo_response(exchange: Exchange) -> Optional[Response]:
     return None
 
 
-def demo_rejection(exchange: Exchange, error: ProtocolError) -> Response:
-    return json_response({"error": {"message": error.message}}, error.status)
-
-
 def demo_chunk(choices: List[Json], usage: Optional[Json] = None) -> bytes:
     """A chunk of a completion as a server-sent event.  [OpenAI: chunk object]"""
     chunk = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "model": DEMO_MODEL,
@@ -8954,19 +8943,18 @@ def demo_chunk(choices: List[Json], usage: Optional[Json] = None) -> bytes:
     return b"data: " + json_bytes(chunk) + b"\n\n"
 
 
-DEMO_BODY = 1 << 30                      # bytes; the proxy has checked MAX_REQUEST_SIZE
 DEMO_PAUSE = 0.02                        # seconds between two words
 
 
 # ---- 31.2 answers ----------------------------------------------------------
 
 def demo_message(params: Json) -> Json:
-    """The assistant message that answers a conversation."""
+    """The content and tool call that answer a conversation."""
     last = params["messages"][-1]
     if last["role"] == "tool":
         result = str(last["content"])[:200]
-        return {"role": "assistant", "content":
-                f"This is the demo of aiapiproxy: the tool has answered “{result}”. {DEMO_END}"}
+        return {"content": "This is the demo of aiapiproxy: the tool has answered "
+                           f"“{result}”. {DEMO_END}"}
     content = last.get("content")
     text = content if isinstance(content, str) else " ".join(
         part.get("text", "") for part in content or () if is_object(part))
@@ -8975,10 +8963,9 @@ def demo_message(params: Json) -> Json:
     if tool is not None:
         function = {"name": tool["name"], "arguments": json_text(demo_value(tool["parameters"]))}
         call = {"id": "call_demo_" + random_id(8), "type": "function", "function": function}
-        return {"role": "assistant", "tool_calls": [call],
-                "content": "This is the demo of aiapiproxy; it calls a tool. "}
-    return {"role": "assistant", "content":
-            "Hello from the demo of aiapiproxy. No model has read this: your request of "
+        return {"content": "This is the demo of aiapiproxy; it calls a tool. ",
+                "tool_calls": [call]}
+    return {"content": "Hello from the demo of aiapiproxy. No model has read this: your request of "
             f"{len(params['messages'])} message(s) was translated to Chat Completions, answered by "
             f"a built-in upstream word by word, and translated back. {DEMO_END}"}
 
@@ -9008,8 +8995,8 @@ def demo_value(schema: Any, depth: int = 0) -> Any:
         properties = schema.get("properties") or {}
         names = schema.get("required") or list(properties)[:1]
         return {name: demo_value(properties.get(name), depth + 1) for name in names}
-    return {"integer": 1, "number": 1.5, "boolean": True, "array": [], "null": None}.get(
-        str(kind), "demo")
+    simple = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "null": None}
+    return simple.get(str(kind), "demo")
 
 
 def demo_deltas(message: Json) -> Iterator[Json]:
@@ -9021,8 +9008,7 @@ def demo_deltas(message: Json) -> Iterator[Json]:
         arguments = call["function"]["arguments"]
         start_of_call = {**call["function"], "arguments": ""}
         yield {"tool_calls": [{**call, "index": index, "function": start_of_call}]}
-        for start in range(0, len(arguments), 12):
-            piece = arguments[start:start + 12]
+        for piece in re.findall("(?s).{1,12}", arguments):
             yield {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
 
 
