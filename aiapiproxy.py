@@ -7311,6 +7311,9 @@ class Metrics:
     def __init__(self) -> None:
         self.sums: Dict[str, Dict[str, float]] = defaultdict(lambda: defaultdict(int))
         self._models: Dict[str, str] = {}        # name -> label
+        # Counters without labels are shown from the start: rates need a first value.
+        for name in ("connections_opened", "connections_reused", "resends"):
+            self.add(f"upstream_{name}_total", amount=0)
 
     def add(self, name: str, labels: str = "", amount: float = 1) -> None:
         """Adds to a sum.  `labels` are written as Prometheus does: `a="x",b="y"`."""
@@ -7353,14 +7356,6 @@ class Metrics:
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)    # seconds
 # Names of models: clients choose them, and the number of labels must be bounded.
 MAX_MODELS = 20
-
-
-def merged_sums(workers: Iterable[Json]) -> Sums:
-    """The sums of several workers, added up."""
-    total = Metrics()
-    for counts in workers:
-        total.add_sums(counts["sums"])
-    return total.sums
 
 
 def rendered_metrics(sums: Sums) -> bytes:
@@ -7675,7 +7670,6 @@ def client_session(exchange: Exchange) -> str:
     return exchange.request.headers.get("x-claude-code-session-id", "")
 
 
-@lru_cache(maxsize=256)
 def model_for_log(name: str) -> str:
     """A model's name for the log.  Clients choose it and could put a key or anything else there."""
     return redacted(name, ())[:200]
@@ -7683,24 +7677,23 @@ def model_for_log(name: str) -> str:
 
 def prepare_exchange(app: App, exchange: Exchange, translation: Translation, key: str) -> None:
     """Sets a request's facts for log and redaction; applies the adjustments of its model."""
+    record, model = exchange.record, translation.profile.model
     is_new = len(key) >= SECRET_LENGTH and key not in app.secrets
-    translation.secrets = (*app.secrets, key) if is_new else app.secrets
+    translation.secrets = record.secrets = (*app.secrets, key) if is_new else app.secrets
     translation.is_mostly_non_ascii = (
         exchange.is_mostly_non_ascii and exchange.body_size > LARGE_BODY)
-    record, model = exchange.record, translation.profile.model
     record.model = model_for_log(translation.requested_model)
     record.upstream_model = model_for_log(model)
     record.stream = translation.is_streamed
-    record.secrets = translation.secrets
     record.session = redacted(client_session(exchange), record.secrets)[:100]
     if translation.dropped_fields:
         names = ", ".join(translation.dropped_fields)[:300]
         log(logging.INFO, "dropped", request_id=exchange.id, names=names)
-    if model in app.adjustments:
-        apply_adjustments(app.adjustments[model], translation)
+    apply_adjustments(app.adjustments.get(model, {}), translation)
     if app.shortcuts.count_tokens is not None:
         translation.estimate_tokens = partial(
             translation.estimate_tokens, count=app.shortcuts.count_tokens)
+
 
 # Characters: a shorter key is taken for a placeholder, which may occur in any text.
 SECRET_LENGTH = 8
@@ -7994,7 +7987,7 @@ MANY_BYTES = 5                           # bytes for each token: nothing was cut
 TRUNCATION_PROMPT = 3000                 # estimated tokens; a shorter prompt proves nothing
 
 
-# ---- 25.3 the application --------------------------------------------------
+# ---- 25.3 the application, and helpers of handlers --------------------------
 
 class App:
     """The state that all requests share: settings, upstream, adjustments, counts."""
@@ -8066,13 +8059,21 @@ class App:
         """The counts of this worker, and its state."""
         return {"sums": self.metrics.sums, "in_flight": self.in_flight,
                 "idle": self.upstream.idle_count, "recent": list(self.history.recent),
-                "minutes": list(self.history.minutes), "adjustments": self.adjustments}
+                "minutes": list(self.history.minutes), "adjustments": [
+                    (model, name, argument) for model, adjustments in self.adjustments.items()
+                    for name, argument in adjustments.items()]}
 
-    def all_snapshots(self) -> List[Json]:
-        """The counts of all workers, this one's first."""
+    def merged_snapshots(self) -> Json:
+        """The snapshots of all workers as one: sums and numbers are added up, lists joined."""
         slots = range(self.counters.slots) if self.counters is not None else ()
         others = [self.counters.read(slot) for slot in slots if slot != self.slot]
-        return [self.snapshot(), *filter(None, others)]
+        workers, total = [self.snapshot(), *filter(None, others)], Metrics()
+        for counts in workers:
+            total.add_sums(counts["sums"])
+        return {"sums": total.sums,
+                **{name: sum(counts[name] for counts in workers) for name in ("in_flight", "idle")},
+                **{name: [item for counts in workers for item in counts[name]]
+                   for name in ("recent", "minutes", "adjustments")}}
 
     def restore_counters(self) -> None:
         """Continues the counts of a worker that had this slot before and has died."""
@@ -8105,8 +8106,6 @@ def random_id(size: int) -> str:
     """A random string of `size` letters and digits."""
     return base64.b64encode(os.urandom(size), b"Zz")[:size].decode()
 
-
-# ---- 25.4 helpers of handlers ----------------------------------------------
 
 def log_internal_error(app: App, exchange: Exchange, error: Exception) -> None:
     """Logs a fault of the proxy itself, with its traceback where RUST_BACKTRACE asks for it."""
@@ -8204,7 +8203,7 @@ async def get_health(app: App, exchange: Exchange) -> Response:
     answer = {
         "status": "not_ready" if reason else HEALTH_WORDS[path], "service": "aiapiproxy",
         "version": __version__, "timestamp": rfc3339(time.time()), "uptime_seconds": app.uptime(),
-        "in_flight": sum(counts["in_flight"] for counts in app.all_snapshots()), "pid": app.pid}
+        "in_flight": app.merged_snapshots()["in_flight"], "pid": app.pid}
     return json_response({**answer, "reason": reason}, 503) if reason else json_response(answer)
 
 
@@ -8231,59 +8230,38 @@ RECENT_ATTEMPT = 60.0                    # seconds
 
 async def get_metrics(app: App, exchange: Exchange) -> Response:
     """GET /metrics: the sums of all workers, and their gauges.  [Prometheus: text format 0.0.4]"""
-    workers = app.all_snapshots()
-    python = ".".join(map(str, sys.version_info[:3]))
-    gauges = {
-        "build_info": {f'version="{__version__}",python="{python}"': 1},
-        "uptime_seconds": {"": app.uptime()},
-        "in_flight": {"": sum(counts["in_flight"] for counts in workers)},
-        "upstream_connections_idle": {"": sum(counts["idle"] for counts in workers)},
-        "learned_adjustments": {
-            f'model="{app.metrics.model_label(model)}",adjustment="{name}"': 1
-            for model, name, _ in known_adjustments(workers)}}
-    text = rendered_metrics({**ZERO_SUMS, **merged_sums(workers), **gauges})
+    counts, python = app.merged_snapshots(), ".".join(map(str, sys.version_info[:3]))
+    text = rendered_metrics({
+        **counts["sums"], "build_info": {f'version="{__version__}",python="{python}"': 1},
+        "uptime_seconds": {"": app.uptime()}, "in_flight": {"": counts["in_flight"]},
+        "upstream_connections_idle": {"": counts["idle"]},
+        "learned_adjustments": {f'model="{app.metrics.model_label(model)}",adjustment="{name}"': 1
+                                for model, name, _ in counts["adjustments"]}})
     return Response(200, text, "text/plain; version=0.0.4; charset=utf-8")
-
-
-# Counters without labels are shown from the start: rates need a first value.
-ZERO_SUMS = {name: {"": 0.0} for name in (
-    "upstream_connections_opened_total", "upstream_connections_reused_total",
-    "upstream_resends_total")}
 
 
 async def get_status(app: App, exchange: Exchange) -> Response:
     """GET /status: the data of the status page.  It holds no prompt and no key."""
-    settings, workers = app.settings, app.all_snapshots()
-    recent = sorted((request for counts in workers for request in counts["recent"]),
-                    key=lambda request: request["time"], reverse=True)[:RECENT_REQUESTS]
-    requests = merged_sums(workers).get("requests_total", {})
-    messages = {labels: amount for labels, amount in requests.items()
+    settings, counts, reason = app.settings, app.merged_snapshots(), unready_reason(app)
+    recent = sorted(counts["recent"], key=lambda request: request["time"], reverse=True)
+    messages = {labels: amount for labels, amount in counts["sums"]["requests_total"].items()
                 if 'route="/v1/messages"' in labels}
     errors = sum(amount for labels, amount in messages.items()
                  if not labels.endswith(('outcome="ok"', 'outcome="client_gone"')))
-    minutes = (entry for counts in workers for entry in counts["minutes"])
-    reason = unready_reason(app)
     return json_response({
         "version": __version__, "uptime_seconds": app.uptime(),
         "health": "not_ready" if reason else "ready", "reason": reason,
         "upstream": {"host": app.upstream.host,
                      "url": settings.openai_base_url._replace(query="").geturl()},
         "models": model_map(settings), "workers": settings.workers,
-        "in_flight": sum(counts["in_flight"] for counts in workers),
-        "requests": sum(messages.values()), "errors": errors,
-        "recent": [{**request, "time": rfc3339(request["time"])} for request in recent],
-        "minutes": last_hour(minutes, time.time()),
+        "in_flight": counts["in_flight"], "requests": sum(messages.values()), "errors": errors,
+        "recent": [{**request, "time": rfc3339(request["time"])}
+                   for request in recent[:RECENT_REQUESTS]],
+        "minutes": last_hour(counts["minutes"], time.time()),
         "adjustments": [{"model": model, "adjustment": name.replace("_", " "),
                          "value": "" if value is True else str(value)}
-                        for model, name, value in known_adjustments(workers)],
+                        for model, name, value in counts["adjustments"]],
         "environment": shell_lines(settings, exchange.request.authority)})
-
-
-def known_adjustments(workers: Iterable[Json]) -> List[Tuple[str, str, Any]]:
-    """(upstream model, adjustment, value) for each adjustment that a worker applies."""
-    return [(model, name, value) for counts in workers
-            for model, adjustments in counts["adjustments"].items()
-            for name, value in adjustments.items()]
 
 
 # ---- 27.3 routes -----------------------------------------------------------
