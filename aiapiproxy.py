@@ -7253,23 +7253,23 @@ class RequestRecord:
     """
     request_id: str = ""
     method: str = ""
-    path: str = ""
-    status: int = 0
+    path: str = ""                                   # redacted where it is no endpoint's
+    status: int = 0                                  # of our response; 499: the client had left
     model: Optional[str] = None                      # the name that the client asks for
     upstream_model: Optional[str] = None
     stream: Optional[bool] = None                    # whether the client wants events
-    session: str = ""
+    session: str = ""                                # the id that Claude Code gives
     upstream_status: Optional[int] = None            # 0: the upstream did not respond
-    upstream_request_id: str = ""
-    error: str = ""
+    upstream_request_id: str = ""                    # its x-request-id
+    error: str = ""                                  # a ProxyError's log_message
     stop_reason: Optional[str] = None
     input_tokens: Optional[int] = None
     output_tokens: Optional[int] = None
     cache_read_input_tokens: Optional[int] = None
-    client_request_id: str = ""
+    client_request_id: str = ""                      # the client's x-request-id
     ttft_ms: Optional[float] = None                  # from the request's head to the first token
     duration_ms: float = 0.0
-    bytes_out: int = 0
+    bytes_out: int = 0                               # the response's head included
     client: str = ""                                 # its address
     outcome: str = "ok"
     time: float = 0.0                                # when it ended, seconds since 1970
@@ -7334,8 +7334,8 @@ class Metrics:
         """A model's name as a label, escaped and cut; after MAX_MODELS of them, `other`."""
         if model not in self._models and len(self._models) >= MAX_MODELS:
             return "other"
-        escaped = model[:100].replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
-        return self._models.setdefault(model, escaped)
+        label = model[:100].replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
+        return self._models.setdefault(model, label)
 
     def add_request(self, record: RequestRecord) -> None:
         """Counts a request that has ended: its outcome, and the times and tokens of a message."""
@@ -7406,8 +7406,8 @@ class History:
     """The last requests, and the last hour by minutes: the status page shows them."""
 
     def __init__(self) -> None:
-        self.recent: Deque[Json] = deque(maxlen=RECENT_REQUESTS)
-        self.minutes: Deque[Json] = deque(maxlen=60)
+        self.recent: Deque[Json] = deque(maxlen=RECENT_REQUESTS)  # the newest is the last
+        self.minutes: Deque[Json] = deque(maxlen=60)  # sums of NO_REQUESTS' members
 
     def add(self, record: RequestRecord) -> None:
         """Adds a request that has ended.  The times of a minute are sums: workers add them up."""
@@ -8005,9 +8005,9 @@ class App:
         self.metrics, self.history = Metrics(), History()
         self.began, self.in_flight, self.is_draining = time.time(), 0, False
         self.adjustments: Dict[str, Dict[str, Any]] = {}     # upstream model -> name -> argument
-        self.tasks: Set[asyncio.Task] = set()
-        self.truncation_warned: Set[str] = set()
-        self.pid = os.getpid() if counters is None else os.getppid()
+        self.tasks: Set[asyncio.Task] = set()    # see spawn()
+        self.truncation_warned: Set[str] = set()  # upstream models
+        self.pid = os.getpid() if counters is None else os.getppid()  # of the supervisor, if any
         self.loop = asyncio.get_running_loop()
         self.new_id = random_id
         self._is_published = True
@@ -8184,7 +8184,7 @@ def model_object(name: str, settings: Settings) -> Json:
     return {"type": "model", "id": name,
             "display_name": f"{shown} ({upstream_model(name, settings)})",
             "created_at": "1970-01-01T00:00:00Z", "lifecycle": "active", "line": line or None,
-            "max_input_tokens": None, "max_tokens": None, "capabilities": None,
+            "max_input_tokens": None, "max_tokens": None, "capabilities": None,  # unknown here
             "deprecated_at": None, "retires_at": None}
 
 
@@ -8386,7 +8386,7 @@ def finish_exchange(app: App, exchange: Exchange) -> None:
 
 
 CLIENT_CLOSED_REQUEST = 499              # nginx's status: nobody waits for an answer
-QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics", "/status")
+QUIET_ROUTES = (*HEALTH_WORDS, "/metrics", "/status")        # monitors call them all the time
 
 
 class Route(NamedTuple):
@@ -8401,9 +8401,7 @@ ROUTES = {
     "/v1/messages/count_tokens": Route("POST", count_tokens, True),
     "/v1/models": Route("GET", list_models, True),
     "/v1/models/": Route("GET", get_model, True),
-    "/health": Route("GET", get_health),
-    "/health/live": Route("GET", get_health),
-    "/health/ready": Route("GET", get_health),
+    **dict.fromkeys(HEALTH_WORDS, Route("GET", get_health)),
     "/metrics": Route("GET", get_metrics),
     "/status": Route("GET", get_status),
     "/": Route("GET", get_front_page),
@@ -8741,7 +8739,7 @@ async def run_check(settings: Settings, warnings: List[StartWarning]) -> int:
     return 1 if report.has_failed else 0
 
 
-# ---- 30.2 findings ---------------------------------------------------------
+# ---- 30.2 findings and their report ----------------------------------------
 
 def check_settings(settings: Settings, warnings: List[StartWarning], report: CheckReport) -> None:
     """The address, the key, and whether the models' windows can hold Claude Code's requests."""
@@ -8756,11 +8754,10 @@ def check_settings(settings: Settings, warnings: List[StartWarning], report: Che
     else:
         report.add("ok", f"OPENAI_API_KEY is set (…{settings.openai_api_key[-4:]})")
     for variable, name in model_variables(settings):
-        base = model_profile(name, settings.host_class).base_name
-        window = next((size for pattern, size in SMALL_WINDOWS if re.match(pattern, base)), None)
-        if window is not None:
-            report.add("warn", f"{variable} {name} has a window of {window} tokens: too small for "
-                       "Claude Code, whose first request alone takes about 20,000")
+        for pattern, window in SMALL_WINDOWS:
+            if re.match(pattern, model_profile(name, settings.host_class).base_name):
+                report.add("warn", f"{variable} {name} has a window of {window} tokens: too small "
+                           "for Claude Code, whose first request alone takes about 20,000")
 
 
 def model_variables(settings: Settings) -> List[Tuple[str, str]]:
@@ -8769,7 +8766,7 @@ def model_variables(settings: Settings) -> List[Tuple[str, str]]:
             for family, name in model_map(settings).items()]
 
 
-# Windows in tokens, of models that Claude Code's first request fills up.
+# Models, and their windows in tokens, that Claude Code's first request fills up.
 SMALL_WINDOWS = ((r"gpt-4$|gpt-4-0[36]", 8192), (r"gpt-4-32k", 32768), (r"gpt-3\.5", 16385))
 
 
@@ -8853,8 +8850,6 @@ async def check_running(app: App, report: CheckReport) -> None:
     local.close()
 
 
-# ---- 30.3 report -----------------------------------------------------------
-
 class CheckReport:
     """The lines of --check: ok, warn or fail, and what to do."""
 
@@ -8916,9 +8911,9 @@ async def demo_response(exchange: Exchange) -> Optional[Response]:
 
 def demo_chunk(choices: List[Json], usage: Optional[Json] = None) -> bytes:
     """A chunk of a completion as a server-sent event.  [OpenAI: chunk object]"""
-    chunk = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "model": DEMO_MODEL,
-             "choices": choices, "usage": usage}
-    return b"data: " + json_bytes(chunk) + b"\n\n"
+    return b"data: %b\n\n" % json_bytes({
+        "id": "chatcmpl-demo", "object": "chat.completion.chunk", "model": DEMO_MODEL,
+        "choices": choices, "usage": usage})
 
 
 DEMO_PAUSE = 0.02                        # seconds between two words
@@ -8930,9 +8925,8 @@ def demo_message(params: Json) -> Json:
     """The content and tool call that answer a conversation."""
     last = params["messages"][-1]
     if last["role"] == "tool":
-        result = str(last["content"])[:200]
         return {"content": "This is the demo of aiapiproxy: the tool has answered "
-                           f"“{result}”. {DEMO_END}"}
+                           f"“{str(last['content'])[:200]}”. {DEMO_END}"}
     content = last.get("content")
     text = content if isinstance(content, str) else " ".join(
         part.get("text", "") for part in content or () if is_object(part))
@@ -8982,12 +8976,11 @@ def demo_deltas(message: Json) -> Iterator[Json]:
     yield {"role": "assistant", "content": ""}
     for word in re.findall(r"\S+\s*", message["content"]):
         yield {"content": word}
-    for index, call in enumerate(message.get("tool_calls", ())):
-        arguments = call["function"]["arguments"]
-        start_of_call = {**call["function"], "arguments": ""}
-        yield {"tool_calls": [{**call, "index": index, "function": start_of_call}]}
-        for piece in re.findall("(?s).{1,12}", arguments):
-            yield {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
+    for call in message.get("tool_calls", ()):               # there is one at most
+        function = call["function"]
+        yield {"tool_calls": [{**call, "index": 0, "function": {**function, "arguments": ""}}]}
+        for piece in re.findall("(?s).{1,12}", function["arguments"]):
+            yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}
 
 
 DEMO_MODEL = "aiapiproxy-demo"
