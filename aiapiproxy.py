@@ -1289,22 +1289,23 @@ def clean_schema(schema: Any) -> Json:
 
 def is_complete_schema(root: Json) -> bool:
     """Whether nothing inside a schema needs a change, which nearly always holds."""
-    waiting = [root]
+    waiting: List[Any] = [root]
     seen = 0
     while waiting:
         schema = waiting.pop()
+        if not isinstance(schema, dict):
+            continue
         seen += 1
         if seen > MAX_SUBSCHEMAS:
             raise ProxyError(400, f"tools: an input_schema with more than {MAX_SUBSCHEMAS} parts "
                              "is not supported")
         if lacks_properties(schema):
             return False
-        for key in schema.keys() & SUBSCHEMA_KEYS:
-            value = schema[key]
+        for key, value in schema.items():
             if key in SUBSCHEMA_MAPS:
-                value = list(value.values()) if isinstance(value, dict) else ()
-            items = value if isinstance(value, (list, tuple)) else (value,)
-            waiting += [item for item in items if isinstance(item, dict)]
+                waiting += value.values() if isinstance(value, dict) else ()
+            elif key in SUBSCHEMA_KEYS:
+                waiting += value if isinstance(value, list) else [value]
     return isinstance(root.get("properties"), dict)
 
 
