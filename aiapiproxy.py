@@ -184,6 +184,12 @@ def text_part(text: str) -> Json:
     return {"type": "text", "text": text}
 
 
+def object_member(value: Json, name: str) -> Json:
+    """A member if it is an object, else an empty object."""
+    member = value.get(name)
+    return member if is_object(member) else {}
+
+
 def sha256_hex(text: str) -> str:
     """64 hex digits that are always the same for the same text."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
@@ -625,23 +631,25 @@ class Conversation:
         return self.tool_names.get(tool_name) or upstream_tool_name(tool_name)
 
 
-def conversation_of(params: Json, session_id: str = "", is_counting: bool = False) -> Conversation:
-    """The Conversation of a request; `is_counting` for count_tokens, which has no max_tokens.
+def conversation_of(params: Json, session_id: str, is_counting: bool) -> Conversation:
+    """The Conversation of a request whose params have passed check_fields.
 
-    check_fields must have passed the params.  Raises ProxyError(400) naming the field.
+    count_tokens has no max_tokens.  Raises ProxyError(400) naming the field.
     """
     transcript = transcript_of(params["messages"])
     tools = tools_of(params, transcript)
-    schema = answer_schema(params)
     system = system_texts(params.get("system")) + transcript.system
     if tools.server_names:
         system.append(f"Not available in this session: {', '.join(tools.server_names)}. "
                       "Do not claim to have used them.")
-    user_id = (params.get("metadata") or {}).get("user_id")
+    user_id = object_member(params, "metadata").get("user_id")
+    # Somebody may miss the effect of the first two.
+    dropped = [name for name in ("inference_geo", "container") if params.get(name) is not None]
     return Conversation(
         turns=transcript.turns, system=system, tools=tools.loaded, tool_names=tools.names,
-        choice=tool_choice(params, tools), effort=requested_effort(params, transcript.effort),
-        display=thinking_display(params.get("thinking")), answer_schema=schema,
+        answer_schema=answer_schema(params), choice=tool_choice(params, tools),
+        effort=requested_effort(params, transcript.effort),
+        display=thinking_display(params.get("thinking")),
         max_tokens=None if is_counting else params["max_tokens"],
         sampling={name: params[name] for name in ("temperature", "top_p")
                   if params.get(name) is not None},
@@ -649,11 +657,7 @@ def conversation_of(params: Json, session_id: str = "", is_counting: bool = Fals
         is_streamed=params.get("stream") is True,
         user_id=user_id if isinstance(user_id, str) else "", session_id=session_id,
         wants_standard_tier=params.get("service_tier") == "standard_only",
-        call_ids=transcript.call_ids, dropped_fields=[
-            *(name for name in LOGGED_FIELDS if params.get(name) is not None), *tools.server_names])
-
-
-LOGGED_FIELDS = ("inference_geo", "container")      # dropped, and somebody may miss their effect
+        call_ids=transcript.call_ids, dropped_fields=dropped + tools.server_names)
 
 
 # ---- 4.2 fields ------------------------------------------------------------
@@ -684,36 +688,26 @@ def check_fields(params: Json, is_counting: bool) -> None:
                                   "unsupported": ["thread"]})
 
 
-def is_model_name(value: Any) -> bool:
-    return is_name(value) and value != "[1m]"           # a mark of Claude Code, and no model
-
-
 def is_system(value: Any) -> bool:
     """A string, or a list of text blocks: system texts hold no pictures."""
-    return isinstance(value, str) or (isinstance(value, list) and all(map(is_text_block, value)))
-
-
-def is_text_block(value: Any) -> bool:
-    return is_object(value) and value.get("type") == "text" and isinstance(value.get("text"), str)
-
-
-def is_text_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, str) or is_list(value) and all(
+        is_object(block) and block.get("type") == "text" and isinstance(block.get("text"), str)
+        for block in value)
 
 
 REQUIRED_FIELDS = ("model", "messages", "max_tokens")
 FIELD_CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
-    "model": (is_model_name, "Input should be a valid string"),
+    # Claude Code's mark for a long context window, alone, is no model.
+    "model": (lambda value: is_name(value) and value != "[1m]", "Input should be a valid string"),
     "messages": (is_list, "Input should be a valid list"),
     "max_tokens": (is_integer, "Input should be a valid integer"),
     "stream": (is_boolean, "Input should be a valid boolean"),
     "system": (is_system, "Input should be a valid string or list of text blocks"),
-    "temperature": (is_number, "Input should be a valid number"),
-    "top_p": (is_number, "Input should be a valid number"),
-    "stop_sequences": (is_text_list, "Input should be a valid list of strings"),
-    "thinking": (is_object, "Input should be an object"),
-    "metadata": (is_object, "Input should be an object"),
-    "output_config": (is_object, "Input should be an object"),
+    **dict.fromkeys(("temperature", "top_p"), (is_number, "Input should be a valid number")),
+    "stop_sequences": (lambda value: is_list(value) and all(isinstance(item, str) for item in value),
+                       "Input should be a valid list of strings"),
+    **dict.fromkeys(("thinking", "metadata", "output_config"),
+                    (is_object, "Input should be an object")),
     "tools": (is_list, "Input should be a valid list"),
     "mcp_servers": (lambda value: value == [], "MCP servers are not supported by this endpoint"),
     "compaction": (lambda value: False, "not supported by this endpoint"),
@@ -725,12 +719,10 @@ def requested_effort(params: Json, later_effort: Optional[str]) -> Optional[str]
 
     A budget of thinking tokens has no counterpart in OpenAI's APIs, so its size picks an effort.
     """
-    thinking = params.get("thinking") or {}
-    if not thinking and "output_config" not in params:
-        return later_effort
+    thinking = object_member(params, "thinking")
     if thinking.get("type") in ("disabled", "between_tools"):
         return "none"
-    effort = later_effort or (params.get("output_config") or {}).get("effort")
+    effort = later_effort or object_member(params, "output_config").get("effort")
     if effort in CLIENT_EFFORTS:
         return effort
     budget = thinking.get("budget_tokens")
@@ -750,16 +742,15 @@ def system_texts(system: Any) -> List[str]:
 
 def answer_schema(params: Json) -> Optional[Json]:
     """The JSON schema that the answer must match; `output_format` is the field's older name."""
-    wanted = (params.get("output_config") or {}).get("format")
+    wanted = object_member(params, "output_config").get("format")
     if wanted is None:
         wanted = params.get("output_format")
     if wanted is None:
         return None
-    if not is_object(wanted) or wanted.get("type") != "json_schema" \
-            or not is_object(wanted.get("schema")):
-        raise ProxyError(400, 'output_config.format: Input should be '
-                         '{"type": "json_schema", "schema": {...}}')
-    return wanted["schema"]
+    if is_object(wanted) and wanted.get("type") == "json_schema" and is_object(wanted.get("schema")):
+        return wanted["schema"]
+    raise ProxyError(
+        400, 'output_config.format: Input should be {"type": "json_schema", "schema": {...}}')
 
 
 # ---- 4.3 turns -------------------------------------------------------------
@@ -801,26 +792,24 @@ def transcript_of(messages: List[Any]) -> Transcript:
     checked = [checked_message(message, index) for index, message in enumerate(messages)]
     if all(turn.role == "system" for turn in checked):
         raise ProxyError(400, NO_USER_MESSAGE)
-    transcript, entries = Transcript(), []
+    transcript, sent, has_begun = Transcript(), [], False
     last_user = max((at for at, turn in enumerate(checked) if turn.role == "user"), default=-1)
     for index, turn in enumerate(checked):
         if turn.role != "system":
+            has_begun = True
             note_history(transcript, turn.blocks)
-            entries.append(turn)
+            if not is_empty_turn(turn):
+                sent.append(turn)
             continue
         text = read_system_message(transcript, messages[index], turn.blocks)
         is_over = messages[index].get("clear_at") == "next_user_message" and index < last_user
-        if text and not is_over:
-            entries.append(Turn("system", [Reminder(text)]))
-    lay_out(transcript, entries)
+        if text and not is_over and has_begun:
+            sent.append(Turn("user", [Reminder(f"<system-reminder>\n{text}\n</system-reminder>")]))
+        elif text and not is_over:
+            transcript.system.append(text)
+    transcript.turns = [Turn(role, [block for turn in turns for block in turn.blocks])
+                        for role, turns in itertools.groupby(sent, lambda turn: turn.role)]
     return transcript
-
-
-def lay_out(transcript: Transcript, entries: List[Turn]) -> None:
-    """Puts the system texts before all other messages apart, and merges the rest into turns."""
-    begin = next((at for at, turn in enumerate(entries) if turn.role != "system"), 0)
-    transcript.system = [str(text) for turn in entries[:begin] for text in turn.blocks]
-    transcript.turns = merged_turns([turn for turn in entries[begin:] if not is_empty_turn(turn)])
 
 
 NO_USER_MESSAGE = "messages: at least one user message is required"
@@ -854,12 +843,11 @@ def note_history(transcript: Transcript, blocks: List[Block]) -> None:
 
 def read_system_message(transcript: Transcript, message: Json, blocks: List[Block]) -> str:
     """Returns the text of a system message; notes its effort and the tools it adds and removes."""
-    config = message.get("output_config")
-    effort = config.get("effort") if is_object(config) else None
+    effort = object_member(message, "output_config").get("effort")
     if effort in CLIENT_EFFORTS:
         transcript.effort = effort
     for block in blocks:
-        tool = block.get("tool") if is_object(block.get("tool")) else {}
+        tool = object_member(block, "tool")
         name = tool.get("name") or tool.get("tool_name")
         if block["type"] == "tool_removal" and is_name(name):
             transcript.removed_tools.add(name)
@@ -874,35 +862,11 @@ def read_system_message(transcript: Transcript, message: Json, blocks: List[Bloc
     return "\n\n".join(block["text"] for block in blocks if block["type"] == "text")
 
 
-def merged_turns(entries: List[Turn]) -> List[Turn]:
-    """Strictly alternating turns.  A reminder joins the user turn before it, else the one after."""
-    turns: List[Turn] = []
-    waiting: List[Block] = []
-    for role, blocks in entries:
-        if role == "system":
-            place = turns[-1].blocks if turns and turns[-1].role == "user" else waiting
-            place += [Reminder(f"<system-reminder>\n{text}\n</system-reminder>") for text in blocks]
-            continue
-        if waiting:
-            turns.append(Turn("user", waiting))
-            waiting = []
-        if turns and turns[-1].role == role:
-            turns[-1].blocks.extend(blocks)
-        else:
-            turns.append(Turn(role, list(blocks)))
-    return turns + ([Turn("user", waiting)] if waiting else [])
-
-
 def is_empty_turn(turn: Turn) -> bool:
     """Whether no block of a message reaches the upstream, so that its neighbours are one turn."""
-    if turn.role == "system":
-        return False
-    for block in turn.blocks:
-        kind = block["type"]
-        if kind not in UNSENT_BLOCKS[turn.role] \
-                and (kind != "compaction" or isinstance(block.get("content"), str)):
-            return False
-    return True
+    return all(block["type"] in UNSENT_BLOCKS[turn.role] or (
+        block["type"] == "compaction" and not isinstance(block.get("content"), str))
+        for block in turn.blocks)
 
 
 UNSENT_BLOCKS = {
@@ -920,24 +884,26 @@ UNSENT_BLOCKS = {
 
 def message_problem(message: Any) -> str:
     """A message needs content, except a system message that only changes the effort."""
-    if not isinstance(message, dict):
+    if not is_object(message):
         return ": Input should be an object"
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
         return ".role: Input should be 'user', 'assistant' or 'system'"
-    if isinstance(content, list):
-        return content_problem(content)
     if content is None:
         has_effort = role == "system" and message.get("output_config") is not None
         return "" if has_effort else ".content: Field required"
-    return "" if isinstance(content, str) else WRONG_CONTENT
+    return content_problem(content)
 
 
-def content_problem(blocks: List[Any]) -> str:
-    """The first problem of a list of blocks, at any depth: results and documents hold blocks."""
-    if len(blocks) > MAX_MESSAGES:
+def content_problem(content: Any) -> str:
+    """The first problem of text or blocks, at any depth: results and documents hold blocks."""
+    if isinstance(content, str):
+        return ""
+    if not isinstance(content, list):
+        return ".content: Input should be a valid string or list"
+    if len(content) > MAX_MESSAGES:
         return f".content: at most {MAX_MESSAGES} blocks are allowed"
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(content):
         problem = block_problem(block)
         if problem:
             return f".content.{index}{problem}"
@@ -953,42 +919,30 @@ def block_problem(block: Any) -> str:
         return "" if isinstance(block.get("text"), str) else ".text: Field required"
     if not isinstance(kind, str):
         return ".type: Field required"
-    return BLOCK_PROBLEMS[kind](block) if kind in BLOCK_PROBLEMS else ""
-
-
-def tool_use_problem(block: Json) -> str:
-    if not is_name(block.get("id")):
-        return ".id: Field required"
-    return "" if is_name(block.get("name")) else ".name: Field required"
-
-
-def tool_result_problem(block: Json) -> str:
-    if not is_name(block.get("tool_use_id")):
-        return ".tool_use_id: Field required"
-    content = block.get("content")
-    if isinstance(content, list):
-        return content_problem(content)
-    return "" if content is None or isinstance(content, str) else WRONG_CONTENT
+    for name in REQUIRED_NAMES.get(kind, ()):
+        if not is_name(block.get(name)):
+            return f".{name}: Field required"
+    if kind in SOURCES:
+        return source_problem(block)
+    content = block.get("content") if kind == "tool_result" else None
+    return "" if content is None else content_problem(content)
 
 
 def source_problem(block: Json) -> str:
     """An image or a document needs a source that can be sent on; stored files are not here."""
-    source = block.get("source")
-    kind = source.get("type") if is_object(source) else None
+    source = object_member(block, "source")
+    kind = source.get("type")
     if kind == "file":
         return ".source: file sources are not supported by this endpoint; send base64 or url"
     member = SOURCES[block["type"]].get(kind) if isinstance(kind, str) else None
     types = (str, list) if member == "content" else str
     if member is None or not isinstance(source.get(member), types):
         return ".source: Field required"
-    problem = content_problem(source[member]) if isinstance(source[member], list) else ""
+    problem = content_problem(source[member])
     return problem and f".source{problem}"
 
 
-WRONG_CONTENT = ".content: Input should be a valid string or list"
-BLOCK_PROBLEMS: Dict[str, Callable[[Json], str]] = {
-    "image": source_problem, "document": source_problem, "tool_use": tool_use_problem,
-    "tool_result": tool_result_problem}
+REQUIRED_NAMES = {"tool_use": ("id", "name"), "tool_result": ("tool_use_id",)}
 # Kind of block -> type of source -> the source's member that must be there.
 SOURCES = {
     "image": {"base64": "data", "url": "url"},
@@ -1597,12 +1551,6 @@ def execution_output(block: Json) -> str:
     if content.get("return_code"):
         lines.append(f"exit code {content['return_code']}")
     return "\n".join(line.rstrip("\n") for line in lines)
-
-
-def object_member(value: Json, name: str) -> Json:
-    """A member if it is an object, else an empty object."""
-    member = value.get(name)
-    return member if is_object(member) else {}
 
 
 SERVER_RESULTS: Dict[str, Tuple[str, Callable[[Json], str]]] = {
