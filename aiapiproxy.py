@@ -989,8 +989,7 @@ def tools_of(params: Json, transcript: Transcript) -> Tools:
         tool = read_tool(definition, "tools")
         if tool is not None:
             tools[tool.name] = tool
-    choice = params.get("tool_choice")
-    chosen = choice.get("name") if is_object(choice) else None
+    chosen = object_member(params, "tool_choice").get("name")
     wanted = transcript.named_tools | ({chosen} if is_name(chosen) else set())
     loaded = [tools[name] for name in loaded_names(list(tools), deferred, wanted)
               if name not in transcript.removed_tools]
@@ -998,13 +997,19 @@ def tools_of(params: Json, transcript: Transcript) -> Tools:
 
 
 def defined_tools(definitions: Iterable[Any]) -> Tuple[Dict[str, Tool], List[str]]:
-    """(the tools of the field `tools` by name, the names of server tools)."""
+    """(the tools of the field `tools` by name, the names of server tools).
+
+    Anthropic's tool search has no name here: all tools are loaded.
+    """
     tools: Dict[str, Tool] = {}
     server_names: List[str] = []
     for index, definition in enumerate(definitions):
         tool = read_tool(definition, f"tools.{index}")
         if tool is None:
-            server_names += server_tool_name(definition)
+            kind, name = definition["type"], definition.get("name")
+            if not kind.startswith("tool_search_tool_"):
+                server_names.append(
+                    name if is_name(name) else str(definition.get("mcp_server_name") or kind))
         elif tool.name in tools:
             raise ProxyError(400, "tools: Tool names must be unique.")
         else:
@@ -1030,14 +1035,12 @@ def read_tool(definition: Any, where: str) -> Optional[Tool]:
         raise ProxyError(400, f"{where}: Input should be an object")
     kind, name, schema = (definition.get(key) for key in ("type", "name", "input_schema"))
     is_deferred = definition.get("defer_loading") is True
-    if isinstance(kind, str) and kind != "custom":
-        if is_server_tool(kind):
-            return None
-        if not is_object(schema):
-            tool = client_tool(definition)
-            return tool and Tool(name if is_name(name) else tool.name, tool.description,
-                                 {"type": "object", "properties": tool.properties,
-                                  "required": list(tool.required)}, False, is_deferred)
+    if isinstance(kind, str) and kind != "custom" \
+            and (SERVER_TOOLS.match(kind) or not is_object(schema)):
+        tool = client_tool(definition)
+        return tool and Tool(name if is_name(name) else tool.name, tool.description,
+                             {"type": "object", "properties": tool.properties,
+                              "required": list(tool.required)}, False, is_deferred)
     if not is_name(name):
         raise ProxyError(400, f"{where}.name: Field required")
     if not is_object(schema):
@@ -1048,21 +1051,8 @@ def read_tool(definition: Any, where: str) -> Optional[Tool]:
                 is_deferred)
 
 
-def is_server_tool(kind: str) -> bool:
-    """Whether only Anthropic's servers could run a tool of this type."""
-    return bool(re.match(SERVER_TOOLS, kind)) or kind.startswith("tool_search_tool_")
-
-
-def server_tool_name(definition: Json) -> List[str]:
-    """The name of a server tool for the system text; none for tool search: all tools are loaded."""
-    kind, name = definition["type"], definition.get("name")
-    if kind.startswith("tool_search_tool_"):
-        return []
-    return [name if is_name(name) else str(definition.get("mcp_server_name") or kind)]
-
-
-SERVER_TOOLS = r"(web_search|web_fetch|code_execution|advisor)_\d{8}$|mcp_toolset$|" \
-    r"(computer|browser)_toolset_"
+SERVER_TOOLS = re.compile(r"(web_search|web_fetch|code_execution|advisor)_\d{8}$|mcp_toolset$|"
+                          r"(computer|browser)_toolset_|tool_search_tool_")
 
 
 def tool_choice(params: Json, tools: Tools) -> Optional[ToolChoice]:
@@ -1070,7 +1060,7 @@ def tool_choice(params: Json, tools: Tools) -> Optional[ToolChoice]:
     choice = params.get("tool_choice")
     if choice is None:
         return None
-    kind = choice.get("type") if is_object(choice) else None
+    kind = object_member(params, "tool_choice").get("type")
     if kind not in ("auto", "any", "tool", "none"):
         raise ProxyError(400, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
     if kind in ("any", "tool"):
@@ -1081,11 +1071,11 @@ def tool_choice(params: Json, tools: Tools) -> Optional[ToolChoice]:
 
 def check_choice(kind: str, name: Any, has_definitions: bool, tools: Tools) -> None:
     """Raises ProxyError(400) if the tool that must be called is not there."""
-    if has_definitions and (tools.loaded if kind == "any" else
-                            any(tool.name == name for tool in tools.loaded)):
+    names = [tool.name for tool in tools.loaded] if has_definitions else []
+    if name in names if kind == "tool" else names:
         return
     server = name if kind == "tool" else (tools.server_names or [None])[0]
-    if has_definitions and server in tools.server_names:
+    if server in tools.server_names:
         raise ProxyError(400, f"tool_choice: {server} is a server tool, "
                          "which this endpoint does not provide")
     if kind == "any" or not has_definitions:
@@ -1109,30 +1099,33 @@ class ClientTool(NamedTuple):
 
 def client_tool(definition: Json) -> Optional[ClientTool]:
     """The ClientTool of a definition's type, or None."""
-    for prefix, build in CLIENT_TOOLS.items():
-        if definition["type"].startswith(prefix):
-            return build(definition)
-    return None
+    kind = definition["type"]
+    if kind.startswith("bash_"):
+        return ClientTool(
+            "bash", "Runs a command in a persistent bash session and returns what it prints. "
+            "Set restart to true to start the session anew.",
+            {"command": STRING, "restart": {"type": "boolean"}})
+    if kind.startswith("memory_"):
+        return ClientTool(
+            "memory", "Reads and writes files that persist between conversations. "
+            "All paths lie under /memories.",
+            {"command": word_of("view create str_replace insert delete rename"), "path": STRING,
+             "file_text": STRING, "old_str": STRING, "new_str": STRING, "insert_text": STRING,
+             "old_path": STRING, "new_path": STRING, "insert_line": INTEGER,
+             "view_range": INTEGERS}, ("command",))
+    if kind.startswith("text_editor_"):
+        return edit_tool(kind, definition.get("max_characters"))
+    return computer_tool(kind, definition) if kind.startswith("computer_2") else None
 
 
-def bash_tool(definition: Json) -> ClientTool:
-    """A shell that lives as long as the session."""
-    return ClientTool(
-        "bash", "Runs a command in a persistent bash session and returns what it prints. "
-        "Set restart to true to start the session anew.",
-        {"command": STRING, "restart": {"type": "boolean"}})
-
-
-def edit_tool(definition: Json) -> ClientTool:
+def edit_tool(kind: str, limit: Any) -> ClientTool:
     """The text editor: the older kind can undo, the newer has a name of its own for new text."""
-    kind, limit = definition["type"], definition.get("max_characters")
     is_old = "text_editor_20" <= kind < "text_editor_20250429"
     inserted = "new_str" if is_old else "insert_text"
     properties: Json = {
         "command": word_of("view create str_replace insert" + (" undo_edit" if is_old else "")),
         "path": STRING, "file_text": STRING, "old_str": STRING, "new_str": STRING,
-        "insert_line": INTEGER, "view_range": INTEGERS}
-    properties.setdefault(inserted, STRING)
+        "insert_line": INTEGER, "view_range": INTEGERS, inserted: STRING}
     view = f" A view shows at most {limit} characters." if is_integer(limit) else ""
     return ClientTool(
         "str_replace_editor" if is_old else "str_replace_based_edit_tool",
@@ -1140,20 +1133,9 @@ def edit_tool(definition: Json) -> ClientTool:
         f"insert_line.{view}", properties, ("command", "path"))
 
 
-def memory_tool(definition: Json) -> ClientTool:
-    """A file system for notes; the client keeps the files."""
-    return ClientTool(
-        "memory", "Reads and writes files that persist between conversations. "
-        "All paths lie under /memories.",
-        {"command": word_of("view create str_replace insert delete rename"), "path": STRING,
-         "file_text": STRING, "old_str": STRING, "new_str": STRING, "insert_text": STRING,
-         "old_path": STRING, "new_path": STRING, "insert_line": INTEGER, "view_range": INTEGERS},
-        ("command",))
-
-
-def computer_tool(definition: Json) -> ClientTool:
+def computer_tool(kind: str, definition: Json) -> ClientTool:
     """Mouse, keyboard and screen; each date of the type has more actions than the one before."""
-    kind, actions = definition["type"], COMPUTER_ACTIONS
+    actions = COMPUTER_ACTIONS
     if kind != "computer_20241022":
         actions += " left_mouse_down left_mouse_up triple_click scroll hold_key wait"
     if kind >= "computer_20251124" and definition.get("enable_zoom"):
@@ -1177,9 +1159,6 @@ INTEGER: Json = {"type": "integer"}
 INTEGERS: Json = {"type": "array", "items": INTEGER}
 COMPUTER_ACTIONS = "key type mouse_move left_click left_click_drag right_click middle_click " \
     "double_click screenshot cursor_position"
-CLIENT_TOOLS: Dict[str, Callable[[Json], ClientTool]] = {
-    "bash_": bash_tool, "text_editor_": edit_tool, "memory_": memory_tool,
-    "computer_2": computer_tool}
 
 
 # ---- 4.7 names of tools ----------------------------------------------------
@@ -1225,15 +1204,8 @@ TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 # enters keywords that hold schemas, never `enum`, `const`, `default` or `examples`, whose
 # objects are data.
 
-def clean_schema(schema: Any) -> Json:
-    """A schema for `parameters` that every upstream can read: an object with properties.
-
-    A schema that is right already is returned itself; the client's own objects are never changed.
-    """
-    if not is_object(schema):
-        return {"type": "object", "properties": {}}
-    if "$schema" not in schema and schema.get("type") == "object" and is_complete_schema(schema):
-        return schema
+def clean_schema(schema: Json) -> Json:
+    """A schema for `parameters` that every upstream can read: an object with properties."""
     root = {key: value for key, value in schema.items() if key != "$schema"}
     root["type"] = "object"
     if not is_object(root.get("properties")):
@@ -1260,7 +1232,7 @@ def is_complete_schema(root: Json) -> bool:
                 waiting += value.values() if isinstance(value, dict) else ()
             elif key in SUBSCHEMA_KEYS:
                 waiting += value if isinstance(value, list) else [value]
-    return isinstance(root.get("properties"), dict)
+    return True
 
 
 # Subschemas of one tool: a walk over them blocks the event loop.
@@ -1282,21 +1254,15 @@ def complete_object(schema: Any) -> Any:
 
 
 def mapped_subschemas(schema: Json, change: Callable[[Any], Any]) -> Json:
-    """`schema` with `change` applied to each schema directly inside it; itself if none changes."""
-    changed: Json = {}
+    """A copy of `schema` with `change` applied to each schema directly inside it."""
+    mapped = schema.copy()
     for key in schema.keys() & SUBSCHEMA_KEYS:
         value = schema[key]
-        new: Any = value
-        if key in SUBSCHEMA_MAPS:
-            if is_object(value):
-                new = {name: change(item) for name, item in value.items()}
-        elif isinstance(value, list):
-            new = [change(item) for item in value]
-        else:
-            new = change(value)
-        if new != value:
-            changed[key] = new
-    return {key: changed.get(key, value) for key, value in schema.items()} if changed else schema
+        if key not in SUBSCHEMA_MAPS:
+            mapped[key] = list(map(change, value)) if isinstance(value, list) else change(value)
+        elif is_object(value):
+            mapped[key] = {name: change(item) for name, item in value.items()}
+    return mapped
 
 
 SUBSCHEMA_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
