@@ -124,7 +124,7 @@ from http import HTTPStatus
 from json.decoder import scanstring
 from typing import (Any, Awaitable, Callable, Coroutine, Deque, Dict, Iterable, Iterator, List,
                     Mapping, Match, NamedTuple, Optional, Pattern, Protocol, Sequence, Set, Tuple,
-                    Type, TypeVar, Union)
+                    Type, Union)
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 __version__ = "1.0.0"
@@ -2125,11 +2125,8 @@ class BlockMachine:
     def open_block(self) -> Optional[PendingBlock]:
         """The open block, if nothing waits for its turn; else None."""
         head = self._queue[0] if len(self._queue) == 1 else None
-        if head is None or not head.is_started or head.pending_text or head.high_surrogate:
-            return None
-        return head
-
-    # What a reader tells.
+        is_open = head and head.is_started and not (head.pending_text or head.high_surrogate)
+        return head if is_open else None
 
     def begin(self) -> None:
         """Starts the message, unless that has been done."""
@@ -2147,8 +2144,7 @@ class BlockMachine:
         if display is ThinkingDisplay.HIDDEN:
             return
         block = self._last(PendingThinking)
-        block.note(text, kind, details, display, is_fragment=not self.is_whole)
-        self.count_buffered(len(text) if block.keeps_text(display) else 0)
+        self.count_buffered(block.note(text, kind, details, display, is_whole=self.is_whole))
         self._grow(block, text)
 
     def open_call(self, call: PendingToolUse) -> None:
@@ -2175,17 +2171,11 @@ class BlockMachine:
         Raises UpstreamError for a call that was cut off without a reason, or that has no name.
         """
         self.begin()
-        is_cut = ending.reason == "max_tokens"
         while self._queue:
-            block = self._queue[0]
-            self._send_pending(block)
-            if isinstance(block, PendingToolUse):
-                block.check_end(ending.reason)
-            self._stop(block, is_cut)
-            self._queue.popleft()
-        self.has_ended = True
+            self._send_pending(self._queue[0])
+            self._stop_head(ending.reason)
+        self.has_ended, self.usage = True, usage
         self.stop = stop_fields(ending, self.has_calls)
-        self.usage = usage
         self._writer.end(self.stop, usage)
 
     def count_buffered(self, size: int) -> None:
@@ -2193,17 +2183,12 @@ class BlockMachine:
         self._buffered += size
         check_buffered(self._buffered)
 
-    # The queue.
-
-    def _last(self, kind: Type[AnyBlock]) -> AnyBlock:
+    def _last(self, kind: Type[PendingBlock]) -> Any:
         """The last block if it is of that kind, else a new one behind it."""
-        last = self._queue[-1] if self._queue else None
-        if isinstance(last, kind):
-            return last
-        block = kind()
-        self._queue.append(block)
-        self._advance()
-        return block
+        if not self._queue or not isinstance(self._queue[-1], kind):
+            self._queue.append(kind())
+            self._advance()
+        return self._queue[-1]
 
     def _grow(self, block: PendingBlock, text: str) -> None:
         """Sends text of the head at once; of other blocks, and of a whole answer, it waits.
@@ -2227,15 +2212,13 @@ class BlockMachine:
             self._send_pending(head)
             if len(self._queue) == 1 or not head.is_complete():
                 return
-            self._stop(head, False)
-            self._queue.popleft()
+            self._stop_head()
 
     def _send_pending(self, head: PendingBlock) -> None:
         if head.pending_text and head.may_start():
             if not head.is_started:
                 self._start(head)
-            text = "".join(head.pending_text)
-            head.pending_text = []
+            text, head.pending_text = "".join(head.pending_text), []
             self.count_buffered(-len(text))
             self._send(head, text)
 
@@ -2248,36 +2231,30 @@ class BlockMachine:
         self._writer.block_start(block.block(self._translation))
 
     def _send(self, block: PendingBlock, text: str) -> None:
-        is_omitted = self._translation.thinking is ThinkingDisplay.OMITTED
-        if is_omitted and isinstance(block, PendingThinking):
+        display = self._translation.thinking
+        if display is ThinkingDisplay.OMITTED and isinstance(block, PendingThinking):
             return
         if not self.is_whole and (block.high_surrogate or not text.isascii()):
-            text = block.high_surrogate + text
-            block.high_surrogate = ""
+            text, block.high_surrogate = block.high_surrogate + text, ""
             if "\ud800" <= text[-1] <= "\udbff":         # the next fragment may have its partner
                 block.high_surrogate, text = text[-1], text[:-1]
         if text:
             self._writer.delta(text)
 
-    def _stop(self, block: PendingBlock, is_cut: bool) -> None:
-        """Ends a block, after the rest of it; `is_cut`: the answer ends at the token limit."""
+    def _stop_head(self, reason: str = "") -> None:
+        """Ends the head, after the rest of it; `reason` is that of the Ending if this is one."""
+        block = self._queue.popleft()
         if isinstance(block, PendingToolUse):
-            rest = block.rest(is_cut)
+            rest = block.rest(reason)
             if rest is None:
                 return                                   # half a call must not run
             if not block.is_started:
                 self._start(block)
-            if rest:
-                self._send(block, rest)
-        if not block.is_started:
-            return                                       # white space alone makes no block
+            self._send(block, rest)
         if block.high_surrogate:
             self._writer.delta("\ufffd")
-            block.high_surrogate = ""
-        self._writer.block_stop(block.signature())
-
-
-AnyBlock = TypeVar("AnyBlock", bound="PendingBlock")
+        if block.is_started:                             # white space alone makes no block
+            self._writer.block_stop(block.signature())
 
 
 # ---- 8.2 pending blocks ----------------------------------------------------
@@ -2328,27 +2305,24 @@ class PendingThinking(PendingBlock):
     def block(self, translation: Translation) -> Json:
         return {"type": "thinking", "thinking": "", "signature": ""}
 
-    def keeps_text(self, display: ThinkingDisplay) -> bool:
-        """Whether the text has to wait for the signature."""
-        is_omitted = display is ThinkingDisplay.OMITTED
-        return self._kind == "d" or (is_omitted and self._kind in ("c", "r"))
-
     def note(self, text: str, kind: str, details: Any, display: ThinkingDisplay,
-             is_fragment: bool) -> None:
-        """Collects the signature.  `kind` is as in `carrier_signature`; kind d has `details`.
+             is_whole: bool) -> int:
+        """Collects the signature; returns how many characters have to wait for it.
 
-        Fragments of details are joined; the details of a whole answer stay as they are.
+        `kind` is as in `carrier_signature`; kind d has `details`.  Fragments of details are joined;
+        those of a whole answer stay as they are.
         """
         self._kind = kind
-        if display is ThinkingDisplay.OMITTED and kind in ("c", "r"):
-            self._hidden.append(text)
-        if kind != "d" or not isinstance(details, list):
-            return
-        if is_fragment:
+        if kind == "d" and is_list(details) and is_whole:
+            self._details += details
+        elif kind == "d" and is_list(details):
             for entry in filter(is_object, details):
                 join_detail(self._details, entry)
-        else:
-            self._details += details
+        elif display is ThinkingDisplay.OMITTED and kind in ("c", "r"):
+            self._hidden.append(text)
+        elif kind != "d":
+            return 0
+        return len(text)
 
     def signature(self) -> str:
         if self._kind == "d":
@@ -2386,9 +2360,7 @@ class PendingToolUse(PendingBlock):
     def __init__(self, is_custom: bool = False) -> None:
         """`id` and `name` are the upstream's, `extra` as in `client_id`."""
         super().__init__()
-        self.id = ""
-        self.name = ""
-        self.client_id = ""
+        self.id = self.name = self.client_id = ""
         self.extra: Any = None
         self.state = ArgumentsState.NONE
         self.is_raw = self.is_custom = is_custom
@@ -2426,16 +2398,15 @@ class PendingToolUse(PendingBlock):
         """
         if self._in_string and not self._is_escaped and not IN_STRING.search(text):
             return text                                          # most fragments
-        if self.is_custom:
-            self._raw.append(text)
-            return ""
         if self.state is ArgumentsState.CLOSED:
             if self._is_filled or not text.lstrip(BLANKS).startswith("{"):
                 return ""                                        # a brace too many, or all again
             # Some gateways put an empty object in front of the real one.
             self.state, self._unsent = ArgumentsState.NONE, ""
-        if self.state is ArgumentsState.NONE:
-            text = self._without_lead(text)
+        if self.state is ArgumentsState.NONE and not self.is_custom:
+            blanks = len(text) - len(text.lstrip(BLANKS))
+            self._count_blanks(text[:blanks])
+            text = text[blanks:]
             if not text:
                 return ""
             self.state = ArgumentsState.OPEN
@@ -2445,28 +2416,22 @@ class PendingToolUse(PendingBlock):
             return ""
         return self._filled(*self._scan(text))
 
-    def rest(self, is_cut: bool) -> Optional[str]:
-        """The text left to send at the block's end; None for a call that must not be sent."""
-        if not self.is_raw:
-            return "" if self._is_filled else self._unsent
-        text = "".join(self._raw)
-        if self.is_custom and self._value is None:
-            return json_text({"input": text})
-        value = tool_input(text if self._value is None else self._value, is_cut)
-        return None if value is None else json_text(value) if value else ""
+    def rest(self, reason: str) -> Optional[str]:
+        """The text left to send at the block's end; None for a call that must not be sent.
 
-    def check_end(self, reason: str) -> None:
-        """Raises UpstreamError if the call cannot end here; `reason` is that of the Ending."""
+        `reason` is that of the Ending.  Raises UpstreamError if the call cannot end here.
+        """
         if not self.name:
             raise UpstreamError(502, NAMELESS_CALL)
-        is_open = self.state is ArgumentsState.OPEN and not self.is_raw
-        if is_open and reason not in ("max_tokens", "refusal"):
-            raise UpstreamError(502, "The upstream ended inside a tool call")
-
-    def _without_lead(self, text: str) -> str:
-        rest = text.lstrip(BLANKS)
-        self._count_blanks(text[:len(text) - len(rest)])
-        return rest
+        if not self.is_raw:
+            if self.state is ArgumentsState.OPEN and reason not in ("max_tokens", "refusal"):
+                raise UpstreamError(502, "The upstream ended inside a tool call")
+            return "" if self._is_filled else self._unsent
+        arguments = "".join(self._raw) if self._value is None else self._value
+        if self.is_custom:
+            return json_text({"input": arguments})
+        value = tool_input(arguments, reason == "max_tokens")
+        return None if value is None else json_text(value) if value else ""
 
     def _filled(self, text: str, rest: str) -> str:
         """Holds an object back until something stands inside it."""
@@ -2548,7 +2513,7 @@ def tool_input(arguments: Any, is_cut: bool) -> Optional[Json]:
     value = leading_value(text.strip() or "{}")
     if isinstance(value, str) and value.strip():
         value = leading_value(value.strip())             # encoded twice
-    if value is None or value == [] or value == "":
+    if value in (None, [], ""):
         return {}
     if is_object(value):
         return value
@@ -2594,9 +2559,7 @@ FILTER_EXPLANATION = "The upstream's content filter stopped the answer."
 
 def stop_object(reason: Optional[str], sequence: Optional[str] = None,
                 explanation: Optional[str] = None) -> Json:
-    details = None
-    if explanation:
-        details = {"type": "refusal", "category": None, "explanation": explanation}
+    details = explanation and {"type": "refusal", "category": None, "explanation": explanation}
     return {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}
 
 
@@ -2633,17 +2596,15 @@ def anthropic_usage(usage: Any, tier: Any, translation: Translation, meter: Mete
 
 def prompt_and_output(usage: Json, translation: Translation, meter: Meter) -> Tuple[int, int]:
     """The tokens of prompt and answer: as told, else the rest of the total, else estimated."""
-    prompt, output = token_count(usage, "prompt_tokens"), token_count(usage, "completion_tokens")
-    total = token_count(usage, "total_tokens")
-    rest_prompt, rest_output = rest_of(total, output), rest_of(total, prompt)
-    prompt = rest_prompt if prompt is None else prompt
-    output = rest_output if output is None else output
+    prompt, output, total = (token_count(usage, name) for name in (
+        "prompt_tokens", "completion_tokens", "total_tokens"))
+    if total is not None:
+        if prompt is None and output is not None and total >= output:
+            prompt = total - output
+        elif output is None and prompt is not None and total >= prompt:
+            output = total - prompt
     return (translation.input_estimate() if prompt is None else prompt,
             meter.tokens() if output is None else output)
-
-
-def rest_of(total: Optional[int], part: Optional[int]) -> Optional[int]:
-    return total - part if total is not None and part is not None and total >= part else None
 
 
 def token_count(usage: Json, name: str) -> Optional[int]:
@@ -2700,11 +2661,11 @@ class EventWriter:
     def block_start(self, block: Json) -> None:
         self._index += 1
         self._prefix = delta_prefix(self._index, *DELTAS[block["type"]])
-        self._events.append(
-            sse_event("content_block_start", index=self._index, content_block=block))
+        event = sse_event("content_block_start", index=self._index, content_block=block)
+        self._events.append(event)
 
     def delta(self, text: str) -> None:
-        self._events.append(self._prefix + quoted(text) + "}}\n\n")
+        self._events.append(self._prefix + quote(well_formed_text(text)) + "}}\n\n")
 
     def deltas(self, texts: str, separator: str) -> None:
         """Writes a delta for each of several texts, which are the insides of JSON strings."""
@@ -2804,11 +2765,6 @@ def delta_prefix(index: int, kind: str, member: str) -> str:
     """A delta event up to its text: the whole event is this, the quoted text and `}}`."""
     return (f'event: content_block_delta\ndata: {{"type":"content_block_delta","index":{index},'
             f'"delta":{{"type":"{kind}","{member}":')
-
-
-def quoted(text: str) -> str:
-    """A JSON string without lone surrogates."""
-    return quote(well_formed_text(text))
 
 
 DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
@@ -3300,8 +3256,7 @@ class ChatReader(Reader):
         if not fragment.name:
             raise UpstreamError(502, NAMELESS_CALL)
         call = self._calls.add(fragment)
-        call.set_arguments(
-            {"input": fragment.arguments} if call.is_custom else fragment.whole_arguments)
+        call.set_arguments(fragment.arguments if call.is_custom else fragment.whole_arguments)
         self._meter.add(fragment.arguments)
         self._machine.open_call(call)
 
