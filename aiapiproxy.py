@@ -2789,8 +2789,8 @@ Span = Tuple[bool, str]                  # (is it reasoning, the text)
 class TextFilter:
     """Takes `<think>` text, a repeated prefill and stop sequences out of the visible text.
 
-    feed() and finish() give the spans that may be seen now; text that could still turn into one of
-    the three is held back.  `matched_stop` is the stop sequence that ended the text.
+    Text that could still turn into one of the three is held back.  `matched_stop` is the stop
+    sequence that ended the text.
 
         LEAD --<think>--> THINK --</think>--> LEAD_TEXT --> PREFILL --> TEXT --stop--> ENDED
     """
@@ -2810,22 +2810,16 @@ class TextFilter:
         if self._step is TextFilter._lead:
             self._step = TextFilter._at_prefill
 
-    def feed(self, text: str) -> List[Span]:
-        return self._run(self._held + text, False)
-
-    def finish(self) -> List[Span]:
-        """The rest, when no text follows directly."""
-        return self._run(self._held, True)
-
-    def _run(self, text: str, is_last: bool) -> List[Span]:
+    def feed(self, text: str, is_last: bool = False) -> List[Span]:
+        """The spans that may be seen now; `is_last`: no text follows directly."""
         spans: List[Span] = []
-        self._held = ""
+        text = self._held + text
         while text and self.matched_stop is None:
             before = self._step
             text = before(self, text, is_last, spans)
             if self._step is before:
                 break
-        self._held = text if self.matched_stop is None and not is_last else ""
+        self._held = "" if is_last or self.matched_stop is not None else text
         return spans
 
     # Each step takes the text at hand, appends the spans that may be seen and returns the text that
@@ -2836,21 +2830,18 @@ class TextFilter:
         if start.startswith("<think>"):
             self._step = TextFilter._think
             return start[len("<think>"):]
-        if "<think>".startswith(start) and not is_last:
-            return text
-        self._step = TextFilter._at_prefill
+        if is_last or not "<think>".startswith(start):
+            self._step = TextFilter._at_prefill
         return text
 
     def _think(self, text: str, is_last: bool, spans: List[Span]) -> str:
         thought, tag, rest = text.partition("</think>")
         held = 0 if tag or is_last else tail_overlap(text, "</think>")
-        thought = thought[:len(thought) - held] if held else thought
-        if thought:
-            spans.append((True, thought))
+        if len(thought) > held:
+            spans.append((True, thought[:len(thought) - held]))
         if tag:
             self._step = TextFilter._after_think
-            return rest
-        return text[len(text) - held:] if held else ""
+        return rest if tag else text[len(text) - held:]
 
     def _after_think(self, text: str, is_last: bool, spans: List[Span]) -> str:
         text = text.lstrip()
@@ -2862,34 +2853,26 @@ class TextFilter:
         """Most models repeat the prefill; the client puts its own in front of the answer."""
         if self._prefill.startswith(text) and text != self._prefill and not is_last:
             return text
-        self._step = TextFilter._search if self._stops else TextFilter._pass
+        self._step = TextFilter._search
         self.is_idle = not self._stops
         return text[len(self._prefill):] if text.startswith(self._prefill) else text
 
     def _search(self, text: str, is_last: bool, spans: List[Span]) -> str:
         """Looks for the earliest stop sequence; at one place, for the longest."""
-        held = 0 if is_last else max(tail_overlap(text, stop) for stop in self._stops)
+        overlaps = [tail_overlap(text, stop) for stop in self._stops if not is_last]
         found = [(text.find(stop), -len(stop), stop) for stop in self._stops if stop in text]
-        end = len(text) - held
-        if found and (is_last or min(found)[0] < end):   # else a longer or earlier one may follow
+        end = len(text) - max(overlaps, default=0)
+        if found and min(found)[0] < end:                # else a longer or earlier one may follow
             end, _, self.matched_stop = min(found)
-        elif found:
-            end = min(end, min(found)[0])
         if end:
             spans.append((False, text[:end]))
         return text[end:]
 
-    def _pass(self, text: str, is_last: bool, spans: List[Span]) -> str:
-        spans.append((False, text))
-        return ""
-
 
 def tail_overlap(text: str, wanted: str) -> int:
     """How many characters at the end of `text` could be the start of `wanted`."""
-    for size in range(min(len(text), len(wanted) - 1), 0, -1):
-        if wanted.startswith(text[-size:]):
-            return size
-    return 0
+    sizes = range(min(len(text), len(wanted) - 1), 0, -1)
+    return next((size for size in sizes if wanted.startswith(text[-size:])), 0)
 
 
 # ---- 9.2 reader ------------------------------------------------------------
@@ -2931,10 +2914,6 @@ class Reader:
         """Whether a stop sequence ended the answer: the upstream still writes, at a cost."""
         return self._filter.matched_stop is not None
 
-    def expect_whole(self) -> None:
-        """The next chunk is the whole answer, in plain JSON."""
-        self._machine.is_whole = True
-
     def _text(self, text: str) -> None:
         """Takes visible text."""
         self._meter.add(text)
@@ -2954,7 +2933,7 @@ class Reader:
     def _end_text(self) -> None:
         """No text follows directly: text that the filter held back can be shown."""
         if not self._filter.is_idle:
-            self._show(self._filter.finish())
+            self._show(self._filter.feed("", is_last=True))
 
     def _show(self, spans: List[Span]) -> None:
         """Passes spans on.  After a stop sequence nothing counts any more: the answer ends."""
@@ -3000,8 +2979,7 @@ class SSEDecoder:
     """
 
     def __init__(self) -> None:
-        self._tail: List[bytes] = []             # the start of a line
-        self._tail_size = 0
+        self._tail = bytearray()                 # the start of a line
         self._is_first = True
         self._skips_lf = False                   # the last read ended in CR
         self._data: List[str] = []
@@ -3014,42 +2992,26 @@ class SSEDecoder:
 
     def lines(self, data: bytes) -> str:
         """The whole lines that these bytes complete.  Raises UpstreamError for an endless line."""
-        if b"\r" in data or self._skips_lf:
-            data = self._unified(data)
+        if b"\r" in data or self._skips_lf:                      # CR LF and CR become LF
+            data = data[1:] if self._skips_lf and data[:1] == b"\n" else data
+            self._skips_lf = data[-1:] == b"\r"
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         end = data.rfind(b"\n") + 1
         if end == len(data) and not self._tail:
             return data.decode("utf-8", "replace")
-        if not end:
-            self._keep(data)
-            return ""
-        self._tail.append(data[:end])
-        text = b"".join(self._tail).decode("utf-8", "replace")
-        self._tail = []
-        self._tail_size = 0
-        self._keep(data[end:])
+        text = ""
+        if end:
+            text = (self._tail + data[:end]).decode("utf-8", "replace")
+            self._tail.clear()
+        self._tail += data[end:]
+        if len(self._tail) > MAX_LINE:
+            raise UpstreamError(502, f"The upstream sent a line over {MAX_LINE >> 20} MiB")
         return text
 
     def finish(self) -> List[str]:
         """The data that the end of the stream completes: whole values only."""
-        text = b"".join(self._tail).decode("utf-8", "replace")
-        self._tail = []
-        found = self.events(text + "\n")
+        found = self.events(self._tail.decode("utf-8", "replace") + "\n")
         return found + [data for data in self._joined() if is_whole(data)]
-
-    def _unified(self, data: bytes) -> bytes:
-        """The same bytes with LF at each line's end, in place of CR LF or CR."""
-        if self._skips_lf and data[:1] == b"\n":
-            data = data[1:]
-        self._skips_lf = data[-1:] == b"\r"
-        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-    def _keep(self, data: bytes) -> None:
-        """Buffers the start of a line.  Raises UpstreamError for one that does not end."""
-        if data:
-            self._tail.append(data)
-            self._tail_size += len(data)
-            if self._tail_size > MAX_LINE:
-                raise UpstreamError(502, f"The upstream sent a line over {MAX_LINE >> 20} MiB")
 
     def events(self, text: str) -> List[str]:
         """The data of the events that these lines complete."""
@@ -3060,10 +3022,8 @@ class SSEDecoder:
         lines[-1] = ":"                          # the next line is not known yet
         found: List[str] = []
         for line, following in zip(lines, lines[1:]):
-            if line[:6] == "data: ":
-                data = line[6:]
-            elif line[:5] == "data:":
-                data = line[5:]
+            if line[:5] == "data:":
+                data = line[5:].removeprefix(" ")
             elif line[:1] in ("{", "["):
                 data = line
             else:
@@ -3094,11 +3054,8 @@ MAX_LINE = 16 * 1024 * 1024              # bytes; real chunks are far smaller
 def is_whole(data: str) -> bool:
     """Whether data is one complete value: a JSON object by its look, or [DONE]."""
     data = data.strip()
-    if data[:1] == "{":
-        return data[-1:] == "}" and data.count("{") == data.count("}")
-    if data[:1] == "[" and data[-1:] == "]":
-        return data == "[DONE]" or data.count("[") == data.count("]")
-    return False
+    ends = data[:1] + data[-1:]
+    return ends in ("{}", "[]") and data.count(ends[0]) == data.count(ends[1])
 
 
 def is_event_stream(claims: bool, start: bytes) -> bool:
@@ -4804,7 +4761,7 @@ class StreamTranslator:
 
     def whole(self, body: bytes) -> bytes:
         """Translates an answer in plain JSON: it is read as a stream of one chunk."""
-        self._reader.expect_whole()
+        self._machine.is_whole = True
         try:
             value = whole_value(body, self._translation)
             self._reader.read(
