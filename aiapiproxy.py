@@ -2885,7 +2885,7 @@ class Reader:
     """
 
     def __init__(self, translation: Translation, machine: BlockMachine, meter: Meter) -> None:
-        self.has_finished = False        # the upstream has said why it stopped
+        self.has_finished = False        # only usage and the end can follow
         self.usage: Any = None           # the last that the upstream sent
         self._translation = translation
         self._machine = machine
@@ -3157,8 +3157,7 @@ class ChatReader(Reader):
 
     def _own_choice(self, chunk: Json) -> Optional[Json]:
         """The first choice of a chunk that has the index of the first choice ever seen."""
-        choices = chunk.get("choices")
-        for choice in filter(is_object, choices if isinstance(choices, list) else ()):
+        for choice in objects_in(chunk.get("choices")):
             index = choice.get("index") or 0
             if self._choice_index is None:
                 self._choice_index = index
@@ -3168,10 +3167,9 @@ class ChatReader(Reader):
 
     def _note_usage(self, chunk: Json) -> None:
         """Each usage is the total so far; Groq puts it into a member of its own."""
-        groq = chunk.get("x_groq")
-        for usage in (chunk.get("usage"), groq.get("usage") if is_object(groq) else None):
-            if is_object(usage):
-                self.usage = usage
+        for holder in (chunk, chunk.get("x_groq")):
+            if is_object(holder) and is_object(holder.get("usage")):
+                self.usage = holder["usage"]
         self._tier = chunk.get("service_tier") or self._tier
 
     def _read_delta(self, delta: Json) -> None:
@@ -3234,8 +3232,7 @@ def whole_choice(completion: Json) -> Json:
 
     A stream's choice is that of the first index seen, as a lower one may never follow.
     """
-    choices = completion.get("choices")
-    choices = list(filter(is_object, choices)) if isinstance(choices, list) else []
+    choices = objects_in(completion.get("choices"))
     indexes = [choice["index"] if is_number(choice.get("index")) else place
                for place, choice in enumerate(choices)]
     choice = choices[indexes.index(min(indexes))] if choices else {}
@@ -3254,45 +3251,44 @@ def reasoning_text(message: Json) -> Tuple[str, str]:
     for key, kind in (("reasoning_content", "c"), ("reasoning", "r")):
         if is_name(message.get(key)):
             return kind, message[key]
-    details = message.get("reasoning_details")
-    if isinstance(details, list):
-        text = "".join(part_text(entry, ("text", "summary")) for entry in details)
-        if text:
-            return "d", text
-    content = message.get("content")
-    if isinstance(content, list):
-        return "n", "".join(thinking_part(part) for part in content)
-    return "n", ""
+    details = objects_in(message.get("reasoning_details"))
+    text = "".join(part_text(entry, "text", "summary") for entry in details)
+    if text:
+        return "d", text
+    return "n", "".join(map(thinking_text, objects_in(message.get("content"))))
 
 
-def thinking_part(part: Any) -> str:
+def thinking_text(part: Json) -> str:
     """The text of a content part of type thinking, a list or a string (Magistral)."""
-    if not is_object(part) or part.get("type") != "thinking":
+    if part.get("type") != "thinking":
         return ""
-    inner = part.get("thinking")
-    if isinstance(inner, list):
-        return "".join(part_text(item, ("text",)) for item in inner)
-    return part_text(part, ("thinking", "text"))
-
-
-def part_text(part: Any, keys: Sequence[str]) -> str:
-    """The first string that a part has under one of the keys; "" without one."""
-    if not is_object(part):
-        return ""
-    return next((part[key] for key in keys if isinstance(part.get(key), str)), "")
+    if is_list(part.get("thinking")):
+        return "".join(part_text(item, "text") for item in objects_in(part["thinking"]))
+    return part_text(part, "thinking", "text")
 
 
 def content_texts(message: Json) -> Tuple[str, str]:
     """(visible text, refusal text) of a message or a delta."""
-    content, refusal = message.get("content"), message.get("refusal")
-    text = content if isinstance(content, str) else ""
-    refusal = refusal if isinstance(refusal, str) else ""
-    for part in content if isinstance(content, list) else ():
-        if is_object(part) and part.get("type") in ("text", "output_text"):
-            text += part_text(part, ("text",))
-        elif is_object(part) and part.get("type") == "refusal":
-            refusal += part_text(part, ("refusal",))
+    content, refusal = message.get("content"), part_text(message, "refusal")
+    if not is_list(content):
+        return part_text(message, "content"), refusal
+    text = ""
+    for part in objects_in(content):
+        if part.get("type") in ("text", "output_text"):
+            text += part_text(part, "text")
+        elif part.get("type") == "refusal":
+            refusal += part_text(part, "refusal")
     return text, refusal
+
+
+def part_text(part: Json, *keys: str) -> str:
+    """The first string that an object has under one of the keys; "" without one."""
+    return next((part[key] for key in keys if isinstance(part.get(key), str)), "")
+
+
+def objects_in(value: Any) -> List[Json]:
+    """The objects of a list; none for any other value."""
+    return [item for item in value if is_object(item)] if is_list(value) else []
 
 
 # ---- 11.4 calls ------------------------------------------------------------
@@ -3310,11 +3306,9 @@ class CallFragment(NamedTuple):
 
 def call_entries(delta: Json) -> List[Json]:
     """The tool_calls of a message or a delta, else its old function_call as one."""
-    calls = delta.get("tool_calls")
-    entries = [entry for entry in calls if is_object(entry)] if isinstance(calls, list) else []
-    if not entries and is_object(delta.get("function_call")) and delta["function_call"]:
-        return [{"function": delta["function_call"]}]
-    return entries
+    function = delta.get("function_call")
+    is_old = is_object(function) and function
+    return objects_in(delta.get("tool_calls")) or ([{"function": function}] if is_old else [])
 
 
 def call_fragment(entry: Json) -> CallFragment:
@@ -3439,9 +3433,8 @@ class ToolCalls:
 
 def continues_last(last: PendingToolUse, fragment: CallFragment) -> bool:
     """Whether a fragment without index, whose id is not known, belongs to the last call."""
-    if not fragment.name:
-        return True
-    return is_same_call(last, fragment) and not (last.id and fragment.id)
+    return not fragment.name or (
+        is_same_call(last, fragment) and not (last.id and fragment.id))
 
 
 def is_same_call(call: PendingToolUse, fragment: CallFragment) -> bool:
@@ -3461,28 +3454,23 @@ def stop_class(finish: Any) -> str:
 
 def raise_if_failed(finish: Any) -> None:
     """Raises UpstreamError for a finish_reason by which the answer is none."""
-    outcome = stop_class(finish)
-    if outcome in ("failed", "overloaded"):
-        raise UpstreamError(502 if outcome == "failed" else 529,
-                            f"The upstream ended with finish_reason {finish}")
+    status = {"failed": 502, "overloaded": 529}.get(stop_class(finish))
+    if status:
+        raise UpstreamError(status, f"The upstream ended with finish_reason {finish}")
 
 
 def reported_stop(choice: Json, translation: Translation) -> Optional[str]:
     """The stop sequence that vLLM and SGLang name beside the finish reason."""
-    for key in ("stop_reason", "matched_stop"):
-        if isinstance(choice.get(key), str) and choice[key] in translation.stop_sequences:
-            return choice[key]
-    return None
+    named = (choice.get("stop_reason"), choice.get("matched_stop"))
+    return next((text for text in named if text in translation.stop_sequences), None)
 
 
 STOP_REASONS = {
     "error": "failed", "network_error": "failed", "abort": "failed",
     "insufficient_system_resource": "overloaded",                          # DeepSeek
-    "content_filter": "refusal", "safety": "refusal", "recitation": "refusal",
-    "blocklist": "refusal", "prohibited_content": "refusal", "spii": "refusal",
-    "sensitive": "refusal",
-    "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens",
-}
+    "content_filter": "refusal", "safety": "refusal", "recitation": "refusal", "spii": "refusal",
+    "blocklist": "refusal", "prohibited_content": "refusal", "sensitive": "refusal",
+    "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens"}
 
 
 # ============================================================================
@@ -4677,6 +4665,7 @@ class StreamTranslator:
 
     An error is raised as ProxyError while it can be an HTTP status: before the first event, when
     `started` is False, and always for a message.  Later it is an `error` event, the last one.
+    `machine` and `reader` tell how far the answer is.
     """
 
     def __init__(self, translation: Translation, new_id: NewId, writer: Writer,
@@ -4685,51 +4674,21 @@ class StreamTranslator:
         self._translation = translation
         self._writer = writer
         self._decoder = SSEDecoder()
-        self._machine = BlockMachine(translation, new_id, writer)
+        self.machine = BlockMachine(translation, new_id, writer)
         self._meter = OutputMeter()
-        self._reader = APIS[translation.target.api].reader(
-            translation, self._machine, self._meter)
+        self.reader = APIS[translation.target.api].reader(translation, self.machine, self._meter)
         self._pattern = shortcuts.chunk_pattern and shortcuts.chunk_pattern(
-            self._decoder, self._reader, self._machine, self._meter, writer)
-
-    # How far the answer is.
+            self._decoder, self.reader, self.machine, self._meter, writer)
 
     @property
     def started(self) -> bool:
         """Whether the message has begun."""
-        return self._machine.has_begun
+        return self.machine.has_begun
 
     @property
     def done(self) -> bool:
         """Whether nothing follows, after the end or after an error."""
-        return self._machine.has_ended or self.error is not None
-
-    @property
-    def has_content(self) -> bool:
-        """Whether a block has started."""
-        return self._machine.has_content
-
-    @property
-    def has_finished(self) -> bool:
-        """Whether the upstream has said why it stopped: only usage and the end can follow."""
-        return self._reader.has_finished
-
-    @property
-    def was_cut(self) -> bool:
-        """Whether a stop sequence ended the answer while the upstream still writes."""
-        return self._reader.was_cut
-
-    @property
-    def stop(self) -> Json:
-        """stop_reason, stop_sequence and stop_details, once done."""
-        return self._machine.stop
-
-    @property
-    def usage(self) -> Json:
-        """The usage object, once done."""
-        return self._machine.usage
-
-    # Bytes in, bytes out.
+        return self.machine.has_ended or self.error is not None
 
     def feed(self, data: bytes) -> bytes:
         """Translates the next bytes of an event stream."""
@@ -4748,25 +4707,22 @@ class StreamTranslator:
         try:
             for data in self._decoder.finish():
                 self._read_event(data)
-            if not self.started:
-                raise UpstreamError(502, EMPTY_ANSWER)
-            if not self.has_finished and not self.done:
-                raise UpstreamError(
-                    502, "The upstream closed the connection before the end of the answer")
+            if not self.reader.has_finished and not self.done:
+                raise UpstreamError(502, CUT_ANSWER if self.started else EMPTY_ANSWER)
             if not self.done:
-                self._reader.end()
+                self.reader.end()
         except ProxyError as error:
             self._fail(error)
         return self._writer.taken()
 
     def whole(self, body: bytes) -> bytes:
         """Translates an answer in plain JSON: it is read as a stream of one chunk."""
-        self._machine.is_whole = True
+        self.machine.is_whole = True
         try:
             value = whole_value(body, self._translation)
-            self._reader.read(
+            self.reader.read(
                 self._answer_object(value, "The upstream's answer is not a JSON object"))
-            self._reader.end()
+            self.reader.end()
         except ProxyError as error:
             self._fail(error)
         return self._writer.taken()
@@ -4774,7 +4730,7 @@ class StreamTranslator:
     def empty(self) -> bytes:
         """The answer without content: max_tokens is 0, or too small for a first token."""
         usage = anthropic_usage({"completion_tokens": 0}, None, self._translation, self._meter)
-        self._machine.end(Ending("max_tokens"), usage)
+        self.machine.end(Ending("max_tokens"), usage)
         return self._writer.taken()
 
     def fail(self, error: ProxyError) -> bytes:
@@ -4782,25 +4738,23 @@ class StreamTranslator:
 
         A connection that breaks after the finish reason has lost nothing: the answer is complete.
         """
-        if isinstance(error, ConnectionLost) and self.has_finished:
+        if isinstance(error, ConnectionLost) and self.reader.has_finished:
             return self.finish()
         self._fail(error)
         return self._writer.taken()
 
     def begin(self) -> bytes:
         """message_start, unless it was sent: for an upstream that still thinks."""
-        self._machine.begin()
+        self.machine.begin()
         return self._writer.taken()
 
     def ping(self) -> bytes:
         """An event that keeps the client waiting, while the upstream sends none."""
         if self.started and not self.done and isinstance(self._writer, EventWriter):
-            is_hidden_block = self._translation.thinking is ThinkingDisplay.OMITTED \
-                and isinstance(self._machine.open_block, PendingThinking)
-            self._writer.ping(is_hidden_block)
+            is_omitted = self._translation.thinking is ThinkingDisplay.OMITTED
+            block = self.machine.open_block
+            self._writer.ping(is_hidden_block=is_omitted and isinstance(block, PendingThinking))
         return self._writer.taken()
-
-    # Events of the upstream.
 
     def _read_lines(self, lines: str) -> None:
         for data in self._decoder.events(lines):
@@ -4808,12 +4762,12 @@ class StreamTranslator:
 
     def _read_event(self, data: str) -> None:
         """Reads the data of one event: a chunk, an error, or [DONE]."""
-        if self._machine.has_ended or not data:
+        if self.machine.has_ended or not data:
             return
-        if data == "[DONE]" or data.strip() == "[DONE]":
-            if self._reader.is_empty:
+        if data.strip() == "[DONE]":
+            if self.reader.is_empty:
                 raise UpstreamError(502, EMPTY_ANSWER)
-            self._reader.end()
+            self.reader.end()
             return
         try:
             value = upstream_json(data)
@@ -4823,8 +4777,8 @@ class StreamTranslator:
             raise error_from_object(value, self._translation) if is_object(value) else \
                 UpstreamError(500, redacted(data, self._translation.secrets))
         chunk = self._answer_object(value, "The upstream sent a chunk that is not JSON")
-        self._machine.begin()
-        self._reader.read(chunk)
+        self.machine.begin()
+        self.reader.read(chunk)
 
     def _answer_object(self, value: Any, problem: str) -> Json:
         """A chunk or a whole answer.  Raises the error that it is, or `problem` for no object."""
@@ -4838,17 +4792,16 @@ class StreamTranslator:
 
     def _fail(self, error: ProxyError) -> None:
         """Raises an error, or writes it as the last event.  After the end it has no effect."""
-        if self._machine.has_ended:
+        if self.done:
             return
+        self.error = error
         if not self.started or not isinstance(self._writer, EventWriter):
-            self.error = error
             raise error
-        if self.error is None:
-            self.error = error
-            self._writer.error(error)
+        self._writer.error(error)
 
 
 EMPTY_ANSWER = "The upstream's answer is empty"
+CUT_ANSWER = "The upstream closed the connection before the end of the answer"
 
 
 def whole_value(body: bytes, translation: Translation) -> Any:
@@ -7619,16 +7572,11 @@ class Relay:
     """Carries one answer from the upstream to the client, and keeps the client awake meanwhile."""
 
     def __init__(self, app: App, exchange: Exchange, translation: Translation,
-                 reply: UpstreamResponse, recording: Any,
-                 translator: StreamTranslator) -> None:
-        self._recording = recording
-        self._last_events = b""              # of the end, still to be sent
-        self._app = app
-        self._exchange = exchange
-        self._translation = translation
-        self._reply = reply
+                 reply: UpstreamResponse, recording: Any, translator: StreamTranslator) -> None:
+        self._app, self._exchange, self._translation = app, exchange, translation
+        self._reply, self._recording, self._translator = reply, recording, translator
         self._loop = app.loop
-        self._translator = translator
+        self._last_events = b""              # of the end, still to be sent
         self._last_read = self._loop.time()
         self._timer: Optional[asyncio.TimerHandle] = None
         if translation.is_streamed:
@@ -7679,7 +7627,7 @@ class Relay:
         while not translator.done:
             if events:
                 await self._send(events)
-            if not translator.has_finished:  # else comments could keep a finished answer open
+            if not translator.reader.has_finished:   # comments may not keep it open after that
                 self._last_read = self._loop.time()
             try:
                 await reply.pump(self._pass_on)
@@ -7702,17 +7650,17 @@ class Relay:
         if translator.done:
             self._last_events = events
             return True
-        if not translator.has_finished:
+        if not translator.reader.has_finished:
             self._last_read = now
         if events:
-            if exchange.record.first_token is None:
-                self._note_first_token()
+            self._note_first_token()
             exchange.send_now(events, False, now)
         return exchange.has_unsent()
 
     def _note_first_token(self) -> None:
-        if self._exchange.record.first_token is None and self._translator.has_content:
-            self._exchange.record.first_token = self._loop.time()
+        record = self._exchange.record
+        if record.first_token is None and self._translator.machine.has_content:
+            record.first_token = self._loop.time()
 
     async def _send(self, events: bytes) -> None:
         self._note_first_token()
@@ -7728,7 +7676,7 @@ class Relay:
         Closes the upstream's connection when [DONE] never arrives.
         """
         translator, exchange, now = self._translator, self._exchange, self._loop.time()
-        if translator.has_finished and now - self._last_read >= LAST_CHUNK_WAIT:
+        if translator.reader.has_finished and now - self._last_read >= LAST_CHUNK_WAIT:
             self._reply.abandon()
             return
         if not exchange.has_begun():
@@ -7744,7 +7692,7 @@ class Relay:
         if self._timer is not None:
             self._timer.cancel()
         translator, reply = self._translator, self._reply
-        has_ended = translator.done and translator.error is None and not translator.was_cut
+        has_ended = translator.done and translator.error is None and not translator.reader.was_cut
         if reply.is_complete or not has_ended:
             reply.close()
         else:
@@ -7759,29 +7707,27 @@ LAST_CHUNK_WAIT = 10.0                   # seconds from the finish reason to the
 def record_answer(app: App, record: RequestRecord, translation: Translation,
                   translator: StreamTranslator) -> None:
     """Sets the facts of an answer that has ended: its stop reason and tokens, or its error."""
-    error = translator.error
+    error, machine = translator.error, translator.machine
     if error is not None:
         is_upstream = isinstance(error, UpstreamError)
         record.set_error(error, "upstream_error" if is_upstream else "shutdown")
         return
-    record.set_answer(translator.stop["stop_reason"], translator.usage)
-    warn_of_truncation(app, translation, translator.usage)
+    record.set_answer(machine.stop["stop_reason"], machine.usage)
+    warn_of_truncation(app, translation, machine.usage)
 
 
 async def read_start(reply: UpstreamResponse) -> bytes:
-    """The start of an answer that tells events from JSON.
+    """The start of an answer that tells events from JSON: a first byte, or a whole line of JSON.
 
-    This is a byte that is not white space, or a whole line of JSON.  Raises UpstreamError for an
-    empty body.
+    White space does not count.  Raises UpstreamError for an empty body.
     """
-    start = await reply.read()
-    while not start.strip() or (start.lstrip()[:1] in (b"{", b"[") and b"\n" not in start.strip()):
-        data = await reply.read() if start else b""
+    start = data = await reply.read()
+    while data and len(start) <= ERROR_BODY and (
+            not start.strip() or start.lstrip()[:1] in (b"{", b"[") and b"\n" not in start.strip()):
+        data = await reply.read()
         start += data
-        if not start.strip() and (not data or len(start) > ERROR_BODY):
-            raise UpstreamError(502, EMPTY_ANSWER)
-        if not data or len(start) > ERROR_BODY:
-            break
+    if not start.strip():
+        raise UpstreamError(502, EMPTY_ANSWER)
     return start
 
 
