@@ -704,8 +704,9 @@ FIELD_CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "stream": (is_boolean, "Input should be a valid boolean"),
     "system": (is_system, "Input should be a valid string or list of text blocks"),
     **dict.fromkeys(("temperature", "top_p"), (is_number, "Input should be a valid number")),
-    "stop_sequences": (lambda value: is_list(value) and all(isinstance(item, str) for item in value),
-                       "Input should be a valid list of strings"),
+    "stop_sequences": (
+        lambda value: is_list(value) and all(isinstance(item, str) for item in value),
+        "Input should be a valid list of strings"),
     **dict.fromkeys(("thinking", "metadata", "output_config"),
                     (is_object, "Input should be an object")),
     "tools": (is_list, "Input should be a valid list"),
@@ -747,8 +748,9 @@ def answer_schema(params: Json) -> Optional[Json]:
         wanted = params.get("output_format")
     if wanted is None:
         return None
-    if is_object(wanted) and wanted.get("type") == "json_schema" and is_object(wanted.get("schema")):
-        return wanted["schema"]
+    schema = wanted.get("schema") if is_object(wanted) else None
+    if is_object(schema) and wanted.get("type") == "json_schema":
+        return schema
     raise ProxyError(
         400, 'output_config.format: Input should be {"type": "json_schema", "schema": {...}}')
 
@@ -802,17 +804,23 @@ def transcript_of(messages: List[Any]) -> Transcript:
                 sent.append(turn)
             continue
         text = read_system_message(transcript, messages[index], turn.blocks)
-        is_over = messages[index].get("clear_at") == "next_user_message" and index < last_user
-        if text and not is_over and has_begun:
+        if messages[index].get("clear_at") == "next_user_message" and index < last_user:
+            text = ""
+        if text and has_begun:
             sent.append(Turn("user", [Reminder(f"<system-reminder>\n{text}\n</system-reminder>")]))
-        elif text and not is_over:
+        elif text:
             transcript.system.append(text)
-    transcript.turns = [Turn(role, [block for turn in turns for block in turn.blocks])
-                        for role, turns in itertools.groupby(sent, lambda turn: turn.role)]
+    transcript.turns = merged_turns(sent)
     return transcript
 
 
 NO_USER_MESSAGE = "messages: at least one user message is required"
+
+
+def merged_turns(turns: List[Turn]) -> List[Turn]:
+    """Strictly alternating turns."""
+    return [Turn(role, [block for turn in group for block in turn.blocks])
+            for role, group in itertools.groupby(turns, lambda turn: turn.role)]
 
 
 def checked_message(message: Any, index: int) -> Turn:
@@ -1340,11 +1348,6 @@ class Translation:
 
 # ---- 5.1 texts of single blocks --------------------------------------------
 
-def without_whitespace(text: str) -> str:
-    """Base64 data without line breaks, which upstreams refuse in a URL."""
-    return text if text.isalnum() else "".join(text.split())
-
-
 def unknown_text(block: Json) -> str:
     """The text for a block of a type that is newer than this program."""
     text = block.get("text")
@@ -1357,11 +1360,6 @@ def document_text(block: Json, text: str) -> str:
     if is_name(block.get("context")):
         lines.append(f"[Context: {block['context']}]")
     return "\n".join([*lines, text])
-
-
-def search_result_text(block: Json) -> str:
-    return f"[Search result: {block.get('title')}]\nSource: {block.get('source')}\n" \
-        + nested_texts(block)
 
 
 def nested_texts(block: Json) -> str:
@@ -1397,7 +1395,12 @@ def image_parts(block: Json, profile: ModelProfile) -> List[Part]:
         return [Media(source["url"])]
     kind = source.get("media_type")
     kind = {"image/jpg": "image/jpeg"}.get(kind, kind) if is_name(kind) else "image/png"
-    return [Media(f"data:{kind};base64,{without_whitespace(source['data'])}")]
+    return [Media(data_url(kind, source["data"]))]
+
+
+def data_url(media_type: str, data: str) -> str:
+    """Base64 data as a URL, without the line breaks that upstreams refuse there."""
+    return f"data:{media_type};base64,{''.join(data.split())}"
 
 
 def document_parts(block: Json, profile: ModelProfile) -> List[Part]:
@@ -1417,13 +1420,10 @@ def document_parts(block: Json, profile: ModelProfile) -> List[Part]:
         except ValueError:
             return [f"[{kind} document: {title or 'document'}; this endpoint cannot read it]"]
     name = title or "document.pdf"
-    if profile.host_class not in PDF_READERS:
+    if profile.host_class not in ("openai", "azure"):
         return [f"[PDF document: {name}; this endpoint cannot read it]"]
-    return [Media(f"data:application/pdf;base64,{without_whitespace(source['data'])}",
+    return [Media(data_url("application/pdf", source["data"]),
                   name if name.lower().endswith(".pdf") else name + ".pdf")]
-
-
-PDF_READERS = ("openai", "azure")        # hosts that take files
 
 
 def nested_document_parts(block: Json, profile: ModelProfile) -> List[Part]:
@@ -1435,29 +1435,28 @@ def nested_document_parts(block: Json, profile: ModelProfile) -> List[Part]:
                                           for part in image_parts(item, profile))]
 
 
-def document_placeholder(block: Json) -> str:
-    """The text of a document for an assistant turn, which can hold no file."""
-    parts = document_parts(block, model_profile("", "other"))
-    return "\n".join(part for part in parts if isinstance(part, str))
-
-
 # ---- 5.3 blocks of an assistant turn ---------------------------------------
 #
 # Upstreams know text and tool calls.  The other blocks of an assistant turn become text, as far
 # as the model needs them to understand its own earlier answer.
 
 def assistant_text(blocks: List[Block]) -> str:
-    """The text of an assistant turn.  Text right behind text is joined to it, because the client
-    cut it; everything else is a paragraph of its own.
+    """The text of an assistant turn.
+
+    Text right behind text is joined to it, because the client cut it; everything else is a
+    paragraph of its own.
     """
     pieces: List[str] = []
     follows_text = False
     for block in blocks:
-        is_text = block["type"] == "text"
-        text = block["text"] if is_text else assistant_paragraph(block)
+        kind, text = block["type"], ""
+        if kind == "text":
+            text = block["text"]
+        elif kind not in UNSENT_BLOCKS["assistant"] and kind != "tool_use":
+            text = ASSISTANT_PARAGRAPHS.get(kind, unknown_text)(block)
         if text:
-            pieces += ["\n\n" if pieces and not (is_text and follows_text) else "", text]
-        follows_text = is_text
+            pieces += ["\n\n" if pieces and not (kind == "text" and follows_text) else "", text]
+        follows_text = kind == "text"
     return "".join(pieces)
 
 
@@ -1470,15 +1469,6 @@ def prefill_text(turns: List[Turn]) -> str:
             or any(block["type"] == "tool_use" for block in turns[-1].blocks):
         return ""
     return assistant_text(turns[-1].blocks).rstrip()
-
-
-def assistant_paragraph(block: Json) -> str:
-    """The paragraph for a block that is neither text nor a thing of its own; "" for nothing."""
-    kind = block["type"]
-    if kind in UNSENT_BLOCKS["assistant"] or kind == "tool_use":
-        return ""
-    build = ASSISTANT_PARAGRAPHS.get(kind)
-    return build(block) if build else unknown_text(block)
 
 
 def called_text(block: Json) -> str:
@@ -1530,7 +1520,10 @@ SERVER_RESULTS: Dict[str, Tuple[str, Callable[[Json], str]]] = {
 }
 ASSISTANT_PARAGRAPHS: Dict[str, Callable[[Json], str]] = {
     "server_tool_use": called_text, "mcp_tool_use": called_text, "compaction": compaction_text,
-    "image": lambda block: "[image]", "document": document_placeholder,
+    "image": lambda block: "[image]",
+    # An assistant turn can hold no file and no picture.
+    "document": lambda block: "\n".join(
+        part for part in document_parts(block, model_profile("", "other")) if isinstance(part, str)),
     **dict.fromkeys(SERVER_RESULTS, server_result_text)}
 
 
@@ -1540,20 +1533,20 @@ ASSISTANT_PARAGRAPHS: Dict[str, Callable[[Json], str]] = {
 
 def user_parts(block: Json, profile: ModelProfile) -> List[Part]:
     """The parts of a user message for a block; an unknown block is named, never lost."""
-    build = USER_PARTS.get(block["type"])
-    if build is not None:
-        return build(block, profile)
-    is_known = block["type"] in ASSISTANT_PARAGRAPHS
-    text = assistant_paragraph(block) if is_known else unknown_text(block)
+    kind = block["type"]
+    if kind in USER_PARTS:
+        return USER_PARTS[kind](block, profile)
+    text = ASSISTANT_PARAGRAPHS.get(kind, unknown_text)(block)
     return [text] if text else []
 
 
 USER_PARTS: Dict[str, Callable[[Json, ModelProfile], List[Part]]] = {
-    "text": lambda block, profile: list(filter(None, [block["text"]])),
+    "text": lambda block, profile: [block["text"]],
     "image": image_parts, "document": document_parts,
-    "search_result": lambda block, profile: [search_result_text(block)],
-    "compaction": lambda block, profile: list(filter(None, [compaction_text(block)])),
-    "thinking": lambda block, profile: [], "redacted_thinking": lambda block, profile: [],
+    "search_result": lambda block, profile: [
+        f"[Search result: {block.get('title')}]\nSource: {block.get('source')}\n"
+        + nested_texts(block)],
+    **dict.fromkeys(UNSENT_BLOCKS["user"], lambda block, profile: []),
 }
 
 
@@ -1604,9 +1597,9 @@ class OpenCalls:
     has.  Clients don't: of several calls with one id the n-th result belongs to the n-th call.
     """
 
-    def __init__(self, id_at_upstream: Callable[[str], str]) -> None:
+    def __init__(self, host_class: str) -> None:
         self.unanswered: Dict[str, None] = {}        # upstream's ids, in the order of the calls
-        self._id_at_upstream = id_at_upstream
+        self._host_class = host_class
         self._uses: Dict[str, int] = {}              # decoded id -> number of its last use
         self._waiting: Dict[str, Deque[str]] = {}    # client's id -> upstream's ids
 
@@ -1617,26 +1610,23 @@ class OpenCalls:
         while not call_id or call_id in self.unanswered:
             number += 1
             numbered = plain if number == 1 else "call_" + sha256_hex(f"{plain}#{number}")[:32]
-            call_id = self._id_at_upstream(numbered)
+            call_id = upstream_call_id(numbered, self._host_class)
         self._uses[plain] = number
         self.unanswered[call_id] = None
         self._waiting.setdefault(client, deque()).append(call_id)
         return call_id, extra
 
-    def has(self, client: str) -> bool:
-        """Whether the turn has a call with a client's id, answered or not."""
-        return client in self._waiting
-
     def answer(self, client: str) -> Optional[str]:
-        """Marks the call of a result as answered; returns its id, or None if it was before."""
-        if not self._waiting[client]:
-            return None
-        call_id = self._waiting[client].popleft()
+        """Marks the call of a result as answered; returns its id.
+
+        Returns "" if it was answered before, None if the turn has no such call.
+        """
+        waiting = self._waiting.get(client)
+        if not waiting:
+            return None if waiting is None else ""
+        call_id = waiting.popleft()
         del self.unanswered[call_id]
         return call_id
-
-
-MISSING_RESULT = "Tool call was not executed."
 
 
 # ---- 5.6 ids ---------------------------------------------------------------
@@ -1665,37 +1655,30 @@ def client_id(call_id: Any, extra: Any, known: Set[str], new_id: NewId) -> str:
 
 def decoded_id(client: str) -> Tuple[str, Any]:
     """(the upstream's id, its `extra_content` or None); an id that is not encoded is itself."""
-    match = re.fullmatch(r"toolu_([rx])[A-Za-z0-9]{6}_([A-Za-z0-9_-]+)", client) \
-        if client[:7] in ("toolu_r", "toolu_x") else None
-    if match is None:
-        return client, None
+    match = re.fullmatch(r"toolu_([rx])[A-Za-z0-9]{6}_([A-Za-z0-9_-]+)", client)
     try:
-        if match[1] == "r":
+        if match and match[1] == "r":
             return base64url_bytes(match[2]).decode("utf-8"), None
-        call_id, extra = model_json(unpacked(match[2]))
-        return (call_id, extra) if isinstance(call_id, str) else (client, None)
+        if match:
+            call_id, extra = model_json(unpacked(match[2]))
+            if isinstance(call_id, str):
+                return call_id, extra
     except (ValueError, TypeError):
-        return client, None
+        pass
+    return client, None
 
 
 def upstream_call_id(call_id: str, host_class: str) -> str:
-    """An id that the upstream's host takes.  OpenAI refuses ids of more than 40 characters."""
-    if host_class == "mistral":
-        return mistral_id(call_id)
+    """An id that the upstream's host takes.
+
+    OpenAI refuses ids of more than 40 characters.  Mistral takes exactly nine letters and digits.
+    """
+    if host_class == "mistral" and not re.fullmatch(r"[0-9A-Za-z]{9}", call_id):
+        value = int(sha256_hex(call_id), 16)
+        return "".join(BASE62[value // 62 ** place % 62] for place in range(9))
     if host_class in ("openai", "azure") and not re.fullmatch(r"[a-zA-Z0-9_-]{1,40}", call_id):
         return "call_" + sha256_hex(call_id)[:32]
     return call_id
-
-
-def mistral_id(call_id: str) -> str:
-    """Exactly nine letters and digits.  [Mistral: tool call id]"""
-    if re.fullmatch(r"[0-9A-Za-z]{9}", call_id):
-        return call_id
-    value, digits = int(sha256_hex(call_id), 16), ""
-    for _ in range(9):
-        value, digit = divmod(value, 62)
-        digits += BASE62[digit]
-    return digits
 
 
 BASE62 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -1764,8 +1747,6 @@ def base64url(data: bytes) -> str:
 
 def base64url_bytes(text: str) -> bytes:
     """The bytes of base64url text without padding.  Raises ValueError."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]*", text):
-        raise ValueError("not base64url")
     return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
@@ -1798,17 +1779,19 @@ def chat_body(conversation: Conversation, target: Target) -> Json:
 def message_fields(conversation: Conversation, profile: ModelProfile) -> Json:
     """`messages`: the system message, then the turns, each call directly followed by its result."""
     messages: List[Json] = []
-    calls = OpenCalls(str)
+    calls = OpenCalls(profile.host_class)
     for turn in conversation.turns:
         if turn.role == "assistant":
-            calls = OpenCalls(lambda call_id: upstream_call_id(call_id, profile.host_class))
             messages.append(assistant_message(turn.blocks, calls, conversation, profile))
         else:
             messages += user_messages(turn.blocks, calls, profile)
-            calls = OpenCalls(str)
+            calls = OpenCalls(profile.host_class)
     messages += missing_results(calls)
     if messages and messages[-1]["role"] == conversation.turns[-1].role == "assistant":
-        messages = with_prefill(messages, prefill_text(conversation.turns), profile)
+        # The last message is the prefill: not sent if it is empty, and Mistral wants it marked.
+        last = {**messages.pop(), "content": prefill_text(conversation.turns)}
+        mark = {"prefix": True} if profile.host_class == "mistral" else {}
+        messages += [{**last, **mark}] if last["content"] else []
     if not messages:
         raise ProxyError(400, NO_USER_MESSAGE)
     system = list(conversation.system)
@@ -1817,14 +1800,6 @@ def message_fields(conversation: Conversation, profile: ModelProfile) -> Json:
     if system:
         messages.insert(0, {"role": "system", "content": "\n\n".join(system)})
     return {"messages": messages}
-
-
-def with_prefill(messages: List[Json], prefill: str, profile: ModelProfile) -> List[Json]:
-    """Messages whose last one is the prefill, which Mistral wants marked; without an empty one."""
-    last = {**messages[-1], "content": prefill}
-    if profile.host_class == "mistral":
-        last["prefix"] = True
-    return [*messages[:-1], last] if prefill else messages[:-1]
 
 
 def assistant_message(blocks: List[Block], calls: OpenCalls, conversation: Conversation,
@@ -1880,7 +1855,7 @@ def tool_message(call_id: str, content: str) -> Json:
 
 def missing_results(calls: OpenCalls) -> List[Json]:
     """Tool messages for the calls without a result; an interrupted client sends none."""
-    return [tool_message(call_id, MISSING_RESULT) for call_id in calls.unanswered]
+    return [tool_message(call_id, "Tool call was not executed.") for call_id in calls.unanswered]
 
 
 def user_messages(blocks: List[Block], calls: OpenCalls, profile: ModelProfile) -> List[Json]:
@@ -1898,15 +1873,17 @@ def user_messages(blocks: List[Block], calls: OpenCalls, profile: ModelProfile) 
             parts.append(block)
         elif block["type"] != "tool_result":
             parts += user_parts(block, profile)
-        elif not calls.has(block["tool_use_id"]):
-            content, pictures = chat_result(block, block["tool_use_id"], profile, numbers)
-            parts += [f"[Result of tool call {block['tool_use_id']}]\n{content}", *pictures]
         else:
-            call_id = calls.answer(block["tool_use_id"])
-            if call_id is not None:      # else a second result, which is dropped
-                content, pictures = chat_result(block, call_id, profile, numbers)
+            client = block["tool_use_id"]
+            call_id = calls.answer(client)
+            if call_id == "":            # a second result is dropped
+                continue
+            content, pictures = chat_result(block, call_id or client, profile, numbers)
+            if call_id:
                 results.append(tool_message(call_id, content))
                 media += pictures
+            else:
+                parts += [f"[Result of tool call {client}]\n{content}", *pictures]
     has_result = bool(results)
     results += missing_results(calls)
     if has_result and all(isinstance(part, Reminder) for part in parts):
@@ -4215,9 +4192,10 @@ def separate_tool_results(body: Json, argument: Any) -> bool:
 
 def shorten_ids(body: Json, argument: Any) -> bool:
     """Makes ids of nine letters and digits, the same for a call and its result."""
+    nine_letters = partial(upstream_call_id, host_class="mistral")
     calls = [call for message in body["messages"] for call in message.get("tool_calls", ())]
-    return any([change_members(body["messages"], "tool_call_id", mistral_id),
-                change_members(calls, "id", mistral_id)])
+    return any([change_members(body["messages"], "tool_call_id", nine_letters),
+                change_members(calls, "id", nine_letters)])
 
 
 def ask_for_json(body: Json, argument: Any) -> bool:
