@@ -632,10 +632,7 @@ class Conversation:
 
 
 def conversation_of(params: Json, session_id: str, is_counting: bool) -> Conversation:
-    """The Conversation of a request whose params have passed check_fields.
-
-    count_tokens has no max_tokens.  Raises ProxyError(400) naming the field.
-    """
+    """The Conversation of params that have passed check_fields.  Raises ProxyError(400)."""
     transcript = transcript_of(params["messages"])
     tools = tools_of(params, transcript)
     system = system_texts(params.get("system")) + transcript.system
@@ -643,7 +640,7 @@ def conversation_of(params: Json, session_id: str, is_counting: bool) -> Convers
         system.append(f"Not available in this session: {', '.join(tools.server_names)}. "
                       "Do not claim to have used them.")
     user_id = object_member(params, "metadata").get("user_id")
-    # Somebody may miss the effect of the first two.
+    # Somebody may miss the effect of these, and of server tools.
     dropped = [name for name in ("inference_geo", "container") if params.get(name) is not None]
     return Conversation(
         turns=transcript.turns, system=system, tools=tools.loaded, tool_names=tools.names,
@@ -716,16 +713,14 @@ FIELD_CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
 
 
 def requested_effort(params: Json, later_effort: Optional[str]) -> Optional[str]:
-    """The effort that the client wants; `later_effort` is that of a system message.
-
-    A budget of thinking tokens has no counterpart in OpenAI's APIs, so its size picks an effort.
-    """
+    """The effort that the client wants; `later_effort` is that of a system message."""
     thinking = object_member(params, "thinking")
     if thinking.get("type") in ("disabled", "between_tools"):
         return "none"
     effort = later_effort or object_member(params, "output_config").get("effort")
     if effort in CLIENT_EFFORTS:
         return effort
+    # A budget has no counterpart in OpenAI's APIs, so its size picks an effort.
     budget = thinking.get("budget_tokens")
     if thinking.get("type") != "enabled" or not is_integer(budget):
         return None
@@ -733,10 +728,7 @@ def requested_effort(params: Json, later_effort: Optional[str]) -> Optional[str]
 
 
 def system_texts(system: Any) -> List[str]:
-    """The texts of the `system` field, without the client's attribution line.
-
-    Claude Code's line changes with every request and would spoil the upstream's prompt cache.
-    """
+    """The texts of `system` without Claude Code's attribution line, which spoils prompt caches."""
     texts = [system] if isinstance(system, str) else [block["text"] for block in system or ()]
     return [text for text in texts if text and not text.startswith("x-anthropic-billing-header:")]
 
@@ -814,9 +806,6 @@ def transcript_of(messages: List[Any]) -> Transcript:
     return transcript
 
 
-NO_USER_MESSAGE = "messages: at least one user message is required"
-
-
 def merged_turns(turns: List[Turn]) -> List[Turn]:
     """Strictly alternating turns."""
     return [Turn(role, [block for turn in group for block in turn.blocks])
@@ -877,6 +866,7 @@ def is_empty_turn(turn: Turn) -> bool:
         for block in turn.blocks)
 
 
+NO_USER_MESSAGE = "messages: at least one user message is required"
 UNSENT_BLOCKS = {
     "user": ("thinking", "redacted_thinking"),
     "assistant": ("thinking", "redacted_thinking", "tool_search_tool_result", "mcp_tool_listing",
@@ -956,7 +946,6 @@ SOURCES = {
     "image": {"base64": "data", "url": "url"},
     "document": {"base64": "data", "url": "url", "text": "data", "content": "content"},
 }
-
 MAX_MESSAGES = 100000                    # the Anthropic API's limit
 
 
@@ -999,23 +988,26 @@ def tools_of(params: Json, transcript: Transcript) -> Tools:
             tools[tool.name] = tool
     chosen = object_member(params, "tool_choice").get("name")
     wanted = transcript.named_tools | ({chosen} if is_name(chosen) else set())
-    loaded = [tools[name] for name in loaded_names(list(tools), deferred, wanted)
-              if name not in transcript.removed_tools]
+    # A deferred tool is sent only when wanted, and after the others, if the client has a tool that
+    # searches the deferred ones (Claude Code's ToolSearch); without one all tools are sent.
+    is_searched = any(re.search(r"tool_?search", name, re.I) for name in tools
+                      if name not in deferred)
+    loaded = [tool for name, tool in tools.items() if name not in transcript.removed_tools
+              and not (is_searched and name in deferred and name not in wanted)]
+    if is_searched:
+        loaded.sort(key=lambda tool: tool.name in deferred)
     return Tools(loaded, upstream_tool_names(list(tools)), server_names)
 
 
 def defined_tools(definitions: Iterable[Any]) -> Tuple[Dict[str, Tool], List[str]]:
-    """(the tools of the field `tools` by name, the names of server tools).
-
-    Anthropic's tool search has no name here: all tools are loaded.
-    """
+    """(the tools of the field `tools` by name, the names of server tools)."""
     tools: Dict[str, Tool] = {}
     server_names: List[str] = []
     for index, definition in enumerate(definitions):
         tool = read_tool(definition, f"tools.{index}")
         if tool is None:
             kind, name = definition["type"], definition.get("name")
-            if not kind.startswith("tool_search_tool_"):
+            if not kind.startswith("tool_search_tool_"):     # without it all tools are sent
                 server_names.append(
                     name if is_name(name) else str(definition.get("mcp_server_name") or kind))
         elif tool.name in tools:
@@ -1023,18 +1015,6 @@ def defined_tools(definitions: Iterable[Any]) -> Tuple[Dict[str, Tool], List[str
         else:
             tools[tool.name] = tool
     return tools, server_names
-
-
-def loaded_names(names: List[str], deferred: Set[str], wanted: Set[str]) -> List[str]:
-    """The names of the tools that are sent: a deferred one only when wanted, and after the others.
-
-    That needs a tool of the client's that searches the deferred ones (Claude Code's ToolSearch);
-    without one all tools are sent.
-    """
-    if not any(re.search(r"tool_?search", name, re.I) for name in names if name not in deferred):
-        return names
-    return [*(name for name in names if name not in deferred),
-            *(name for name in names if name in deferred and name in wanted)]
 
 
 def read_tool(definition: Any, where: str) -> Optional[Tool]:
@@ -1172,10 +1152,7 @@ COMPUTER_ACTIONS = "key type mouse_move left_click left_click_drag right_click m
 # ---- 4.7 names of tools ----------------------------------------------------
 
 def upstream_tool_name(name: str) -> str:
-    """A name that OpenAI takes; always the same for the same name, so that prompts stay cacheable.
-
-    MCP's names (mcp__server__tool) often have more than 64 characters.  [OpenAI: function name]
-    """
+    """A name that OpenAI takes, always the same for a tool: prompts have to stay cacheable."""
     if TOOL_NAME.fullmatch(name):
         return name
     return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:55] + "_" + sha256_hex(name)[:8]
@@ -1186,10 +1163,9 @@ def upstream_tool_names(names: Sequence[str]) -> Dict[str, str]:
     taken = {name for name in names if TOOL_NAME.fullmatch(name)}
     upstream_names = {}
     for name in names:
-        made, number = upstream_tool_name(name), 1
+        made, numbers = upstream_tool_name(name), itertools.count(2)
         while made in taken and made != name:
-            number += 1
-            made = upstream_tool_name(name)[:-8] + sha256_hex(f"{name}#{number}")[:8]
+            made = made[:-8] + sha256_hex(f"{name}#{next(numbers)}")[:8]
         taken.add(made)
         upstream_names[name] = made
     return upstream_names
@@ -1243,10 +1219,6 @@ def is_complete_schema(root: Json) -> bool:
     return True
 
 
-# Subschemas of one tool: a walk over them blocks the event loop.
-MAX_SUBSCHEMAS = 50000
-
-
 def lacks_properties(schema: Json) -> bool:
     """Whether an object's schema has neither properties nor a word on additional ones."""
     return schema.get("type") == "object" and "additionalProperties" not in schema \
@@ -1273,12 +1245,6 @@ def mapped_subschemas(schema: Json, change: Callable[[Any], Any]) -> Json:
     return mapped
 
 
-SUBSCHEMA_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
-SUBSCHEMA_KEYS = SUBSCHEMA_MAPS | frozenset((
-    "items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "not", "if", "then",
-    "else"))
-
-
 def qualifies_as_strict(schema: Any, is_root: bool = True) -> bool:
     """Whether OpenAI takes a schema with `strict: true`.  [OpenAI: structured outputs]"""
     if not is_object(schema) or schema.keys() & NOT_STRICT:
@@ -1303,6 +1269,12 @@ def requires_all_properties(schema: Json) -> bool:
         and isinstance(required, list) and not {*map(str, required)} < {*properties}
 
 
+# Subschemas of one tool: a walk over them blocks the event loop.
+MAX_SUBSCHEMAS = 50000
+SUBSCHEMA_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+SUBSCHEMA_KEYS = SUBSCHEMA_MAPS | frozenset((
+    "items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "not", "if", "then",
+    "else"))
 NOT_STRICT = frozenset(("patternProperties", "allOf", "not", "if", "oneOf", "prefixItems",
                         "dependentSchemas", "unevaluatedProperties"))
 
@@ -1461,14 +1433,11 @@ def assistant_text(blocks: List[Block]) -> str:
 
 
 def prefill_text(turns: List[Turn]) -> str:
-    """The text that the answer continues: of a last assistant turn without calls.
-
-    White space at its end is cut, because upstreams refuse it.
-    """
+    """The text that the answer continues: of a last assistant turn without calls."""
     if not turns or turns[-1].role != "assistant" \
             or any(block["type"] == "tool_use" for block in turns[-1].blocks):
         return ""
-    return assistant_text(turns[-1].blocks).rstrip()
+    return assistant_text(turns[-1].blocks).rstrip()         # upstreams refuse white space there
 
 
 def called_text(block: Json) -> str:
@@ -1553,10 +1522,7 @@ USER_PARTS: Dict[str, Callable[[Json, ModelProfile], List[Part]]] = {
 # ---- 5.5 calls and results -------------------------------------------------
 
 def call_arguments(value: Any) -> str:
-    """The JSON text of a tool's input.
-
-    The input is serialised here, because broken JSON in the history would break later turns.
-    """
+    """The JSON text of a tool's input: broken JSON in the history would break later turns."""
     if isinstance(value, str):
         try:
             if is_object(model_json(value)):
@@ -1617,10 +1583,7 @@ class OpenCalls:
         return call_id, extra
 
     def answer(self, client: str) -> Optional[str]:
-        """Marks the call of a result as answered; returns its id.
-
-        Returns "" if it was answered before, None if the turn has no such call.
-        """
+        """Returns the id of the call that a result answers; "" for a second result, else None."""
         waiting = self._waiting.get(client)
         if not waiting:
             return None if waiting is None else ""
@@ -1669,10 +1632,7 @@ def decoded_id(client: str) -> Tuple[str, Any]:
 
 
 def upstream_call_id(call_id: str, host_class: str) -> str:
-    """An id that the upstream's host takes.
-
-    OpenAI refuses ids of more than 40 characters.  Mistral takes exactly nine letters and digits.
-    """
+    """An id that the host takes: Mistral exactly nine letters and digits, OpenAI 40 characters."""
     if host_class == "mistral" and not re.fullmatch(r"[0-9A-Za-z]{9}", call_id):
         value = int(sha256_hex(call_id), 16)
         return "".join(BASE62[value // 62 ** place % 62] for place in range(9))
@@ -1831,21 +1791,15 @@ def reasoning_history(blocks: List[Block], conversation: Conversation,
     """
     if profile.host_class in ("openai", "azure", "mistral", "gemini"):
         return {}
-    kind, carried = "", []
-    for block in blocks:
-        found = carried_block(block) if block["type"] == "thinking" else None
-        if found and found[0] in REASONING_FIELDS and kind in ("", found[0]):
-            kind = found[0]
-            carried.append(found[1])
-    if kind == "d":
-        return {REASONING_FIELDS[kind]: [entry for entries in carried for entry in entries]}
-    if kind:
-        return {REASONING_FIELDS[kind]: "".join(carried)}
+    found = filter(None, [carried_block(block) for block in blocks if block["type"] == "thinking"])
+    carried = [pair for pair in found if pair[0] in REASONING_FIELDS]
+    if carried:
+        kind = carried[0][0]
+        values = [value for its_kind, value in carried if its_kind == kind]
+        return {REASONING_FIELDS[kind]: "".join(values) if kind != "d" else [
+            entry for entries in values for entry in entries]}
     is_thinking = conversation.display is not ThinkingDisplay.HIDDEN
     return {"reasoning_content": ""} if is_thinking and profile.host_class == "deepseek" else {}
-
-
-REASONING_FIELDS = {"c": "reasoning_content", "r": "reasoning", "d": "reasoning_details"}
 
 
 def tool_message(call_id: str, content: str) -> Json:
@@ -1962,9 +1916,6 @@ def reasoning_fields(conversation: Conversation, profile: ModelProfile) -> Json:
     return {"reasoning_effort": nearest_effort(wanted, profile.efforts)}
 
 
-DEEPSEEK_EFFORTS = {"low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}
-
-
 def format_fields(conversation: Conversation, profile: ModelProfile) -> Json:
     """`response_format`.  DeepSeek has JSON mode without schemas: the system text has them."""
     schema = conversation.answer_schema
@@ -2010,18 +1961,12 @@ def chat_tool(tool: Tool, conversation: Conversation, profile: ModelProfile) -> 
     return {"type": "function", "function": function}
 
 
-CHAT_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-
-
 def identity_fields(conversation: Conversation, profile: ModelProfile) -> Json:
-    """safety_identifier, prompt_cache_key and service_tier, which only OpenAI itself knows.
-
-    Ids are hashed: they may hold personal data, and OpenAI allows 128 characters.
-    """
+    """safety_identifier, prompt_cache_key and service_tier, which only OpenAI itself knows."""
     if profile.host_class != "openai":
         return {}
     user, session = conversation.user_id, conversation.session_id
-    found = {}
+    found = {}                           # ids are hashed: they may hold personal data
     if user:
         found["safety_identifier"] = sha256_hex(user)
     if session or user:
@@ -2032,19 +1977,19 @@ def identity_fields(conversation: Conversation, profile: ModelProfile) -> Json:
 
 
 def stream_fields(conversation: Conversation, profile: ModelProfile) -> Json:
-    """`stream`; also for an un-streamed request that may take minutes: only a stream shows life.
-
-    Mistral sends usage without being asked, and refuses unknown fields.
-    """
+    """`stream`; also for an un-streamed request that may take minutes: only a stream shows life."""
     limit = conversation.max_tokens
     if limit is None or (not conversation.is_streamed
                          and capped_limit(limit, profile) <= UNSTREAMED_TOKENS):
         return {}
-    if profile.host_class == "mistral":
+    if profile.host_class == "mistral":          # sends usage unasked, refuses unknown fields
         return {"stream": True}
     return {"stream": True, "stream_options": {"include_usage": True}}
 
 
+REASONING_FIELDS = {"c": "reasoning_content", "r": "reasoning", "d": "reasoning_details"}
+DEEPSEEK_EFFORTS = {"low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}
+CHAT_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 # Tokens that a quick model can write while a client waits without a sign of life.
 UNSTREAMED_TOKENS = 8192
 
@@ -4608,15 +4553,14 @@ APIS = {api.name: api for api in (
 )}
 
 
-def translation_of(params: Json, target: Target, session_id: str = "",
-                   is_counting: bool = False) -> Translation:
-    """The Translation of a Messages request; `is_counting` for count_tokens.
+def translation_of(params: Json, target: Target, session_id: str,
+                   is_counting: bool) -> Translation:
+    """The Translation of params that have passed check_fields; `is_counting` for count_tokens.
 
-    check_fields must have passed the params.  Raises ProxyError(400) naming the field.
+    Raises ProxyError(400) naming the field.
     """
     conversation = conversation_of(params, session_id, is_counting)
     api = APIS[target.api]
-    decoded_ids = {decoded_id(call_id)[0] for call_id in conversation.call_ids}
     return Translation(
         requested_model=params["model"], target=target,
         profile=model_profile(target.model, target.host_class),
@@ -4624,7 +4568,8 @@ def translation_of(params: Json, target: Target, session_id: str = "",
         thinking=conversation.display,
         tool_names={conversation.upstream_name(tool.name): tool.name
                     for tool in conversation.tools},
-        history_call_ids=conversation.call_ids | decoded_ids,
+        history_call_ids=conversation.call_ids.union(
+            decoded_id(call_id)[0] for call_id in conversation.call_ids),
         stop_sequences=conversation.stop_sequences, prefill=prefill_text(conversation.turns),
         is_single_call=conversation.choice is not None and conversation.choice.is_single,
         is_empty=conversation.max_tokens == 0, dropped_fields=conversation.dropped_fields,
