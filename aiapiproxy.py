@@ -814,10 +814,17 @@ def merged_turns(turns: List[Turn]) -> List[Turn]:
 
 def checked_message(message: Any, index: int) -> Turn:
     """A message as role and blocks; a string is one text block, empty texts vanish."""
-    problem = message_problem(message)
+    if not is_object(message):
+        raise ProxyError(400, f"messages.{index}: Input should be an object")
+    role, content = message.get("role"), message.get("content")
+    if role not in ("user", "assistant", "system"):
+        raise ProxyError(
+            400, f"messages.{index}.role: Input should be 'user', 'assistant' or 'system'")
+    if content is None and role == "system" and message.get("output_config") is not None:
+        content = []                     # a message that only changes the effort
+    problem = content_problem(content) if content is not None else ".content: Field required"
     if problem:
         raise ProxyError(400, f"messages.{index}{problem}")
-    role, content = message["role"], message.get("content") or []
     if isinstance(content, str):
         content = [text_part(content)]
     blocks = [block for block in content if block["type"] != "text" or block["text"]]
@@ -876,22 +883,8 @@ UNSENT_BLOCKS = {
 
 # ---- 4.4 problems of a message ---------------------------------------------
 #
-# Each function returns the problem of one part of the request: a path inside that part and
-# a sentence, or "" if there is none.  The callers put their own path in front, so that
-# a path is built only if something is wrong.
-
-def message_problem(message: Any) -> str:
-    """A message needs content, except a system message that only changes the effort."""
-    if not is_object(message):
-        return ": Input should be an object"
-    role, content = message.get("role"), message.get("content")
-    if role not in ("user", "assistant", "system"):
-        return ".role: Input should be 'user', 'assistant' or 'system'"
-    if content is None:
-        has_effort = role == "system" and message.get("output_config") is not None
-        return "" if has_effort else ".content: Field required"
-    return content_problem(content)
-
+# Each function returns the problem of one part of the request, a path inside that part and a
+# sentence, or "".  The callers put their own path in front, so a path is built only for a problem.
 
 def content_problem(content: Any) -> str:
     """The first problem of text or blocks, at any depth: results and documents hold blocks."""
@@ -1318,7 +1311,7 @@ class Translation:
 # returns: ids of tool calls, and reasoning inside the signatures of thinking blocks.
 # Every writer of a body uses these functions and adds nothing but its API's shape.
 
-# ---- 5.1 texts of single blocks --------------------------------------------
+# ---- 5.1 texts, pictures and documents -------------------------------------
 
 def unknown_text(block: Json) -> str:
     """The text for a block of a type that is newer than this program."""
@@ -1348,8 +1341,6 @@ def compaction_text(block: Json) -> str:
     content = block.get("content")
     return f"[Summary of the earlier conversation]\n{content}" if isinstance(content, str) else ""
 
-
-# ---- 5.2 pictures and documents -------------------------------------------
 
 class Media(NamedTuple):
     """A picture or a PDF file in a user turn."""
@@ -1407,17 +1398,14 @@ def nested_document_parts(block: Json, profile: ModelProfile) -> List[Part]:
                                           for part in image_parts(item, profile))]
 
 
-# ---- 5.3 blocks of an assistant turn ---------------------------------------
+# ---- 5.2 blocks of a turn --------------------------------------------------
 #
 # Upstreams know text and tool calls.  The other blocks of an assistant turn become text, as far
-# as the model needs them to understand its own earlier answer.
+# as the model needs them to understand its own earlier answer.  A block of a user turn becomes
+# texts, pictures and files: a writer gives them the shape of its API.
 
 def assistant_text(blocks: List[Block]) -> str:
-    """The text of an assistant turn.
-
-    Text right behind text is joined to it, because the client cut it; everything else is a
-    paragraph of its own.
-    """
+    """The text of an assistant turn in paragraphs; text behind text is joined: the client cut it."""
     pieces: List[str] = []
     follows_text = False
     for block in blocks:
@@ -1496,10 +1484,6 @@ ASSISTANT_PARAGRAPHS: Dict[str, Callable[[Json], str]] = {
     **dict.fromkeys(SERVER_RESULTS, server_result_text)}
 
 
-# ---- 5.4 blocks of a user turn ---------------------------------------------
-#
-# A block becomes texts, pictures and files: a writer gives them the shape of its API.
-
 def user_parts(block: Json, profile: ModelProfile) -> List[Part]:
     """The parts of a user message for a block; an unknown block is named, never lost."""
     kind = block["type"]
@@ -1519,7 +1503,7 @@ USER_PARTS: Dict[str, Callable[[Json, ModelProfile], List[Part]]] = {
 }
 
 
-# ---- 5.5 calls and results -------------------------------------------------
+# ---- 5.3 calls and results -------------------------------------------------
 
 def call_arguments(value: Any) -> str:
     """The JSON text of a tool's input: broken JSON in the history would break later turns."""
@@ -1592,7 +1576,7 @@ class OpenCalls:
         return call_id
 
 
-# ---- 5.6 ids ---------------------------------------------------------------
+# ---- 5.4 ids ---------------------------------------------------------------
 #
 #     toolu_rRRRRRR_BASE64      the upstream's id: characters or a length that clients reject
 #     toolu_xRRRRRR_BASE64      packed JSON: the upstream's id and its extra_content
@@ -1622,13 +1606,10 @@ def decoded_id(client: str) -> Tuple[str, Any]:
     try:
         if match and match[1] == "r":
             return base64url_bytes(match[2]).decode("utf-8"), None
-        if match:
-            call_id, extra = model_json(unpacked(match[2]))
-            if isinstance(call_id, str):
-                return call_id, extra
+        call_id, extra = model_json(unpacked(match[2])) if match else (client, None)
+        return (call_id, extra) if isinstance(call_id, str) else (client, None)
     except (ValueError, TypeError):
-        pass
-    return client, None
+        return client, None
 
 
 def upstream_call_id(call_id: str, host_class: str) -> str:
@@ -1644,7 +1625,7 @@ def upstream_call_id(call_id: str, host_class: str) -> str:
 BASE62 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-# ---- 5.7 carried reasoning -------------------------------------------------
+# ---- 5.5 carried reasoning -------------------------------------------------
 #
 # Some upstreams want their reasoning back beside the tool calls that followed it: DeepSeek
 # refuses the request without it, others answer worse.  Clients return thinking blocks
@@ -1663,8 +1644,8 @@ def carrier_signature(kind: str, payload: str = "") -> str:
 def carried_block(block: Json) -> Optional[Tuple[str, Any]]:
     """(kind, text or list of details) of a thinking block with such a signature; else None."""
     signature = block.get("signature")
-    match = re.fullmatch(r"aap1\.([a-z])\.([A-Za-z0-9_-]*)", signature) \
-        if isinstance(signature, str) else None
+    match = re.fullmatch(r"aap1\.([a-z])\.([A-Za-z0-9_-]*)",
+                         signature if isinstance(signature, str) else "")
     if match is None:
         return None
     kind, payload = match.groups()
@@ -1677,8 +1658,6 @@ def carried_block(block: Json) -> Optional[Tuple[str, Any]]:
         return None
     return None if kind == "d" and not isinstance(value, list) else (kind, value)
 
-
-# ---- 5.8 packed text -------------------------------------------------------
 
 def packed(text: str) -> str:
     """A text, compressed, in letters, digits, `_` and `-`: the form that travels in ids."""
@@ -1952,10 +1931,9 @@ def tool_fields(conversation: Conversation, profile: ModelProfile) -> Json:
 
 def chat_tool(tool: Tool, conversation: Conversation, profile: ModelProfile) -> Json:
     """A tool as a function; `strict` is a field of OpenAI's and Azure's alone."""
-    function: Json = {"name": conversation.upstream_name(tool.name)}
-    if tool.description:
-        function["description"] = tool.description
-    function["parameters"] = tool.schema
+    description = {"description": tool.description} if tool.description else {}
+    function: Json = {"name": conversation.upstream_name(tool.name), **description,
+                      "parameters": tool.schema}
     if tool.is_strict and profile.host_class in ("openai", "azure"):
         function["strict"] = True
     return {"type": "function", "function": function}
@@ -1966,9 +1944,8 @@ def identity_fields(conversation: Conversation, profile: ModelProfile) -> Json:
     if profile.host_class != "openai":
         return {}
     user, session = conversation.user_id, conversation.session_id
-    found = {}                           # ids are hashed: they may hold personal data
-    if user:
-        found["safety_identifier"] = sha256_hex(user)
+    # Ids are hashed: they may hold personal data.
+    found = {"safety_identifier": sha256_hex(user)} if user else {}
     if session or user:
         found["prompt_cache_key"] = "aap-" + sha256_hex(session or user)[:32]
     if conversation.wants_standard_tier:
@@ -4548,17 +4525,12 @@ class Api(NamedTuple):
     prompt_texts: Callable[[Json], Iterator[Union[str, int]]]          # for the token estimate
 
 
-APIS = {api.name: api for api in (
-    Api("chat", "/chat/completions", chat_body, ChatReader, chat_prompt_texts),
-)}
+APIS = {"chat": Api("chat", "/chat/completions", chat_body, ChatReader, chat_prompt_texts)}
 
 
 def translation_of(params: Json, target: Target, session_id: str,
                    is_counting: bool) -> Translation:
-    """The Translation of params that have passed check_fields; `is_counting` for count_tokens.
-
-    Raises ProxyError(400) naming the field.
-    """
+    """The Translation of params that have passed check_fields.  Raises ProxyError(400)."""
     conversation = conversation_of(params, session_id, is_counting)
     api = APIS[target.api]
     return Translation(
