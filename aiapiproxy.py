@@ -190,6 +190,11 @@ def object_member(value: Json, name: str) -> Json:
     return member if is_object(member) else {}
 
 
+def objects_in(value: Any) -> List[Json]:
+    """The objects of a list; none for any other value."""
+    return [item for item in value if is_object(item)] if is_list(value) else []
+
+
 def sha256_hex(text: str) -> str:
     """64 hex digits that are always the same for the same text."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
@@ -1332,8 +1337,8 @@ def nested_texts(block: Json) -> str:
     content = block.get("content")
     if isinstance(content, str):
         return content
-    return "\n".join(item["text"] for item in content if is_object(item)
-                     and isinstance(item.get("text"), str)) if isinstance(content, list) else ""
+    return "\n".join(item["text"] for item in objects_in(content)
+                     if isinstance(item.get("text"), str))
 
 
 def compaction_text(block: Json) -> str:
@@ -1405,7 +1410,7 @@ def nested_document_parts(block: Json, profile: ModelProfile) -> List[Part]:
 # texts, pictures and files: a writer gives them the shape of its API.
 
 def assistant_text(blocks: List[Block]) -> str:
-    """The text of an assistant turn in paragraphs; text behind text is joined: the client cut it."""
+    """The paragraphs of an assistant turn; text behind text is joined: the client cut it."""
     pieces: List[str] = []
     follows_text = False
     for block in blocks:
@@ -1444,9 +1449,8 @@ def server_result_text(block: Json) -> str:
 
 def search_hits(block: Json) -> str:
     """A line for each hit of a web search; the encrypted page contents mean nothing here."""
-    content = block.get("content")
-    hits = [hit for hit in content if is_object(hit)] if isinstance(content, list) else []
-    return "\n".join(f"- {hit.get('title')}: {hit.get('url')}" for hit in hits)
+    return "\n".join(f"- {hit.get('title')}: {hit.get('url')}"
+                     for hit in objects_in(block.get("content")))
 
 
 def fetched_page(block: Json) -> str:
@@ -1479,8 +1483,8 @@ ASSISTANT_PARAGRAPHS: Dict[str, Callable[[Json], str]] = {
     "server_tool_use": called_text, "mcp_tool_use": called_text, "compaction": compaction_text,
     "image": lambda block: "[image]",
     # An assistant turn can hold no file and no picture.
-    "document": lambda block: "\n".join(
-        part for part in document_parts(block, model_profile("", "other")) if isinstance(part, str)),
+    "document": lambda block: "\n".join(part for part in document_parts(
+        block, model_profile("", "other")) if isinstance(part, str)),
     **dict.fromkeys(SERVER_RESULTS, server_result_text)}
 
 
@@ -3183,11 +3187,6 @@ def content_texts(message: Json) -> Tuple[str, str]:
 def part_text(part: Json, *keys: str) -> str:
     """The first string that an object has under one of the keys; "" without one."""
     return next((part[key] for key in keys if isinstance(part.get(key), str)), "")
-
-
-def objects_in(value: Any) -> List[Json]:
-    """The objects of a list; none for any other value."""
-    return [item for item in value if is_object(item)] if is_list(value) else []
 
 
 # ---- 11.4 calls ------------------------------------------------------------
