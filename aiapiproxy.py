@@ -260,12 +260,9 @@ class UpstreamError(ProxyError):
 
 
 class ConnectionLost(UpstreamError):
-    """The upstream's connection failed.
+    """The upstream's connection failed; before any byte of an answer, a request can be resent."""
 
-    `has_response` is False if no byte of an answer has arrived; such a request can be sent again.
-    """
-
-    has_response = False
+    has_response = False                 # whether a byte of the answer has arrived
 
 
 class ClientDisconnected(Exception):
@@ -4792,24 +4789,21 @@ def parse_headers(block: bytes, single: Sequence[str] = ()) -> Headers:
     for line in lines:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
-        if name in headers:
-            if name in single:
-                raise ProtocolError(400, f"The {name} header is repeated")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
+        if name in headers and name in single:
+            raise ProtocolError(400, f"The {name} header is repeated")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
 def check_framing(headers: Headers, is_http11: bool) -> None:
     """Raises ProtocolError if parsers could disagree about the end of the body.  [RFC 9112 6.3]"""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
-    if coding is not None:
-        if length is not None:
-            raise ProtocolError(400, "Content-Length and Transfer-Encoding exclude each other")
-        if coding.lower() != "chunked" or not is_http11:
-            raise ProtocolError(400, "Transfer-Encoding must be exactly 'chunked', "
-                                "and HTTP/1.1 be spoken")
-    elif length is not None and re.fullmatch(r"[0-9]{1,18}", length) is None:
+    if coding is not None and length is not None:
+        raise ProtocolError(400, "Content-Length and Transfer-Encoding exclude each other")
+    if coding is not None and (coding.lower() != "chunked" or not is_http11):
+        raise ProtocolError(400, "Transfer-Encoding must be exactly 'chunked', "
+                            "and HTTP/1.1 be spoken")
+    if length is not None and re.fullmatch(r"[0-9]{1,18}", length) is None:
         raise ProtocolError(400, "Content-Length must be a decimal number")
 
 
@@ -4879,7 +4873,7 @@ def response_head_end(data: bytes, searched: int) -> int:
     end = end + 4 if end >= 0 else data.find(b"\n\n", searched) + 2
     if (len(data) if end < 2 else end) > MAX_HEAD:
         raise ProtocolError(502, "a response head over 64 KiB")
-    if not b"HTTP/1.".startswith(data[:7]) and not data.startswith(b"HTTP/1."):
+    if not b"HTTP/1.".startswith(data[:7]):
         raise ProtocolError(502, "an answer that is not HTTP/1.1")
     return end if end >= 2 else -1
 
@@ -4893,9 +4887,7 @@ class LengthBody:
     """A body whose number of bytes is known."""
 
     def __init__(self, length: int) -> None:
-        self.left = length
-        self.done = not length
-        self.rest = b""
+        self.left, self.done, self.rest = length, not length, b""
 
     def feed(self, data: bytes) -> bytes:
         if len(data) > self.left:
