@@ -584,13 +584,11 @@ def capped_limit(requested: int, profile: ModelProfile) -> int:
 
 
 TOKEN_CAPS = (
-    (r"gpt-4o-2024-05-13$", 4096),
-    (r"gpt-4o|chatgpt-4o", 16384),
-    (r"gpt-4\.1", 32768),
-    (r"gpt-4-turbo|gpt-4-1106|gpt-4-0125|gpt-4-vision|gpt-3\.5", 4096),
-    (r"gpt-4$|gpt-4-0", 4096),           # half of its window of 8192
+    (r"gpt-4o-2024-05-13$|gpt-4-(turbo|1106|0|vision)|gpt-3\.5", 4096),
+    (r"gpt-4$", 4096),                   # half of its window of 8192
     (r"gpt-4-32k", 8192),
-    (r"gpt-5.*-chat", 16384),
+    (r"gpt-4o|chatgpt-4o|gpt-5.*-chat", 16384),
+    (r"gpt-4\.1", 32768),
     (r"gpt-([5-9]|\d\d)", 128000),
     (r"o1-mini", 65536),
     (r"o\d", 100000))
@@ -3883,9 +3881,9 @@ def drop_members(holders: Iterable[Json], names: Sequence[str]) -> bool:
     return any([holder.pop(name, None) is not None for holder in holders for name in names])
 
 
-def error_about(*names: str, or_says: str = r"(?!)") -> Callable[[ErrorFacts, Json], bool]:
+def error_about(*names: str, says: str = r"(?!)") -> Callable[[ErrorFacts, Json], bool]:
     """The `finds` of a row for errors about one of these fields, or with a wording."""
-    return lambda facts, body: any(map(facts.names_field, names)) or facts.matches(or_says)
+    return lambda facts, body: any(map(facts.names_field, names)) or facts.matches(says)
 
 
 def functions_in(body: Json) -> List[Json]:
@@ -4176,24 +4174,22 @@ ADJUSTMENTS = (
     Adjustment("room_left", room_left, lower_limit, is_remembered=False, statuses=range(400, 600)),
     # OpenAI, gpt-5.1 and later with function tools.
     Adjustment("effort_none",
-               error_about(or_says=r"set [`'\"]?reasoning_effort[`'\"]? to [`'\"]?none"),
+               error_about(says=r"set [`'\"]?reasoning_effort[`'\"]? to [`'\"]?none"),
                lambda body, _: set_member(body, "reasoning_effort", "none")),
     Adjustment("effort_nearest", supported_efforts, take_nearest_effort),
     Adjustment("options_dropped", named_options, lambda body, names: drop_members([body], names)),
     # The client then gets its events from the whole answer.
-    Adjustment("not_streamed",
-               error_about("stream", or_says="stream(ing)? (mode )?is not supported|"
-                           "does not support stream"),
-               lambda body, _: drop_members([body], ("stream", "stream_options"))),
+    Adjustment("not_streamed", error_about(
+        "stream", says="stream(ing)? (mode )?is not supported|does not support stream"),
+        lambda body, _: drop_members([body], ("stream", "stream_options"))),
     Adjustment("strict_dropped",
                finds=lambda facts, body: facts.names_field("strict")
                or facts.matches(r"function\.strict") or facts.param.endswith("function.strict"),
                change=lambda body, _: drop_members(functions_in(body), ["strict"])),
     Adjustment("keywords_dropped", unknown_keywords, drop_keywords),
     # Two steps: the second is taken when the first has nothing left to change.
-    Adjustment("schemas_simplified", is_schema_error, statuses=LOCAL_STATUSES,
-               change=lambda body, _: change_members(
-                   functions_in(body), "parameters", simple_schema)),
+    Adjustment("schemas_simplified", is_schema_error, lambda body, _: change_members(
+        functions_in(body), "parameters", simple_schema), statuses=LOCAL_STATUSES),
     Adjustment("schemas_without_keywords", is_schema_error, statuses=LOCAL_STATUSES,
                change=lambda body, _: drop_keywords(body, GRAMMAR_KEYWORDS)),
     # Kimi and DeepSeek take no forced choice while they think.
@@ -4205,23 +4201,20 @@ ADJUSTMENTS = (
     Adjustment("assistant_after_tools", change=separate_tool_results,
                finds=lambda facts, body: "3230" in facts.codes
                or facts.matches(r"role ['\"]?user['\"]? after role ['\"]?tool")),
-    Adjustment("ids_of_nine", change=shorten_ids, finds=error_about(
-        or_says=r"tool[_ ]call[_ ]id.*(length of 9|9 characters)")),
+    Adjustment("ids_of_nine", error_about(says=r"tool[_ ]call[_ ]id.*(length of 9|9 characters)"),
+               shorten_ids),
     # DeepSeek takes JSON mode; other servers take no format at all.
     Adjustment("json_mode", change=ask_for_json, finds=error_about(
-        "response_format",
-        or_says=r"response_format.*(json_schema|unavailable|not support|must be)")),
+        "response_format", says=r"response_format.*(json_schema|unavailable|not support|must be)")),
     Adjustment("format_dropped", change=drop_format, finds=error_about(
-        "response_format",
-        or_says=r"response_format.*(json_object|unavailable|not support|must be)")),
+        "response_format", says=r"response_format.*(json_object|unavailable|not support|must be)")),
     # Servers that know no reasoning in the history.
-    Adjustment("reasoning_not_returned",
-               error_about(*CARRIED_REASONING,
-                           or_says=r"messages?\W.*\breasoning(_content|_details)?\b"),
-               lambda body, _: drop_members(body["messages"], CARRIED_REASONING)),
+    Adjustment("reasoning_not_returned", error_about(
+        *CARRIED_REASONING, says=r"messages?\W.*\breasoning(_content|_details)?\b"),
+        lambda body, _: drop_members(body["messages"], CARRIED_REASONING)),
     Adjustment("descriptions_cut", description_limit, lambda body, limit: change_members(
         functions_in(body), "description", lambda text: text[:limit])),
-    Adjustment("images_left_out", error_about(or_says=NO_IMAGES), drop_images,
+    Adjustment("images_left_out", error_about(says=NO_IMAGES), drop_images,
                statuses=LOCAL_STATUSES),
 )
 
