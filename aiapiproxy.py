@@ -3751,8 +3751,7 @@ def retry_after(facts: ErrorFacts, now: float) -> Optional[float]:
     headers, details = facts.headers or {}, facts.fields.get("details")
     sources = [seconds_until(headers.get("retry-after", ""), now)]
     # Gemini: a RetryInfo among the details.
-    sources += [parse_duration(entry.get("retryDelay"))
-                for entry in (details if is_list(details) else ()) if is_object(entry)]
+    sources += [parse_duration(entry.get("retryDelay")) for entry in objects_in(details)]
     if facts.status == 429:
         # OpenAI: the message, else the reset of the limits that are used up.
         match = facts.search(r"try again in ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)")
@@ -4036,7 +4035,7 @@ def merged_branches(root: Json) -> Tuple[Json, List[str]]:
     """
     properties, required = dict(properties_of(root)), required_by(root)
     for key in BRANCHES:
-        branches = [*filter(is_object, root[key] if is_list(root.get(key)) else ())]
+        branches = objects_in(root.get(key))
         for branch in branches:
             for name, item in properties_of(branch).items():
                 properties.setdefault(name, item)
@@ -4075,7 +4074,7 @@ def complete_array(schema: Any) -> Any:
         return {} if schema else {"not": {}}
     if not is_object(schema):
         return schema
-    complete = {**mapped_subschemas(schema, complete_array)}
+    complete = mapped_subschemas(schema, complete_array)
     if is_boolean(schema.get("additionalProperties")):
         complete["additionalProperties"] = schema["additionalProperties"]
     if not (is_list(complete.get("required")) and complete["required"]):
