@@ -162,6 +162,11 @@ def is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
+def objects_in(value: Any) -> List[Json]:
+    """The objects of a list; none for any other value."""
+    return [item for item in value if is_object(item)] if is_list(value) else []
+
+
 def is_name(value: Any) -> bool:
     """Whether a value is a string with something in it."""
     return isinstance(value, str) and value != ""
@@ -2042,16 +2047,15 @@ class BlockMachine:
         if display is ThinkingDisplay.HIDDEN:
             return
         block = self._last(PendingThinking)
-        self.count_buffered(block.note(text, kind, details, display, is_whole=self.is_whole))
+        self.count_buffered(block.note(text, kind, details, display, not self.is_whole))
         self._grow(block, text)
 
     def open_call(self, call: PendingToolUse) -> None:
         """Puts a new call into the queue.  Where the client allows one, later ones are not sent."""
-        if self._has_call and self._translation.is_single_call:
-            return
-        self._has_call = True
-        self._queue.append(call)
-        self._advance()
+        if not self._has_call or not self._translation.is_single_call:
+            self._has_call = True
+            self._queue.append(call)
+            self._advance()
 
     def arguments(self, call: PendingToolUse, fragment: str) -> None:
         """Adds a fragment of a call's arguments."""
@@ -2204,21 +2208,22 @@ class PendingThinking(PendingBlock):
         return {"type": "thinking", "thinking": "", "signature": ""}
 
     def note(self, text: str, kind: str, details: Any, display: ThinkingDisplay,
-             is_whole: bool) -> int:
+             is_fragment: bool) -> int:
         """Collects the signature; returns how many characters have to wait for it.
 
         `kind` is as in `carrier_signature`; kind d has `details`.  Fragments of details are joined;
         those of a whole answer stay as they are.
         """
         self._kind = kind
-        if kind == "d" and is_list(details) and is_whole:
-            self._details += details
-        elif kind == "d" and is_list(details):
-            for entry in filter(is_object, details):
-                join_detail(self._details, entry)
+        if kind == "d":
+            if is_fragment:
+                for entry in objects_in(details):
+                    join_detail(self._details, entry)
+            elif is_list(details):
+                self._details += details
         elif display is ThinkingDisplay.OMITTED and kind in ("c", "r"):
             self._hidden.append(text)
-        elif kind != "d":
+        else:
             return 0
         return len(text)
 
@@ -2365,7 +2370,7 @@ class PendingToolUse(PendingBlock):
                 self._is_escaped = place == len(text)
                 place += 1
             elif self._in_string:
-                done += text[start:match.start()], quote(sign)[1:-1]
+                done += text[start:match.start()], json_text(sign)[1:-1]
                 start = place
             else:
                 self._depth += 1 if sign in "{[" else -1
@@ -2375,28 +2380,12 @@ class PendingToolUse(PendingBlock):
 
     def _count_blanks(self, text: str) -> None:
         """Raises UpstreamError for endless white space: some models never leave that loop."""
-        if not text:
-            self._blanks = 0
-            return
-        rest = text.lstrip(BLANKS)
-        self._blanks += len(text) - len(rest)
-        longest = max(self._blanks, max(map(len, BLANK_RUN.findall(rest)), default=0))
-        if longest >= MAX_BLANKS:
+        padded = " " * self._blanks + text
+        if max(map(len, BLANK_RUN.findall(padded)), default=0) >= MAX_BLANKS:
             raise UpstreamError(
                 502, f"The upstream sent {MAX_BLANKS} blanks in a row inside a tool call")
-        if rest:
-            self._blanks = len(rest) - len(rest.rstrip(BLANKS))
+        self._blanks = len(padded) - len(padded.rstrip(BLANKS)) if text else 0
 
-
-NAMELESS_CALL = "The upstream's answer has a tool call without a name"
-BLANKS = " \t\r\n"
-MAX_BLANKS = 512                         # characters; no JSON indents this deep
-BLANK_RUN = re.compile(r"[ \t\r\n]+")
-IN_STRING = re.compile(r'["\\\x00-\x1f]')
-OUT_OF_STRING = re.compile(r'["{}\[\]]')
-
-
-# ---- 8.4 complete arguments ------------------------------------------------
 
 def tool_input(arguments: Any, is_cut: bool) -> Optional[Json]:
     """The `input` object for a call's arguments; None for a call that was cut off and must not run.
@@ -2427,7 +2416,15 @@ def leading_value(text: str) -> Any:
     return value if is_object(value) or end == len(text) else False
 
 
-# ---- 8.5 stop and usage ----------------------------------------------------
+NAMELESS_CALL = "The upstream's answer has a tool call without a name"
+BLANKS = " \t\r\n"
+MAX_BLANKS = 512                         # characters; no JSON indents this deep
+BLANK_RUN = re.compile(r"[ \t\r\n]+")
+IN_STRING = re.compile(r'["\\\x00-\x1f]')
+OUT_OF_STRING = re.compile(r'["{}\[\]]')
+
+
+# ---- 8.4 stop and usage ----------------------------------------------------
 
 class Ending(NamedTuple):
     """Why an answer ended, in no API's words."""
@@ -2450,9 +2447,6 @@ def stop_fields(ending: Ending, has_calls: bool) -> Json:
     if ending.reported_stop is not None:
         return stop_object("stop_sequence", ending.reported_stop)
     return stop_object("end_turn")
-
-
-FILTER_EXPLANATION = "The upstream's content filter stopped the answer."
 
 
 def stop_object(reason: Optional[str], sequence: Optional[str] = None,
@@ -2513,14 +2507,12 @@ def token_count(usage: Json, name: str) -> Optional[int]:
 
 def first_token_count(usage: Json, paths: Sequence[Tuple[str, str]]) -> Optional[int]:
     """The first of the numbers at (outer object or "", name) that is there."""
-    for outer, name in paths:
-        holder = usage.get(outer) if outer else usage
-        found = token_count(holder, name) if is_object(holder) else None
-        if found is not None:
-            return found
-    return None
+    holders = ((usage.get(outer) if outer else usage, name) for outer, name in paths)
+    counts = (token_count(holder, name) for holder, name in holders if is_object(holder))
+    return next((count for count in counts if count is not None), None)
 
 
+FILTER_EXPLANATION = "The upstream's content filter stopped the answer."
 CACHE_READ = (("prompt_tokens_details", "cached_tokens"), ("", "prompt_cache_hit_tokens"),
               ("", "cached_tokens"), ("", "cache_read_input_tokens"))
 CACHE_WRITTEN = (("prompt_tokens_details", "cache_write_tokens"),
@@ -2531,7 +2523,7 @@ SERVICE_TIERS = {"priority": "priority", "fast": "priority", "default": "standar
                  "auto": "standard", "flex": "standard", "scale": "standard"}
 
 
-# ---- 8.6 writers -----------------------------------------------------------
+# ---- 8.5 writers -----------------------------------------------------------
 
 class EventWriter:
     """Writes an answer as server-sent events, for a client that asked for a stream."""
@@ -2636,17 +2628,11 @@ class MessageWriter:
         self.message = message_object(self._translation, self._new_id, content, stop, usage)
 
 
-Writer = Union[EventWriter, MessageWriter]
-
-
 def check_buffered(size: int) -> None:
     """Raises UpstreamError if more of an answer waits in memory than may."""
     if size > MAX_BUFFERED_ANSWER:
         limit = f"{MAX_BUFFERED_ANSWER >> 20} MiB"
         raise UpstreamError(502, f"The upstream's answer is larger than {limit}")
-
-
-MAX_BUFFERED_ANSWER = 67108864           # characters; ANSWER_BODY (25) bounds plain JSON alike
 
 
 def message_object(translation: Translation, new_id: NewId, content: List[Json], stop: Json,
@@ -2665,6 +2651,8 @@ def delta_prefix(index: int, kind: str, member: str) -> str:
             f'"delta":{{"type":"{kind}","{member}":')
 
 
+Writer = Union[EventWriter, MessageWriter]
+MAX_BUFFERED_ANSWER = 67108864           # characters; ANSWER_BODY (25) bounds plain JSON alike
 DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
           "tool_use": ("input_json_delta", "partial_json")}
 quote = json.encoder.encode_basestring_ascii
@@ -2680,9 +2668,6 @@ MESSAGE_STOP = 'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 # repeated prefill and stop sequences are taken out of it.
 
 # ---- 9.1 filter ------------------------------------------------------------
-
-Span = Tuple[bool, str]                  # (is it reasoning, the text)
-
 
 class TextFilter:
     """Takes `<think>` text, a repeated prefill and stop sequences out of the visible text.
@@ -2771,6 +2756,9 @@ def tail_overlap(text: str, wanted: str) -> int:
     """How many characters at the end of `text` could be the start of `wanted`."""
     sizes = range(min(len(text), len(wanted) - 1), 0, -1)
     return next((size for size in sizes if wanted.startswith(text[-size:])), 0)
+
+
+Span = Tuple[bool, str]                  # (is it reasoning, the text)
 
 
 # ---- 9.2 reader ------------------------------------------------------------
@@ -2865,10 +2853,6 @@ class PlainTarget(NamedTuple):
 
 # ---- 10.1 decoder ----------------------------------------------------------
 
-class ErrorData(str):
-    """The data of an event that calls itself an error."""
-
-
 class SSEDecoder:
     """Makes the data of each event of bytes that were cut anywhere.  [WHATWG: 9.2.6]
 
@@ -2946,7 +2930,8 @@ class SSEDecoder:
         return [ErrorData(joined) if self._is_error else joined] if joined else []
 
 
-MAX_LINE = 16 * 1024 * 1024              # bytes; real chunks are far smaller
+class ErrorData(str):
+    """The data of an event that calls itself an error."""
 
 
 def is_whole(data: str) -> bool:
@@ -2965,6 +2950,9 @@ def is_event_stream(claims: bool, start: bytes) -> bool:
     if start[:1] in (b"{", b"["):                        # a line of JSON, or a body
         return claims and is_whole(start.partition(b"\n")[0].decode("utf-8", "replace"))
     return claims or re.match(rb"(data|event|id|retry)?:", start) is not None
+
+
+MAX_LINE = 16 * 1024 * 1024              # bytes; real chunks are far smaller
 
 
 # ============================================================================
@@ -3071,6 +3059,10 @@ class ChatReader(Reader):
         self._tier = chunk.get("service_tier") or self._tier
 
     def _read_delta(self, delta: Json) -> None:
+        """Reads a delta, or the message of a whole answer: reasoning first, then text, then calls.
+
+        Its reasoning travels in one kind of carrier, that of the first field that held some.
+        """
         kind, thought = reasoning_text(delta)
         if thought:
             self._reasoning_kind = self._reasoning_kind or kind
@@ -3081,15 +3073,13 @@ class ChatReader(Reader):
         if refusal and not self._machine.has_ended:
             self._refusal += refusal
             self._text(refusal)
+        read_call = self._read_whole_call if self._machine.is_whole else self._read_call
         for entry in call_entries(delta):
             self._end_text()
             if not self._machine.has_ended:
-                self._read_call(call_fragment(entry))
+                read_call(call_fragment(entry))
 
     def _read_call(self, fragment: CallFragment) -> None:
-        if self._machine.is_whole:
-            self._read_whole_call(fragment)
-            return
         call, is_new = self._calls.find(fragment)
         if call is None:
             return
@@ -3123,7 +3113,7 @@ TEXT_CARRIERS = ("content", "reasoning_content", "reasoning", "reasoning_details
                  "tool_calls", "function_call")
 
 
-# ---- 11.2 choice of a whole completion -------------------------------------
+# ---- 11.2 choice and content -----------------------------------------------
 
 def whole_choice(completion: Json) -> Json:
     """The choice with the lowest index, its message as `delta`.  Raises UpstreamError(502).
@@ -3141,8 +3131,6 @@ def whole_choice(completion: Json) -> Json:
         return {**choice, "delta": {"content": choice["text"]}}
     raise UpstreamError(502, "The upstream's answer has no choices")
 
-
-# ---- 11.3 content of a message or a delta ----------------------------------
 
 def reasoning_text(message: Json) -> Tuple[str, str]:
     """(kind of carrier, text) of the first field of a message or delta that holds reasoning."""
@@ -3184,7 +3172,7 @@ def part_text(part: Json, *keys: str) -> str:
     return next((part[key] for key in keys if isinstance(part.get(key), str)), "")
 
 
-# ---- 11.4 calls ------------------------------------------------------------
+# ---- 11.3 calls ------------------------------------------------------------
 
 class CallFragment(NamedTuple):
     """An entry of tool_calls: a whole call, or a piece of one.  Absent members are empty."""
@@ -3326,8 +3314,7 @@ class ToolCalls:
 
 def continues_last(last: PendingToolUse, fragment: CallFragment) -> bool:
     """Whether a fragment without index, whose id is not known, belongs to the last call."""
-    return not fragment.name or (
-        is_same_call(last, fragment) and not (last.id and fragment.id))
+    return not fragment.name or (is_same_call(last, fragment) and not (last.id and fragment.id))
 
 
 def is_same_call(call: PendingToolUse, fragment: CallFragment) -> bool:
@@ -3338,7 +3325,7 @@ def is_same_call(call: PendingToolUse, fragment: CallFragment) -> bool:
 MAX_CALLS = 1024                         # calls of one answer
 
 
-# ---- 11.5 why it stopped ---------------------------------------------------
+# ---- 11.4 why it stopped ---------------------------------------------------
 
 def stop_class(finish: Any) -> str:
     """The meaning of a finish_reason: that of Ending, or `failed` or `overloaded`."""
@@ -4683,10 +4670,6 @@ class StreamTranslator:
         self._writer.error(error)
 
 
-EMPTY_ANSWER = "The upstream's answer is empty"
-CUT_ANSWER = "The upstream closed the connection before the end of the answer"
-
-
 def whole_value(body: bytes, translation: Translation) -> Any:
     """The value of an answer in plain JSON.  Raises UpstreamError that names a page of HTML."""
     try:
@@ -4696,6 +4679,10 @@ def whole_value(body: bytes, translation: Translation) -> Any:
         if body.lstrip()[:1] == b"<":
             page = ": " + redacted(response_summary(200, body), translation.secrets)
         raise UpstreamError(502, "The upstream's answer is not JSON" + page) from None
+
+
+EMPTY_ANSWER = "The upstream's answer is empty"
+CUT_ANSWER = "The upstream closed the connection before the end of the answer"
 
 
 # ############################################################################
@@ -7464,17 +7451,13 @@ class Relay:
         """Carries the answer to its end.  Raises ProxyError while that can be an HTTP status."""
         try:
             await self._run()
-        except UpstreamError as error:
-            if not self._exchange.has_begun():
-                raise
-            await self._send(self._translator.fail(error))
-        except ClientDisconnected:
-            raise
         except Exception as error:
-            if not self._exchange.has_begun():
+            if isinstance(error, ClientDisconnected) or not self._exchange.has_begun():
                 raise
-            log_internal_error(self._app, self._exchange, error)
-            await self._send(self._translator.fail(ProxyError(500, "Internal error")))
+            if not isinstance(error, UpstreamError):
+                log_internal_error(self._app, self._exchange, error)
+                error = ProxyError(500, "Internal error")
+            await self._send(self._translator.fail(error))
         except asyncio.CancelledError:
             if not self._exchange.is_shut_down or not self._exchange.has_begun():
                 raise
@@ -7577,11 +7560,6 @@ class Relay:
             self._app.spawn(reply.finish())
 
 
-FIRST_CHUNK_WAIT = 5.0                   # seconds until a stream starts without a chunk
-PING_INTERVAL = 10.0                     # seconds; clients give up after 300
-LAST_CHUNK_WAIT = 10.0                   # seconds from the finish reason to the end
-
-
 def record_answer(app: App, record: RequestRecord, translation: Translation,
                   translator: StreamTranslator) -> None:
     """Sets the facts of an answer that has ended: its stop reason and tokens, or its error."""
@@ -7609,10 +7587,6 @@ async def read_start(reply: UpstreamResponse) -> bytes:
     return start
 
 
-ERROR_BODY = 1048576                     # bytes of an error's body that are read
-ANSWER_BODY = 67108864                   # bytes of a whole answer: 64 MiB
-
-
 def warn_of_truncation(app: App, translation: Translation, usage: Json) -> None:
     """Warns once for each model of a server that has cut the prompt: the token count shows it.
 
@@ -7634,6 +7608,11 @@ def warn_of_truncation(app: App, translation: Translation, usage: Json) -> None:
             "the server has cut it. Raise its context window (Ollama: OLLAMA_CONTEXT_LENGTH=65536)")
 
 
+FIRST_CHUNK_WAIT = 5.0                   # seconds until a stream starts without a chunk
+PING_INTERVAL = 10.0                     # seconds; clients give up after 300
+LAST_CHUNK_WAIT = 10.0                   # seconds from the finish reason to the end
+ERROR_BODY = 1048576                     # bytes of an error's body that are read
+ANSWER_BODY = 67108864                   # bytes of a whole answer: 64 MiB
 MANY_BYTES = 5                           # bytes for each token: nothing was cut
 TRUNCATION_PROMPT = 3000                 # estimated tokens; a shorter prompt proves nothing
 
