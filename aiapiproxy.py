@@ -1997,23 +1997,18 @@ UNSTREAMED_TOKENS = 8192
 # ---- 8.1 machine -----------------------------------------------------------
 
 class BlockMachine:
-    """The queue of pending blocks of one answer; see the picture above.
-
-    A reader says which content the answer has, in the order of its arrival, and in the end why it
-    stopped.  Raises UpstreamError for an answer that no client should take for a complete one.
-    """
+    """The queue of pending blocks of one answer; see the picture above.  A reader says which
+    content the answer has, in the order of its arrival, and in the end why it stopped.  Raises
+    UpstreamError for an answer that no client should take for a complete one."""
 
     def __init__(self, translation: Translation, new_id: NewId, writer: Writer) -> None:
         self.is_whole = False            # not a stream: see `_grow`
-        self.has_begun = False
-        self.has_ended = False
+        self.has_begun = self.has_ended = False
         self.has_content = False         # a block was started
         self.has_calls = False           # a tool_use block was started
         self.stop: Json = {}             # stop_reason and its companions, once ended
         self.usage: Json = {}
-        self._translation = translation
-        self._new_id = new_id
-        self._writer = writer
+        self._translation, self._new_id, self._writer = translation, new_id, writer
         self._queue: Deque[PendingBlock] = deque()
         self._has_call = False           # a call has stood in the queue
         self._call_ids = set(translation.history_call_ids)
@@ -2068,10 +2063,8 @@ class BlockMachine:
             self._advance()
 
     def end(self, ending: Ending, usage: Json) -> None:
-        """Stops all blocks in order and ends the message.
-
-        Raises UpstreamError for a call that was cut off without a reason, or that has no name.
-        """
+        """Stops all blocks in order and ends the message.  Raises UpstreamError for a call that was
+        cut off without a reason, or that has no name."""
         self.begin()
         while self._queue:
             self._send_pending(self._queue[0])
@@ -2093,11 +2086,9 @@ class BlockMachine:
         return self._queue[-1]
 
     def _grow(self, block: PendingBlock, text: str) -> None:
-        """Sends text of the head at once; of other blocks, and of a whole answer, it waits.
-
-        A whole answer is sent at its end, each block as one delta: until then an error can still be
-        an HTTP status.
-        """
+        """Sends text of the head at once; of other blocks, and of a whole answer, it waits.  A
+        whole answer is sent at its end, each block as one delta: until then an error can still be
+        an HTTP status."""
         is_head = block is self._queue[0] and not self.is_whole
         if is_head and block.is_started and not block.pending_text:
             self._send(block, text)
@@ -2209,11 +2200,9 @@ class PendingThinking(PendingBlock):
 
     def note(self, text: str, kind: str, details: Any, display: ThinkingDisplay,
              is_fragment: bool) -> int:
-        """Collects the signature; returns how many characters have to wait for it.
-
-        `kind` is as in `carrier_signature`; kind d has `details`.  Fragments of details are joined;
-        those of a whole answer stay as they are.
-        """
+        """Collects the signature; returns how many characters have to wait for it.  `kind` is as in
+        `carrier_signature`; kind d has `details`.  Fragments of details are joined; those of a
+        whole answer stay as they are."""
         self._kind = kind
         if kind == "d":
             if is_fragment:
@@ -2255,15 +2244,13 @@ class ArgumentsState(enum.Enum):
 
 class PendingToolUse(PendingBlock):
     """A tool call.  Its arguments are followed only to know where their JSON object ends.
-
     Arguments that are no JSON object are `raw`: they are collected and repaired at the end.  So are
-    those of a custom call, which are plain text, and all arguments of a whole answer.
-    """
+    those of a custom call, which are plain text, and all arguments of a whole answer."""
 
-    def __init__(self, is_custom: bool = False) -> None:
+    def __init__(self, upstream_id: str, is_custom: bool) -> None:
         """`id` and `name` are the upstream's, `extra` as in `client_id`."""
         super().__init__()
-        self.id = self.name = self.client_id = ""
+        self.id, self.name, self.client_id = upstream_id, "", ""
         self.extra: Any = None
         self.state = ArgumentsState.NONE
         self.is_raw = self.is_custom = is_custom
@@ -2295,10 +2282,8 @@ class PendingToolUse(PendingBlock):
         self.is_raw, self._value = True, value
 
     def accept(self, text: str) -> str:
-        """The part of a fragment of arguments that can be sent now.
-
-        Raises UpstreamError for endless white space.
-        """
+        """The part of a fragment of arguments that can be sent now.  Raises UpstreamError for
+        endless white space."""
         if self._in_string and not self._is_escaped and not IN_STRING.search(text):
             return text                                          # most fragments
         if self.state is ArgumentsState.CLOSED:
@@ -2321,9 +2306,7 @@ class PendingToolUse(PendingBlock):
 
     def rest(self, reason: str) -> Optional[str]:
         """The text left to send at the block's end; None for a call that must not be sent.
-
-        `reason` is that of the Ending.  Raises UpstreamError if the call cannot end here.
-        """
+        `reason` is that of the Ending.  Raises UpstreamError if the call cannot end here."""
         if not self.name:
             raise UpstreamError(502, NAMELESS_CALL)
         if not self.is_raw:
@@ -2348,10 +2331,8 @@ class PendingToolUse(PendingBlock):
         return self._unsent
 
     def _scan(self, text: str) -> Tuple[str, str]:
-        """(the text up to the object's end, the text behind it): follows strings and braces.
-
-        Raw control characters inside strings are escaped; both SDKs fail on a raw line end.
-        """
+        """(the text up to the object's end, the text behind it): follows strings and braces.  Raw
+        control characters inside strings are escaped; both SDKs fail on a raw line end."""
         done: List[str] = []                                     # text before an escaped character
         place = 1 if self._is_escaped and text else 0
         self._is_escaped = False
@@ -2389,10 +2370,8 @@ class PendingToolUse(PendingBlock):
 
 def tool_input(arguments: Any, is_cut: bool) -> Optional[Json]:
     """The `input` object for a call's arguments; None for a call that was cut off and must not run.
-
     Arguments that are no JSON object become INVALID_JSON, Anthropic's own convention: the tool's
-    check fails, and the model can correct itself.
-    """
+    check fails, and the model can correct itself."""
     try:
         text = arguments if isinstance(arguments, str) else json_text(arguments)
     except ValueError:
@@ -2466,10 +2445,8 @@ class Meter(Protocol):
 
 
 def anthropic_usage(usage: Any, tier: Any, translation: Translation, meter: Meter) -> Json:
-    """The usage object.  Its three input numbers add up to OpenAI's prompt_tokens.
-
-    Missing numbers are estimated.
-    """
+    """The usage object.  Its three input numbers add up to OpenAI's prompt_tokens.  Missing numbers
+    are estimated."""
     usage = usage if is_object(usage) else {}
     prompt, output = prompt_and_output(usage, translation, meter)
     read = first_token_count(usage, CACHE_READ) or 0
@@ -2529,9 +2506,7 @@ class EventWriter:
     """Writes an answer as server-sent events, for a client that asked for a stream."""
 
     def __init__(self, translation: Translation, new_id: NewId, request_id: str = "") -> None:
-        self._translation = translation
-        self._new_id = new_id
-        self._request_id = request_id
+        self._translation, self._new_id, self._request_id = translation, new_id, request_id
         self._events: List[str] = []     # written, and not taken yet
         self._index = -1                 # of the last block
         self._prefix = ""                # its delta event up to the text
@@ -2576,10 +2551,8 @@ class EventWriter:
         self._events.append(sse_event(**error_fields(error, self._request_id)))
 
     def ping(self, is_hidden_block: bool) -> None:
-        """Writes a ping; in an open block that shows no text, a delta without text.
-
-        Claude Code ignores pings after five minutes in such a block.
-        """
+        """Writes a ping; in an open block that shows no text, a delta without text.  Claude Code
+        ignores pings after five minutes in such a block."""
         self._events.append(self._prefix + '""}}\n\n' if is_hidden_block else PING)
 
 
@@ -2588,8 +2561,7 @@ class MessageWriter:
 
     def __init__(self, translation: Translation, new_id: NewId) -> None:
         self.message: Json = {}          # once the answer has ended
-        self._translation = translation
-        self._new_id = new_id
+        self._translation, self._new_id = translation, new_id
         self._blocks: List[Tuple[Json, List[str]]] = []
         self._size = 0
 
@@ -2619,12 +2591,10 @@ class MessageWriter:
         content = []
         for block, texts in self._blocks:
             text = well_formed_text("".join(texts))
-            if block["type"] == "tool_use":
-                value = tool_input(text, stop["stop_reason"] == "max_tokens")
-                if value is not None:                    # half a call must not run
-                    content.append({**block, "input": value})
-            else:
-                content.append({**block, block["type"]: text})
+            is_call = block["type"] == "tool_use"
+            value = tool_input(text, stop["stop_reason"] == "max_tokens") if is_call else text
+            if value is not None:                        # half a call must not run
+                content.append({**block, "input" if is_call else block["type"]: value})
         self.message = message_object(self._translation, self._new_id, content, stop, usage)
 
 
@@ -2764,18 +2734,14 @@ Span = Tuple[bool, str]                  # (is it reasoning, the text)
 # ---- 9.2 reader ------------------------------------------------------------
 
 class Reader:
-    """Reads the chunks of one answer and tells the machine which content they have.
-
-    The base of each API's reader: visible text and reasoning take the same way to the machine in
-    all.  Each has its own read() and end().
-    """
+    """Reads the chunks of one answer and tells the machine which content they have.  The base of
+    each API's reader: visible text and reasoning take the same way to the machine in all.  Each has
+    its own read() and end()."""
 
     def __init__(self, translation: Translation, machine: BlockMachine, meter: Meter) -> None:
         self.has_finished = False        # only usage and the end can follow
         self.usage: Any = None           # the last that the upstream sent
-        self._translation = translation
-        self._machine = machine
-        self._meter = meter
+        self._translation, self._machine, self._meter = translation, machine, meter
         self._filter = TextFilter(translation)
 
     def read(self, chunk: Json) -> None:
@@ -2833,11 +2799,9 @@ class Reader:
 
 
 class PlainTarget(NamedTuple):
-    """The place of a chunk's only text, and the way of further text there.
-
-    `holder` is the object in the chunk whose member `key` is the text.  `take` reads more text as
-    if a chunk had brought it.  `is_plain` tells whether plain characters are a delta of a block.
-    """
+    """The place of a chunk's only text, and the way of further text there.  `holder` is the object
+    in the chunk whose member `key` is the text.  `take` reads more text as if a chunk had brought
+    it.  `is_plain` tells whether plain characters are a delta of a block."""
     holder: Json
     key: str
     take: Callable[[str], None]
@@ -2854,11 +2818,9 @@ class PlainTarget(NamedTuple):
 # ---- 10.1 decoder ----------------------------------------------------------
 
 class SSEDecoder:
-    """Makes the data of each event of bytes that were cut anywhere.  [WHATWG: 9.2.6]
-
-    It tolerates careless servers: a line that is a whole JSON object is an event, with or
-    without the empty line after it, and even without `data:` in front.
-    """
+    """Makes the data of each event of bytes that were cut anywhere.  [WHATWG: 9.2.6]  It tolerates
+    careless servers: a line that is a whole JSON object is an event, with or without the empty line
+    after it, and even without `data:` in front."""
 
     def __init__(self) -> None:
         self._tail = bytearray()                 # the start of a line
@@ -2942,10 +2904,8 @@ def is_whole(data: str) -> bool:
 
 
 def is_event_stream(claims: bool, start: bytes) -> bool:
-    """Whether an answer is server-sent events.
-
-    Decided by the first bytes, because servers mislabel Content-Type, whose word `claims` is.
-    """
+    """Whether an answer is server-sent events.  Decided by the first bytes, because servers
+    mislabel Content-Type, whose word `claims` is."""
     start = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start[:1] in (b"{", b"["):                        # a line of JSON, or a body
         return claims and is_whole(start.partition(b"\n")[0].decode("utf-8", "replace"))
@@ -2971,18 +2931,14 @@ class ChatReader(Reader):
         super().__init__(translation, machine, meter)
         self._calls = ToolCalls()
         self._choice_index: Any = None   # of the first choice that was seen
-        self._finish_reason: Any = None
         self._reported_stop: Optional[str] = None
-        self._reasoning_kind = ""
-        self._refusal = ""
+        self._finish_reason = self._reasoning_kind = self._refusal = ""
         self._tier: Any = None
 
     def read(self, chunk: Json) -> None:
-        """Takes the next chunk, or the whole completion.  Raises UpstreamError.
-
-        A finish reason that tells of a failure counts after the chunk's content, unless that has
-        ended the answer at a stop sequence.
-        """
+        """Takes the next chunk, or the whole completion.  Raises UpstreamError.  A finish reason
+        that tells of a failure counts after the chunk's content, unless that has ended the answer
+        at a stop sequence."""
         choice = whole_choice(chunk) if self._machine.is_whole else self._own_choice(chunk)
         self._note_usage(chunk)
         if choice is None:
@@ -3036,7 +2992,7 @@ class ChatReader(Reader):
             return None
         fragment = call_fragment(entry)
         call = None if fragment.name else self._calls.matching(fragment)
-        if call is None or self._calls.keeps_arguments(call):
+        if call is None or call in self._calls.texts:
             return None
         return PlainTarget(function, "arguments", partial(self._arguments, call), lambda block: (
             block is call and call.is_in_string()))
@@ -3060,9 +3016,7 @@ class ChatReader(Reader):
 
     def _read_delta(self, delta: Json) -> None:
         """Reads a delta, or the message of a whole answer: reasoning first, then text, then calls.
-
-        Its reasoning travels in one kind of carrier, that of the first field that held some.
-        """
+        Its reasoning travels in one kind of carrier, that of the first field that held some."""
         kind, thought = reasoning_text(delta)
         if thought:
             self._reasoning_kind = self._reasoning_kind or kind
@@ -3089,11 +3043,9 @@ class ChatReader(Reader):
             self._arguments(call, fragment.arguments)
 
     def _read_whole_call(self, fragment: CallFragment) -> None:
-        """A call of a whole answer: each entry is one.
-
-        Its arguments are complete, so they become INVALID_JSON if they are no object, and are left
-        out at the token limit; a stream could do that only by holding them back.
-        """
+        """A call of a whole answer: each entry is one.  Its arguments are complete, so they become
+        INVALID_JSON if they are no object, and are left out at the token limit; a stream could do
+        that only by holding them back."""
         if not fragment.kind:
             return
         if not fragment.name:
@@ -3105,7 +3057,9 @@ class ChatReader(Reader):
 
     def _arguments(self, call: PendingToolUse, text: str) -> None:
         self._meter.add(text)
-        self._machine.count_buffered(self._calls.note_arguments(call, text))
+        if call in self._calls.texts:                    # tell a repeated call from a new one
+            self._calls.texts[call].append(text)
+            self._machine.count_buffered(len(text))
         self._machine.arguments(call, text)
 
 
@@ -3116,10 +3070,8 @@ TEXT_CARRIERS = ("content", "reasoning_content", "reasoning", "reasoning_details
 # ---- 11.2 choice and content -----------------------------------------------
 
 def whole_choice(completion: Json) -> Json:
-    """The choice with the lowest index, its message as `delta`.  Raises UpstreamError(502).
-
-    A stream's choice is that of the first index seen, as a lower one may never follow.
-    """
+    """The choice with the lowest index, its message as `delta`.  Raises UpstreamError(502).  A
+    stream's choice is that of the first index seen, as a lower one may never follow."""
     choices = objects_in(completion.get("choices"))
     indexes = [choice["index"] if is_number(choice.get("index")) else place
                for place, choice in enumerate(choices)]
@@ -3217,16 +3169,14 @@ def argument_text(arguments: Any) -> str:
 
 
 class ToolCalls:
-    """The calls of a streamed answer, and which of them a fragment belongs to.
-
-    Servers number calls by index, by id, by both or by neither, and each in its own way.
-    """
+    """The calls of a streamed answer, and which of them a fragment belongs to.  Servers number
+    calls by index, by id, by both or by neither, and each in its own way."""
 
     def __init__(self) -> None:
         self._all: List[PendingToolUse] = []
         self._by_id: Dict[str, PendingToolUse] = {}
         self._by_index: Dict[Any, PendingToolUse] = {}
-        self._texts: Dict[PendingToolUse, List[str]] = {}        # arguments of calls without index
+        self.texts: Dict[PendingToolUse, List[str]] = {}         # arguments of calls without index
 
     def find(self, fragment: CallFragment) -> Tuple[Optional[PendingToolUse], bool]:
         """(the call that a fragment means or None, whether it is new)."""
@@ -3243,25 +3193,14 @@ class ToolCalls:
         """A new call that begins with this fragment.  Raises UpstreamError for too many."""
         if len(self._all) >= MAX_CALLS:
             raise UpstreamError(502, f"The upstream's answer has more than {MAX_CALLS} tool calls")
-        call = PendingToolUse(is_custom=fragment.kind == "custom")
-        call.id = fragment.id
+        call = PendingToolUse(fragment.id, is_custom=fragment.kind == "custom")
         self._all.append(call)
         if fragment.index is not None:
             self._by_index[fragment.index] = call
         elif fragment.id:
-            self._texts[call] = []
+            self.texts[call] = []
         self._note(call, fragment)
         return call
-
-    def keeps_arguments(self, call: PendingToolUse) -> bool:
-        return call in self._texts
-
-    def note_arguments(self, call: PendingToolUse, text: str) -> int:
-        """Keeps arguments that tell a repeated call from a new one; returns their size."""
-        if not self.keeps_arguments(call):
-            return 0
-        self._texts[call].append(text)
-        return len(text)
 
     def _note(self, call: PendingToolUse, fragment: CallFragment) -> None:
         if fragment.index is not None:
@@ -3298,16 +3237,14 @@ class ToolCalls:
         return None if call.state is ArgumentsState.CLOSED else call
 
     def _repeats_id(self, call: PendingToolUse, fragment: CallFragment) -> bool:
-        """Whether a server has given the id of one call to another one, too.
-
-        A call that is sent again as it was is no other one.
-        """
+        """Whether a server has given the id of one call to another one, too.  A call that is sent
+        again as it was is no other one."""
         if not fragment.name:
             return False
         is_closed, is_renamed = call.state is ArgumentsState.CLOSED, fragment.name != call.name
         if fragment.index is not None:
             return fragment.index not in self._by_index and (is_closed or is_renamed)
-        texts = self._texts.get(call)
+        texts = self.texts.get(call)
         is_changed = texts is not None and "".join(texts) != fragment.arguments
         return is_closed and (is_renamed or is_changed)
 
@@ -3327,12 +3264,12 @@ MAX_CALLS = 1024                         # calls of one answer
 
 # ---- 11.4 why it stopped ---------------------------------------------------
 
-def stop_class(finish: Any) -> str:
+def stop_class(finish: str) -> str:
     """The meaning of a finish_reason: that of Ending, or `failed` or `overloaded`."""
-    return STOP_REASONS.get(finish.lower(), "") if isinstance(finish, str) else ""
+    return STOP_REASONS.get(finish.lower(), "")
 
 
-def raise_if_failed(finish: Any) -> None:
+def raise_if_failed(finish: str) -> None:
     """Raises UpstreamError for a finish_reason by which the answer is none."""
     status = {"failed": 502, "overloaded": 529}.get(stop_class(finish))
     if status:
@@ -4541,11 +4478,9 @@ class StreamTranslator:
     def __init__(self, translation: Translation, new_id: NewId, writer: Writer,
                  shortcuts: Shortcuts = PLAIN) -> None:
         self.error: Optional[ProxyError] = None
-        self._translation = translation
-        self._writer = writer
-        self._decoder = SSEDecoder()
+        self._translation, self._writer = translation, writer
+        self._decoder, self._meter = SSEDecoder(), OutputMeter()
         self.machine = BlockMachine(translation, new_id, writer)
-        self._meter = OutputMeter()
         self.reader = APIS[translation.target.api].reader(translation, self.machine, self._meter)
         self._pattern = shortcuts.chunk_pattern and shortcuts.chunk_pattern(
             self._decoder, self.reader, self.machine, self._meter, writer)
@@ -4604,10 +4539,8 @@ class StreamTranslator:
         return self._writer.taken()
 
     def fail(self, error: ProxyError) -> bytes:
-        """Takes an error from outside: a lost connection, a timeout, the shutdown.
-
-        A connection that breaks after the finish reason has lost nothing: the answer is complete.
-        """
+        """Takes an error from outside: a lost connection, a timeout, the shutdown.  A connection
+        that breaks after the finish reason has lost nothing: the answer is complete."""
         if isinstance(error, ConnectionLost) and self.reader.has_finished:
             return self.finish()
         self._fail(error)
@@ -7532,10 +7465,8 @@ class Relay:
             await self._exchange.drain()
 
     def _tick(self) -> None:
-        """Timer: sends message_start or a ping when no event was sent for a while.
-
-        Closes the upstream's connection when [DONE] never arrives.
-        """
+        """Timer: sends message_start or a ping when no event was sent for a while.  Closes the
+        upstream's connection when [DONE] never arrives."""
         translator, exchange, now = self._translator, self._exchange, self._loop.time()
         if translator.reader.has_finished and now - self._last_read >= LAST_CHUNK_WAIT:
             self._reply.abandon()
@@ -7574,9 +7505,7 @@ def record_answer(app: App, record: RequestRecord, translation: Translation,
 
 async def read_start(reply: UpstreamResponse) -> bytes:
     """The start of an answer that tells events from JSON: a first byte, or a whole line of JSON.
-
-    White space does not count.  Raises UpstreamError for an empty body.
-    """
+    White space does not count.  Raises UpstreamError for an empty body."""
     start = data = await reply.read()
     while data and len(start) <= ERROR_BODY and (
             not start.strip() or start.lstrip()[:1] in (b"{", b"[") and b"\n" not in start.strip()):
@@ -7589,9 +7518,7 @@ async def read_start(reply: UpstreamResponse) -> bytes:
 
 def warn_of_truncation(app: App, translation: Translation, usage: Json) -> None:
     """Warns once for each model of a server that has cut the prompt: the token count shows it.
-
-    Ollama and others do so without a word.
-    """
+    Ollama and others do so without a word."""
     if translation.profile.host_class != "other":
         return
     prompt = sum(usage[name] for name in (
