@@ -164,7 +164,7 @@ def is_list(value: Any) -> bool:
 
 def objects_in(value: Any) -> List[Json]:
     """The objects of a list; none for any other value."""
-    return [item for item in value if is_object(item)] if is_list(value) else []
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def is_name(value: Any) -> bool:
@@ -3089,16 +3089,17 @@ def reasoning_text(message: Json) -> Tuple[str, str]:
     for key, kind in (("reasoning_content", "c"), ("reasoning", "r")):
         if is_name(message.get(key)):
             return kind, message[key]
-    details = objects_in(message.get("reasoning_details"))
-    text = "".join(part_text(entry, "text", "summary") for entry in details)
-    if text:
-        return "d", text
-    return "n", "".join(map(thinking_text, objects_in(message.get("content"))))
+    details, content = message.get("reasoning_details"), message.get("content")
+    if details:
+        text = "".join(part_text(entry, "text", "summary") for entry in objects_in(details))
+        if text:
+            return "d", text
+    return "n", "".join(map(thinking_text, content)) if isinstance(content, list) else ""
 
 
-def thinking_text(part: Json) -> str:
+def thinking_text(part: Any) -> str:
     """The text of a content part of type thinking, a list or a string (Magistral)."""
-    if part.get("type") != "thinking":
+    if not is_object(part) or part.get("type") != "thinking":
         return ""
     if is_list(part.get("thinking")):
         return "".join(part_text(item, "text") for item in objects_in(part["thinking"]))
@@ -3107,10 +3108,9 @@ def thinking_text(part: Json) -> str:
 
 def content_texts(message: Json) -> Tuple[str, str]:
     """(visible text, refusal text) of a message or a delta."""
-    content, refusal = message.get("content"), part_text(message, "refusal")
-    if not is_list(content):
-        return part_text(message, "content"), refusal
-    text = ""
+    content, refusal = message.get("content"), message.get("refusal")
+    text = content if isinstance(content, str) else ""
+    refusal = refusal if isinstance(refusal, str) else ""
     for part in objects_in(content):
         if part.get("type") in ("text", "output_text"):
             text += part_text(part, "text")
@@ -3121,7 +3121,10 @@ def content_texts(message: Json) -> Tuple[str, str]:
 
 def part_text(part: Json, *keys: str) -> str:
     """The first string that an object has under one of the keys; "" without one."""
-    return next((part[key] for key in keys if isinstance(part.get(key), str)), "")
+    for key in keys:
+        if isinstance(part.get(key), str):
+            return part[key]
+    return ""
 
 
 # ---- 11.3 calls ------------------------------------------------------------
@@ -3139,9 +3142,9 @@ class CallFragment(NamedTuple):
 
 def call_entries(delta: Json) -> List[Json]:
     """The tool_calls of a message or a delta, else its old function_call as one."""
-    function = delta.get("function_call")
-    is_old = is_object(function) and function
-    return objects_in(delta.get("tool_calls")) or ([{"function": function}] if is_old else [])
+    entries = objects_in(delta.get("tool_calls"))
+    function = None if entries else delta.get("function_call")
+    return [{"function": function}] if function and is_object(function) else entries
 
 
 def call_fragment(entry: Json) -> CallFragment:
