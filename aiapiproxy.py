@@ -195,11 +195,6 @@ def object_member(value: Json, name: str) -> Json:
     return member if is_object(member) else {}
 
 
-def objects_in(value: Any) -> List[Json]:
-    """The objects of a list; none for any other value."""
-    return [item for item in value if is_object(item)] if is_list(value) else []
-
-
 def sha256_hex(text: str) -> str:
     """64 hex digits that are always the same for the same text."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
@@ -302,6 +297,8 @@ class Shortcuts(NamedTuple):
     """The doors for faster ways to the same bytes, which stand in 34; None is the plain way."""
     chunk_pattern: Optional[Callable[..., Any]] = None       # makes a ChunkPattern for one stream
     count_tokens: Optional[Callable[[str], int]] = None      # estimated_tokens with a cache
+    parse_body: Optional[Callable[[str], Any]] = None        # client_json with a cache
+    encode_body: Optional[Callable[[Json], bytes]] = None    # json_bytes with a cache
 
 
 PLAIN = Shortcuts()
@@ -962,6 +959,12 @@ class Tool(NamedTuple):
     is_deferred: bool
 
 
+class ReadTools(List[Any]):
+    """The field `tools` of a request whose definitions were read before, by defined_tools."""
+    tools: Dict[str, Tool]
+    server_names: List[str]
+
+
 class Tools(NamedTuple):
     """The tools of a request."""
     loaded: List[Tool]                   # those that are sent
@@ -999,6 +1002,8 @@ def tools_of(params: Json, transcript: Transcript) -> Tools:
 
 def defined_tools(definitions: Iterable[Any]) -> Tuple[Dict[str, Tool], List[str]]:
     """(the tools of the field `tools` by name, the names of server tools)."""
+    if isinstance(definitions, ReadTools):
+        return definitions.tools.copy(), definitions.server_names.copy()
     tools: Dict[str, Tool] = {}
     server_names: List[str] = []
     for index, definition in enumerate(definitions):
@@ -6066,13 +6071,16 @@ class Exchange:
 
     # The request's body
 
-    async def json(self, limit: int) -> Json:
-        """The body as a JSON object of at most `limit` bytes.  Raises ProxyError."""
+    async def json(self, limit: int, parse: Optional[Callable[[str], Any]] = None) -> Json:
+        """The body as a JSON object of at most `limit` bytes; `parse` in place of client_json.
+
+        Raises ProxyError.
+        """
         data = await self._read_body(limit)
         text = client_text(data)
         self.is_mostly_non_ascii = len(data) > len(text) * 1.2
         del data                                 # frees a large body before it is parsed
-        value = client_json(text)
+        value = (parse or client_json)(text)
         if not is_object(value):
             raise ProxyError(400, f"{NOT_JSON}: it must be an object")
         return value
@@ -7183,7 +7191,7 @@ def upstream_key(request: Request, settings: Settings) -> str:
 async def create_message(app: App, exchange: Exchange) -> Optional[Response]:
     """POST /v1/messages: translate, call the upstream, translate back.  [Anthropic: Messages]"""
     key = upstream_key(exchange.request, app.settings)
-    params = await exchange.json(app.settings.max_request_size)
+    params = await exchange.json(app.settings.max_request_size, app.shortcuts.parse_body)
     await let_others_run(exchange)
     translation = checked_translation(params, app.settings, client_session(exchange))
     await let_others_run(exchange)
@@ -7323,7 +7331,8 @@ async def send_body(app: App, exchange: Exchange, translation: Translation,
     is_streamed = translation.body.get("stream") is True
     stream_limit, began = app.stream_limit, app.loop.time()      # SIGHUP may change it meanwhile
     response = await app.upstream.send(
-        "POST", APIS[translation.target.api].path, encoded_body(translation), key, is_streamed,
+        "POST", APIS[translation.target.api].path,
+        encoded_body(translation, app.shortcuts.encode_body or json_bytes), key, is_streamed,
         stream_limit if is_streamed and translation.is_streamed else app.request_limit)
     app.metrics.observe("upstream_seconds", app.loop.time() - began)
     record, upstream_id = exchange.record, response.headers.get("x-request-id", "")
@@ -7334,12 +7343,13 @@ async def send_body(app: App, exchange: Exchange, translation: Translation,
     return response
 
 
-def encoded_body(translation: Translation) -> bytes:
+def encoded_body(translation: Translation,
+                 as_ascii: Callable[[Json], bytes] = json_bytes) -> bytes:
     """The bytes of the body; sets their number.  Raises ProxyError(400).
 
     A large body that is mostly non-ASCII is sent as UTF-8, since escapes would double its size.
     """
-    encode = utf8_json_bytes if translation.is_mostly_non_ascii else json_bytes
+    encode = utf8_json_bytes if translation.is_mostly_non_ascii else as_ascii
     try:
         data = encode(translation.body)
     except ValueError as error:
@@ -7692,7 +7702,7 @@ def json_response(value: Any, status: int = 200, headers: Headers = {}) -> Respo
 
 async def count_tokens(app: App, exchange: Exchange) -> Response:
     """POST /v1/messages/count_tokens: estimated here, without the upstream.  [Anthropic]"""
-    params = await exchange.json(app.settings.max_request_size)
+    params = await exchange.json(app.settings.max_request_size, app.shortcuts.parse_body)
     translation = checked_translation(params, app.settings, is_counting=True)
     record = exchange.record
     record.model = model_for_log(translation.requested_model)
@@ -9179,7 +9189,126 @@ MAX_CACHED_TEXTS = 10000                 # a few numbers each: some 2 MB
 TOKEN_CACHE: Dict[Tuple[int, int], int] = {}
 
 
-SHORTCUTS = Shortcuts(chunk_pattern=ChunkPattern, count_tokens=cached_tokens)
+# ---- 34.3 tools ------------------------------------------------------------
+#
+# A coding agent sends the same 30 to 60 KB of tools with each request.  They are parsed and read
+# once, and written once as JSON.
+
+class CachedSchema(Dict[str, Any]):
+    """A tool's schema that knows the JSON text of its tool, which mostly is the same each time."""
+    members: Sequence[Any] = ()          # of the tool, without the schema
+    text = ""
+
+
+def parse_with_cached_tools(text: str) -> Any:
+    """client_json with a cache for the field `tools`.
+
+    Parsing and translating a request of 117 KB with 24 tools takes 0.35 ms instead of 0.69, and a
+    whole request 1.7 ms of CPU time instead of 2.3 (2026-11-28, Python 3.11: /proc/PID/stat under
+    eight clients, with and without this door).  A deferred tool makes no difference.
+
+    The text before the array and the text after it are completed to two objects, so nothing is
+    put into the client's text.  Anything unusual is parsed in the plain way, errors above all.
+    """
+    place = tools_place(text) if len(text) <= LARGE_BODY else 0
+    if not place:
+        return client_json(text)
+    known = next((item for item in TOOLS_CACHE if text.startswith(item, place)), "")
+    try:
+        if known:
+            tools, end = TOOLS_CACHE[known], place + len(known)
+        else:
+            definitions, end = _client_decoder.raw_decode(text, place)
+            tools = read_tools(definitions)
+        before = client_json(text[:place] + "0}")
+        rest = text[end:].lstrip(" \t\r\n")
+        has_more = rest.startswith(",")
+        after = client_json("{" + rest[has_more:])
+    except (ProxyError, ValueError, RecursionError):
+        return client_json(text)
+    # The key before the array must be a whole one of the top level, not `\"tools"`.  A comma needs
+    # a member after it, and a member a comma.
+    if next(reversed(before)) != "tools" or "tools" in after or bool(after) != has_more:
+        return client_json(text)
+    store_tools(known or text[place:end], tools)
+    return {**before, "tools": tools, **after}
+
+
+def tools_place(text: str) -> int:
+    """Where the array of the last key `tools` begins; 0 if there is none."""
+    place = len(text)
+    for _ in range(TOOLS_TRIES):
+        place = text.rfind('"tools"', 0, place)
+        match = TOOLS_KEY.match(text, place) if place > 0 else None
+        if match:
+            return match.end() - 1
+    return 0
+
+
+def read_tools(definitions: List[Any]) -> ReadTools:
+    """The field `tools`, read.  Raises ProxyError."""
+    read = ReadTools(definitions)
+    tools, read.server_names = defined_tools(definitions)
+    read.tools = {name: tool._replace(schema=CachedSchema(tool.schema))
+                  for name, tool in tools.items()}
+    return read
+
+
+def store_tools(text: str, tools: ReadTools) -> None:
+    """Makes a text the newest entry of the cache; the oldest ones leave, so that it fits."""
+    if text in TOOLS_CACHE:
+        TOOLS_CACHE[text] = TOOLS_CACHE.pop(text)
+    elif tools_memory(text) <= MAX_TOOLS_MEMORY:
+        TOOLS_CACHE[text] = tools
+        while len(TOOLS_CACHE) > MAX_CACHED_TOOLS \
+                or sum(map(tools_memory, TOOLS_CACHE)) > MAX_TOOLS_MEMORY:
+            del TOOLS_CACHE[next(iter(TOOLS_CACHE))]
+
+
+def tools_memory(text: str) -> int:
+    """Bytes that an entry takes, about: its text, its JSON text, its objects, its other values."""
+    return 4 * sys.getsizeof(text) + 250 * text.count("{") + 120 * text.count(",")
+
+
+def encode_with_cached_tools(body: Json) -> bytes:
+    """json_bytes with the tools' JSON texts of an earlier request.
+
+    Writing the body takes 0.22 ms instead of 0.45, and the whole request 1.3 ms of CPU time instead
+    of 1.7, measured like parse_with_cached_tools.
+    """
+    if not body.get("tools"):
+        return json_bytes(body)
+    names = list(body)
+    place = names.index("tools")
+    before = json_text({name: body[name] for name in names[:place]})[1:-1]
+    after = json_text({name: body[name] for name in names[place + 1:]})[1:-1]
+    tools = f'"tools":[{",".join(map(tool_text, body["tools"]))}]'
+    return f"{{{','.join(filter(None, (before, tools, after)))}}}".encode("ascii")
+
+
+def tool_text(tool: Json) -> str:
+    """The JSON text of a tool; the one of the last request, if nothing in it is another now."""
+    function = tool.get("function", tool)
+    schema = function["parameters"]
+    if not isinstance(schema, CachedSchema):
+        return json_text(tool)
+    members = [(key, value) for key, value in (*tool.items(), *function.items())
+               if value is not schema and value is not function]
+    if schema.members != members:
+        schema.members, schema.text = members, json_text(tool)
+    return schema.text
+
+
+TOOLS_TRIES = 4                          # keys or texts "tools" that begin no array
+TOOLS_KEY = re.compile(r'"tools"\s*:\s*\[')
+MAX_CACHED_TOOLS = 8                     # an agent, its helpers and a few others
+MAX_TOOLS_MEMORY = 4194304               # bytes
+TOOLS_CACHE: Dict[str, ReadTools] = {}   # the newest last
+
+
+SHORTCUTS = Shortcuts(
+    chunk_pattern=ChunkPattern, count_tokens=cached_tokens, parse_body=parse_with_cached_tools,
+    encode_body=encode_with_cached_tools)
 
 
 # ============================================================================

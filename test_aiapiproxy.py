@@ -183,9 +183,12 @@ def sent(asked, host="openai", session_id=""):
     assert asked == before, "the client's own objects are never changed"
     body = json.loads(aiapiproxy.json_bytes(translation.body).decode("ascii"))
     check_conversation(body["messages"])
-    read = aiapiproxy.client_json(json.dumps(asked))  # as the server parses it
-    again = aiapiproxy.checked_translation(read, SETTINGS[host], session_id)
-    assert json.loads(aiapiproxy.json_bytes(again.body)) == body
+    whole = aiapiproxy.json_bytes(translation.body)
+    for shortcuts in (aiapiproxy.PLAIN, aiapiproxy.SHORTCUTS, aiapiproxy.SHORTCUTS):
+        parse = shortcuts.parse_body or aiapiproxy.client_json   # as the server parses it
+        encode = shortcuts.encode_body or aiapiproxy.json_bytes
+        again = aiapiproxy.checked_translation(parse(json.dumps(asked)), SETTINGS[host], session_id)
+        assert encode(again.body) == whole
     return body
 
 
@@ -7404,6 +7407,96 @@ def test_runs_of_chunks_give_the_same_bytes_as_single_chunks(kind, size):
     plain, short = (streamed(pieces, translation, each)
                     for each in (aiapiproxy.PLAIN, aiapiproxy.SHORTCUTS))
     assert plain == short and printed(plain).endswith(" ME")
+
+
+def parsed(text, parse):
+    """(the value with the order of its keys, the error) of a client's JSON text."""
+    try:
+        return compact(parse(text)), None
+    except aiapiproxy.ProxyError as error:
+        return None, error.message
+
+
+TOOLS_TEXT = compact([tool("f", LOOSE), tool("g")])
+
+
+@table([
+    ("in the middle", '{"a":1,"tools":[…],"b":{"c":[]}}'),
+    ("at the end", '{"a":1,"tools":[…]}'),
+    ("alone", '{"tools":[…]}'),
+    ("with blanks", ' {"a" : 1 ,\n"tools" :\t[…]\r\n, "b" : 2 } '),
+    ("no array", '{"tools":{"tools":1}}'),
+    ("in an object", '{"a":{"tools":[…]},"b":1}'),
+    ("in an object, and at the top", '{"tools":[…],"a":{"tools":[…]}}'),
+    ("in an array", '[{"tools":[…]}]'),
+    ("in a text", '{"a":"\\"tools\\":[…","tools":[…]}'),
+    ("the end of another key", '{"tools":1,"my\\"tools":[…]}'),
+    ("twice", '{"tools":1,"tools":[…]}'),
+    ("twice the other way", '{"tools":[…],"tools":1}'),
+    ("twice with an escape", '{"tools":[…],"tool\\u0073":1}'),
+    ("another key twice", '{"a":1,"b":2,"tools":[…],"a":3}'),
+    ("a comma too many", '{"a":1,"tools":[…],}'),
+    ("a comma too few", '{"a":1,"tools":[…]"b":1}'),
+    ("a comma before it too few", '{"a":1 "tools":[…]}'),
+    ("no end", '{"a":1,"tools":[…]'),
+    ("more after the end", '{"a":1,"tools":[…]}}'),
+    ("a blank that is none in JSON", '{"a":1,"tools":[…]\x0b,"b":1}'),
+    ("NaN before it", '{"a":NaN,"tools":[…]}'),
+    ("NaN after it", '{"tools":[…],"a":\n[NaN}'),
+    ("broken inside", '{"tools":[…,]}'),
+    ("nested too deeply", '{"tools":[…],"a":' + "[" * 100000),
+], "text")
+def test_a_body_with_cached_tools_is_parsed_like_any_other(text):
+    for inside in (TOOLS_TEXT[1:-1], "", '{"name":1}', '"tools":[', "\\"):
+        given = text.replace("…", inside)
+        want = parsed(given, aiapiproxy.client_json)
+        for _ in range(2):
+            assert parsed(given, aiapiproxy.parse_with_cached_tools) == want
+
+
+def test_the_cache_of_tools_is_bounded():
+    def memory():
+        return sum(map(aiapiproxy.tools_memory, aiapiproxy.TOOLS_CACHE))
+
+    for count in (*range(1, 30), *range(1000, 9000, 1000)):
+        text = compact(req(tools=[tool(f"f{index}", LOOSE) for index in range(count)]))
+        aiapiproxy.parse_with_cached_tools(text)
+        assert len(aiapiproxy.TOOLS_CACHE) <= 8 and memory() <= 4194304
+    small = [compact(req(tools=[tool(name)])) for name in "abcdefgh"]
+    for text in [*small, small[0], compact(req(tools=[tool("i")]))]:
+        aiapiproxy.parse_with_cached_tools(text)
+    # The one that was not used for the longest time has left.
+    assert [key[10] for key in aiapiproxy.TOOLS_CACHE] == list("cdefghai")
+
+
+def test_no_request_gets_the_cached_tools_of_another():
+    def body(asked, adjustments=None, host="openai"):
+        params = aiapiproxy.parse_with_cached_tools(compact(asked))
+        translation = aiapiproxy.checked_translation(params, SETTINGS[host])
+        plain = aiapiproxy.checked_translation(
+            aiapiproxy.client_json(compact(asked)), SETTINGS[host])
+        for each in (translation, plain):
+            aiapiproxy.apply_adjustments(adjustments or {}, each)
+        written = aiapiproxy.encode_with_cached_tools(translation.body)
+        assert written == aiapiproxy.json_bytes(plain.body)
+        return json.loads(written)
+
+    first = [tool("f", STRICT, strict=True), tool("ToolSearch"),
+             tool("g", LOOSE, defer_loading=True), WEB_SEARCH]
+    second = [tool("f", LOOSE), *first[1:]]
+    found = [res("call_1", [reference("g")])]
+    loading = [usr("a"), asst([use("call_1", "ToolSearch")]), usr(found)]
+    added = [{"role": "system", "content": [{"type": "tool_addition", "tool": tool("h")}]}]
+    simplified = {"schemas_simplified": True, "strict_dropped": True}
+    for _ in range(2):
+        for tools in (first, second):
+            for messages in ([usr("a")], loading, [usr("a"), *added], [usr("a")]):
+                for adjustments in ({}, simplified, {"descriptions_cut": 1}, {}):
+                    for host in ("openai", "local"):
+                        body(req(messages, tools=tools), adjustments, host)
+    names = [[item["function"]["name"] for item in body(req(messages, tools=first))["tools"]]
+             for messages in ([usr("a")], loading)]
+    assert names == [["f", "ToolSearch"], ["f", "ToolSearch", "g"]]
 
 
 # ============================================================================
