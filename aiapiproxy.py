@@ -207,6 +207,8 @@ def redacted(text: str, secrets: Iterable[str]) -> str:
 
     The last four characters of a key stay, so that people can tell which of their keys it is.
     """
+    if not text:
+        return ""
     for secret in secrets:
         if secret in text:
             text = text.replace(secret, f"sk-…{secret[-4:]}")
@@ -3724,7 +3726,7 @@ def ratelimit_headers(headers: Mapping[str, str], now: float) -> Dict[str, str]:
     for unit in ("requests", "tokens"):
         for part in ("limit", "remaining", "reset"):
             value = headers.get(f"x-ratelimit-{part}-{unit}", "")
-            if part == "reset":
+            if part == "reset" and value:
                 value = reset_time(value, now)
             if value and (part == "reset" or value.isdecimal()):
                 made[f"anthropic-ratelimit-{unit}-{part}"] = value
@@ -7952,7 +7954,9 @@ def finish_exchange(app: App, exchange: Exchange) -> None:
     if record.first_token is not None:
         record.ttft_ms = round((record.first_token - exchange.began) * 1000, 1)
     app.record_request(record)
-    log(logging.DEBUG if route in QUIET_ROUTES else logging.INFO, "request", **record.log_fields())
+    level = logging.DEBUG if route in QUIET_ROUTES else logging.INFO
+    if LOG.isEnabledFor(level):
+        log(level, "request", **record.log_fields())
 
 
 CLIENT_CLOSED_REQUEST = 499              # nginx's status: nobody waits for an answer

@@ -7488,10 +7488,11 @@ def test_no_request_gets_the_cached_tools_of_another():
     loading = [usr("a"), asst([use("call_1", "ToolSearch")]), usr(found)]
     added = [{"role": "system", "content": [{"type": "tool_addition", "tool": tool("h")}]}]
     simplified = {"schemas_simplified": True, "strict_dropped": True}
+    dropped = {"keywords_dropped": ["type"], "schemas_without_keywords": True}
     for _ in range(2):
         for tools in (first, second):
             for messages in ([usr("a")], loading, [usr("a"), *added], [usr("a")]):
-                for adjustments in ({}, simplified, {"descriptions_cut": 1}, {}):
+                for adjustments in ({}, simplified, {"descriptions_cut": 1}, dropped, {}):
                     for host in ("openai", "local"):
                         body(req(messages, tools=tools), adjustments, host)
     names = [[item["function"]["name"] for item in body(req(messages, tools=first))["tools"]]
