@@ -375,10 +375,12 @@ def utf8_json_bytes(value: Any) -> bytes:
 
 def readable_json(value: Any) -> str:
     """Compact JSON without escapes, the form in which a model reads it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return _readable_encoder.encode(value)
 
 
 _encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
+_readable_encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False,
+                                     ensure_ascii=False)
 TOO_DEEP = "nested too deeply"
 
 
