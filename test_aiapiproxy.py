@@ -7479,6 +7479,8 @@ def test_no_request_gets_the_cached_tools_of_another():
             aiapiproxy.apply_adjustments(adjustments or {}, each)
         written = aiapiproxy.encode_with_cached_tools(translation.body)
         assert written == aiapiproxy.json_bytes(plain.body)
+        assert aiapiproxy.estimated_request_tokens(translation.body, aiapiproxy.cached_tokens) \
+            == aiapiproxy.estimated_request_tokens(plain.body)
         return json.loads(written)
 
     first = [tool("f", STRICT, strict=True), tool("ToolSearch"),
