@@ -5,8 +5,8 @@
 
 A row is (sentence, given, want); the sentence is the requirement and the name of the test.  Section
 0 has the notation and the helpers of several sections.  The sections after it have the numbers and
-the order of the program's own.  Nothing here leaves this machine: the upstream is `FakeUpstream`, a
-real server on a free port that plays a script and records the requests.
+the order of the program's own.  Nothing here leaves this machine: the upstream is a
+`ScriptedServer`, a real server on a free port that plays a script and records the requests.
 """
 from __future__ import annotations
 
@@ -593,119 +593,199 @@ def error_like(code, message="m"): return {"error": {"message": message, "code":
 JSON_ERROR = {"error": {"message": "bad", "type": "invalid_request_error"}}
 
 
-# ---- The upstream as a server, and clients of the proxy
+# ---- Servers that play a script
 #
-# `FakeUpstream` plays one reply for each request, and the last one for all further requests.  The
-# parts of a reply's body are bytes to send, gates (asyncio.Event) to wait for, and at last its end:
-# complete, by a reset of the connection, too early, or never.  Tests don't sleep for a fixed time:
-# they wait until something is true.
+# `ScriptedServer` is the base of all fakes.  It plays one answer for each request, and the last one
+# for all further requests.  An answer is bytes, or a list of parts: bytes to send, gates
+# (asyncio.Event) to wait for, pauses in seconds, and at last its end: complete, by a reset of the
+# connection, too early, or never.  Tests don't sleep for a fixed time: they wait until something is
+# true.
 
 END, RESET, CUT, HANG = "END", "RESET", "CUT", "HANG"
 
 
+def within(seconds, coroutine):
+    """The result of a coroutine, or a failure when its time is over."""
+    return asyncio.run(asyncio.wait_for(coroutine, seconds))
+
+
 def run(coroutine):
-    """The result of a coroutine, or a failure after 5 s."""
-    return asyncio.run(asyncio.wait_for(coroutine, 5))
+    return within(5, coroutine)
 
 
-class Reply:
-    """The upstream's answer to one request."""
+def framed(data):
+    """Data as one chunk."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
-    def __init__(self, status, headers, parts, length=None):
-        framing = "transfer-encoding: chunked" if length is None else f"content-length: {length}"
-        lines = [f"HTTP/1.1 {status} Status", framing,
-                 *(f"{name}: {value}" for name, value in headers.items())]
-        self.head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-        self.chunked, self.parts = length is None, parts
+
+def reply_head(status, length=None, **headers):
+    """The head of an answer; without a length its body has to be chunked."""
+    framing = "transfer-encoding: chunked" if length is None else f"content-length: {length}"
+    lines = [f"HTTP/1.1 {status} Status", framing,
+             *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 def reply(status, body, content_type="application/json", **headers):
     """A whole body: JSON, text or bytes."""
     raw = (body if isinstance(body, bytes) else body.encode() if isinstance(body, str)
            else json.dumps(body).encode())
-    headers = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Reply(status, {"content-type": content_type, **headers}, [raw, END], len(raw))
+    return [reply_head(status, len(raw), content_type=content_type, **headers), raw, END]
 
 
 def stream(*parts, **headers):
     """An SSE body: chunks, bytes, gates, an ending."""
     parts = [sse([part]) if isinstance(part, dict) or part == DONE else part for part in parts]
-    parts += [] if parts[-1:] and isinstance(parts[-1], str) else [END]
-    return Reply(200, {"content-type": "text/event-stream", **headers}, parts)
+    *parts, ending = parts if parts[-1:] and isinstance(parts[-1], str) else [*parts, END]
+    return [reply_head(200, content_type="text/event-stream", **headers),
+            *(framed(part) if isinstance(part, bytes) else part for part in parts),
+            *([b"0\r\n\r\n"] if ending == END else []), ending]
 
 
 class Heard:
-    """A request that the upstream got."""
+    """A request that a server got."""
 
     def __init__(self, head, body):
-        self.line, *fields = head.decode("latin-1").rstrip().split("\r\n")
+        self.head, self.raw = head.decode("latin-1"), body
+        self.line, *fields = self.head.rstrip().split("\r\n")
         self.headers = {name.lower(): value.strip()
                         for name, _, value in (field.partition(":") for field in fields)}
-        self.body = json.loads(body)
+
+    @property
+    def body(self):
+        return json.loads(self.raw)
 
 
-class FakeUpstream:
-    """A server on 127.0.0.1 that plays its replies and records its requests."""
+class WatchedReader(asyncio.StreamReader):
+    """A reader that cancels the task that serves its connection as soon as the client is gone."""
 
-    def __init__(self, *replies, tls=None):
-        self.replies, self.tls, self.connections = list(replies), tls, set()
-        self.requests, self.asked, self.disconnected = [], asyncio.Event(), asyncio.Event()
+    task = None
 
-    async def __aenter__(self):
-        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=self.tls)
+    def feed_eof(self):
+        super().feed_eof()
+        if self.task is not None:
+            self.task.cancel()
+
+    def set_exception(self, exc):
+        super().set_exception(exc)
+        self.feed_eof()
+
+
+class ScriptedServer:
+    """A server on 127.0.0.1 that plays its script and records its requests.
+
+    `connections` has the tasks of those that are open, `opened` counts all of them, `written` the
+    bytes of answers.  A fault of the server itself fails the test when the server is closed.
+    """
+
+    def __init__(self, *script, tls=None):
+        self.script, self.tls, self.connections, self.faults = list(script), tls, set(), []
+        self.requests, self.opened, self.written = [], 0, 0
+        self.asked, self.disconnected = asyncio.Event(), asyncio.Event()
+
+    async def start(self):
+        self.server = await asyncio.get_running_loop().create_server(
+            lambda: asyncio.StreamReaderProtocol(WatchedReader(), self.serve), "127.0.0.1", 0,
+            ssl=self.tls)
         self.port = self.server.sockets[0].getsockname()[1]
         self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/v1"
         return self
 
-    async def __aexit__(self, *_):
+    async def close(self):
         self.server.close()
         for connection in self.connections:
             connection.cancel()
-        await asyncio.gather(*self.connections)
+        await asyncio.gather(*self.connections, return_exceptions=True)
+        assert self.faults == []
+
+    @property
+    def heads(self):
+        return [heard.head for heard in self.requests]
+
+    async def __aenter__(self):
+        return await self.start()
+
+    async def __aexit__(self, *_):
+        await self.close()
 
     async def serve(self, reader, writer):
-        """Serves one connection, and notes at once when it ends."""
-        self.connections.add(asyncio.current_task())
-        watch = asyncio.ensure_future(reader.read(1))
+        """Serves one connection, until an answer or the client ends it."""
+        task = reader.task = asyncio.current_task()
+        self.connections.add(task)
+        self.opened += 1
+        answers = self.answers()
         try:
-            while await watch:
-                head = watch.result() + await reader.readuntil(b"\r\n\r\n")
-                length = int(re.search(rb"(?i)content-length: *(\d+)", head).group(1))
-                body = await reader.readexactly(length)
-                self.requests.append(Heard(head, body))
+            is_open = True
+            while is_open:
+                self.requests.append(await self.request(reader))
                 self.asked.set()
-                watch = asyncio.ensure_future(reader.read(1))
-                script = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-                if not await self.play(script, writer, watch):
-                    break
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                is_open = await self.play(next(answers), reader, writer)
+        except (OSError, EOFError, asyncio.CancelledError):
             pass
+        except Exception as fault:
+            self.faults.append(fault)
         finally:
-            watch.cancel()
             self.disconnected.set()
+            self.connections.discard(task)
             writer.close()
 
-    async def play(self, script, writer, watch):
+    def answers(self):
+        """The answers for a connection, each one taken when its request has arrived."""
+        while True:
+            yield self.taken()
+
+    def taken(self):
+        """The next part of the script; its last one is used again and again."""
+        return self.script.pop(0) if len(self.script) > 1 else self.script[0]
+
+    async def request(self, reader):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: *(\d+)", head)
+        return Heard(head, await reader.readexactly(int(length[1]) if length else 0))
+
+    async def play(self, answer, reader, writer):
         """Whether the connection can be used again."""
-        writer.write(script.head)
-        for part in script.parts:
+        parts = answer if isinstance(answer, list) else [answer]
+        for part in parts:
             if isinstance(part, asyncio.Event):
-                gate = asyncio.ensure_future(part.wait())
-                await asyncio.wait({gate, watch}, return_when=asyncio.FIRST_COMPLETED)
-                gate.cancel()
+                await part.wait()
+            elif isinstance(part, float):
+                await asyncio.sleep(part)
             elif isinstance(part, bytes):
-                writer.write(b"%x\r\n%b\r\n" % (len(part), part) if script.chunked else part)
-                await writer.drain()
-            elif part == END:
-                writer.write(b"0\r\n\r\n" if script.chunked else b"")
+                await self.write(part, writer)
             elif part == RESET:
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                                            struct.pack("ii", 1, 0))
                 writer.transport.abort()
             elif part == HANG:
-                await watch
-        return script.parts[-1] == END
+                await reader.read(-1)
+        return parts[-1] not in (RESET, CUT, HANG)
 
+    async def write(self, data, writer):
+        for at in range(0, len(data), 65536):
+            writer.write(data[at:at + 65536])
+            await writer.drain()
+            self.written += len(data[at:at + 65536])
+
+
+class RawUpstream(ScriptedServer):
+    """A server whose script has a list of answers for each connection, or a single one.
+
+    The last list is for all further connections.  A connection is closed after its last answer.
+    """
+
+    def answers(self):
+        script = self.taken()
+        answers = [answer if isinstance(answer, list) else [answer]
+                   for answer in (script if isinstance(script, list) else [script])]
+        answers[-1] = [*answers[-1], CUT]
+        return iter(answers)
+
+
+# ---- The proxy and its clients
+#
+# `proxied`, `bare` and `facing` start the proxy.  `Wire` is a client that sends any bytes and reads
+# answers one by one; `Asking` sends one request.
 
 @contextlib.asynccontextmanager
 async def running(settings):
@@ -721,105 +801,12 @@ async def running(settings):
 @contextlib.asynccontextmanager
 async def proxied(*replies, **environ):
     """An upstream that plays these replies, and the proxy in front of it."""
-    async with FakeUpstream(*replies) as upstream:
+    async with ScriptedServer(*replies) as upstream:
         settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY, **MODELS,
                                              "OPENAI_BASE_URL": upstream.url,
                                              **environ}, server_port=0)
         async with running(settings) as server:
             yield upstream, server
-
-
-class Asking:
-    """One request to the proxy over a connection of its own, its answer read piece by piece."""
-
-    def __init__(self, port, method, path, body=None, **headers):
-        self.port, self.read = port, b""
-        raw = (b"" if body is None else body if isinstance(body, bytes)
-               else json.dumps(body).encode())
-        fields = {"host": f"127.0.0.1:{port}", "connection": "close", "content-length": len(raw),
-                  **{name.replace("_", "-"): value for name, value in headers.items()}}
-        lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-        self.request = f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + raw
-
-    async def __aenter__(self):
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
-        self.writer.write(self.request)
-        return self
-
-    async def __aexit__(self, *_):
-        self.writer.close()
-
-    async def until(self, text):
-        while text not in self.read:
-            piece = await self.reader.read(65536)
-            assert piece, f"the answer ended before {text!r}: {self.read!r}"
-            self.read += piece
-
-    async def answer(self):
-        """Status, headers and body, once it is complete."""
-        self.read += await self.reader.read(-1)
-        head, _, body = self.read.partition(b"\r\n\r\n")
-        line, *fields = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip()
-                   for name, _, value in (field.partition(":") for field in fields)}
-        if headers.get("transfer-encoding") == "chunked":
-            body = unchunked(body)
-        return int(line.split(" ")[1]), headers, body
-
-
-def unchunked(raw):
-    body = b""
-    while True:
-        size, _, raw = raw.partition(b"\r\n")
-        length = int(size, 16)
-        body, end, raw = body + raw[:length], raw[length:length + 2], raw[length + 2:]
-        assert end == b"\r\n"
-        if not length:
-            assert not raw, "nothing follows the last chunk"
-            return body
-
-
-async def ask(port, method="POST", path="/v1/messages", body=None, **headers):
-    async with Asking(port, method, path, body, **headers) as asking:
-        return await asking.answer()
-
-
-def said(answer):
-    """An answer of the proxy as a message or a line; the envelope of an error is checked."""
-    status, headers, body = answer
-    if headers["content-type"].startswith("text/event-stream"):
-        return printed(body)
-    found = json.loads(body)
-    if found["type"] != "error":
-        return found
-    assert found["request_id"] == headers["request-id"]
-    assert re.fullmatch(r"req_[A-Za-z0-9]{24}", found["request_id"])
-    assert headers["content-type"] == "application/json"
-    assert found["error"].keys() <= {"type", "message", "details"}
-    return f"{status} {found['error']['type']}: {found['error']['message']}"
-
-
-async def asked_once(script, asked, **environ):
-    """The answer to one request, and the requests that the upstream got for it."""
-    async with proxied(script, **environ) as (upstream, server):
-        return await ask(server.port, body=asked), upstream.requests
-
-
-OK = reply(200, completion({"content": "Hello"}, usage=used(10, 2)))
-X_ONLY = [ctext("x"), cend("stop"), cuse(5, 3), DONE]
-
-
-def refusal(message, param=None, code=None, status=400):
-    return reply(status, {"error": {"message": message, "param": param, "code": code}})
-
-
-# ---- Clients that send any bytes
-#
-# `Wire` is a client that sends any bytes and reads answers one by one.  `bare` is the proxy without
-# an upstream.  Each hostile request is followed by SMUGGLED, which must never be answered.
-
-def within(seconds, coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, seconds))
 
 
 @contextlib.asynccontextmanager
@@ -830,6 +817,14 @@ async def bare(**environ):
                                          **environ}, server_port=0)
     async with running(settings) as server:
         yield server
+
+
+@contextlib.asynccontextmanager
+async def facing(*scripts, **environ):
+    """The proxy in front of a RawUpstream."""
+    async with RawUpstream(*scripts) as upstream:
+        async with bare(**{"OPENAI_BASE_URL": upstream.url, **environ}) as server:
+            yield upstream, server
 
 
 class Wire:
@@ -899,6 +894,86 @@ class Wire:
         assert self.data == b""
 
 
+class Asking(Wire):
+    """One request to the proxy over a connection of its own, its answer read piece by piece."""
+
+    def __init__(self, port, method, path, body=None, **headers):
+        super().__init__(port)
+        raw = (b"" if body is None else body if isinstance(body, bytes)
+               else json.dumps(body).encode())
+        fields = {"host": f"127.0.0.1:{port}", "connection": "close", "content-length": len(raw),
+                  **{name.replace("_", "-"): value for name, value in headers.items()}}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        self.request = f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + raw
+        self.has_body = method != "HEAD"
+
+    async def __aenter__(self):
+        await super().__aenter__()
+        self.writer.write(self.request)
+        return self
+
+    async def until(self, text):
+        while text not in self.data:
+            assert await self.more(), f"the answer ended before {text!r}: {self.data!r}"
+
+    async def answer(self):
+        """Status, headers and body, once the proxy has closed the connection."""
+        self.data += await self.reader.read(-1)
+        found = await super().answer(self.has_body)
+        assert self.data == b"", "nothing follows the answer"
+        return found
+
+
+def unchunked(raw):
+    body = b""
+    while True:
+        size, _, raw = raw.partition(b"\r\n")
+        length = int(size, 16)
+        body, end, raw = body + raw[:length], raw[length:length + 2], raw[length + 2:]
+        assert end == b"\r\n"
+        if not length:
+            assert not raw, "nothing follows the last chunk"
+            return body
+
+
+async def ask(port, method="POST", path="/v1/messages", body=None, **headers):
+    async with Asking(port, method, path, body, **headers) as asking:
+        return await asking.answer()
+
+
+def said(answer):
+    """An answer of the proxy as a message or a line; the envelope of an error is checked."""
+    status, headers, body = answer
+    if headers["content-type"].startswith("text/event-stream"):
+        return printed(body)
+    found = json.loads(body)
+    if found["type"] != "error":
+        return found
+    assert found["request_id"] == headers["request-id"]
+    assert re.fullmatch(r"req_[A-Za-z0-9]{24}", found["request_id"])
+    assert headers["content-type"] == "application/json"
+    assert found["error"].keys() <= {"type", "message", "details"}
+    return f"{status} {found['error']['type']}: {found['error']['message']}"
+
+
+async def asked_once(script, asked, **environ):
+    """The answer to one request, and the requests that the upstream got for it."""
+    async with proxied(script, **environ) as (upstream, server):
+        return await ask(server.port, body=asked), upstream.requests
+
+
+OK = reply(200, completion({"content": "Hello"}, usage=used(10, 2)))
+X_ONLY = [ctext("x"), cend("stop"), cuse(5, 3), DONE]
+
+
+def error_reply(message, param=None, code=None, status=400):
+    return reply(status, {"error": {"message": message, "param": param, "code": code}})
+
+
+# ---- Requests that are bytes
+#
+# Each hostile request is followed by SMUGGLED, which must never be answered.
+
 def checked(answer):
     """An answer's status and kind of error; the envelope is Anthropic's."""
     status, headers, body = answer
@@ -943,90 +1018,12 @@ def descriptors():
     return len(os.listdir("/dev/fd"))
 
 
-# ---- An upstream that sends any bytes
-#
-# `RawUpstream` answers with any bytes, also with such that break HTTP.
-
-class RawUpstream:
-    """A server on 127.0.0.1 that sends the n-th answer of a script to the n-th request.
-
-    `scripts` has a list of answers for each connection, the last one for all further connections.
-    An answer is bytes, or a list of bytes, gates and endings.  The connection is closed after its
-    last answer.
-    """
-
-    def __init__(self, *scripts, tls=None):
-        self.scripts, self.tls, self.connections = list(scripts), tls, set()
-        self.heads, self.opened, self.written, self.closed = [], 0, 0, asyncio.Event()
-
-    async def __aenter__(self):
-        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=self.tls,
-                                                 limit=2 ** 26)
-        self.port = self.server.sockets[0].getsockname()[1]
-        self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/v1"
-        return self
-
-    async def __aexit__(self, *_):
-        self.server.close()
-        for connection in self.connections:
-            connection.cancel()
-        await asyncio.gather(*self.connections, return_exceptions=True)
-
-    async def serve(self, reader, writer):
-        task = asyncio.current_task()
-        self.connections.add(task)
-        self.opened += 1
-        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
-        try:
-            for answer in script if isinstance(script, list) else [script]:
-                head = await reader.readuntil(b"\r\n\r\n")
-                self.heads.append(head.decode("latin-1"))
-                length = re.search(rb"(?i)content-length: *(\d+)", head)
-                await reader.readexactly(int(length[1]) if length else 0)
-                for part in answer if isinstance(answer, list) else [answer]:
-                    if isinstance(part, asyncio.Event):
-                        await part.wait()
-                    elif part == HANG:
-                        await reader.read(1)
-                    elif part == RESET:
-                        reset(writer)
-                        return
-                    else:
-                        for at in range(0, len(part), 65536):
-                            writer.write(part[at:at + 65536])
-                            await writer.drain()
-                            self.written += len(part[at:at + 65536])
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            self.closed.set()
-            self.connections.discard(task)
-            writer.close()
-
-
-def reset(writer):
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                               struct.pack("ii", 1, 0))
-    writer.transport.abort()
-
-
-def framed(data):
-    """Data as one chunk."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
+# ---- Answers that are bytes, also such that break HTTP
 
 def raw_answer(body, *fields, status=200, length=True):
     """The bytes of an answer."""
     lines = [f"HTTP/1.1 {status} X", *fields, *([f"Content-Length: {len(body)}"] if length else [])]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
-
-
-@contextlib.asynccontextmanager
-async def facing(*scripts, **environ):
-    """The proxy in front of a RawUpstream."""
-    async with RawUpstream(*scripts) as upstream:
-        async with bare(**{"OPENAI_BASE_URL": upstream.url, **environ}) as server:
-            yield upstream, server
 
 
 FINE = json.dumps(completion({"content": "x"}, usage=used(5, 3))).encode()
@@ -1145,28 +1142,24 @@ class Program:
 
 @contextlib.contextmanager
 def hanging_upstream():
-    """A server that begins each stream and never ends it; its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    kept = []
+    """The URL of a server, in a thread, that begins each stream and never ends it."""
+    async def started():
+        return await ScriptedServer(stream(ctext("x"), HANG)).start()
 
-    def serve():
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                kept.append(connection)
-                data = b""
-                while b"stream\":true" not in data.replace(b" ", b""):
-                    data += connection.recv(65536)
-                connection.sendall(raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream",
-                                              length=False))
+    def result(coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(5)
 
-    threading.Thread(target=serve, daemon=True).start()
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    server = result(started())
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        yield server.url
     finally:
-        listener.close()
-        for connection in kept:
-            connection.close()
+        result(server.close())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 def wait_for(fact):
@@ -3805,8 +3798,9 @@ def test_a_redirect_names_its_host():
 def test_rate_limits_are_told_on_a_success_too():
     limits = {"x-ratelimit-limit-requests": 500, "x-ratelimit-remaining-requests": 499,
               "x-ratelimit-reset-requests": "6m0s", "x-request-id": "r", "set-cookie": "c=1"}
-    for script in (reply(200, completion(TEXT), **limits), stream(*X_ONLY, **limits)):
-        (_, headers, _), _ = run(asked_once(script, req(stream=script.chunked)))
+    for streaming, script in ((False, reply(200, completion(TEXT), **limits)),
+                              (True, stream(*X_ONLY, **limits))):
+        (_, headers, _), _ = run(asked_once(script, req(stream=streaming)))
         assert headers["anthropic-ratelimit-requests-limit"] == "500"
         assert headers["anthropic-ratelimit-requests-remaining"] == "499"
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ",
@@ -3825,17 +3819,17 @@ def test_an_error_of_strange_numbers_is_an_error(asked):
 # ============================================================================
 
 LOCAL_MODELS = {"CLAUDE_SONNET_MODEL": "qwen3:8b"}
-NEEDS_OTHER_NAME = refusal("Unsupported parameter: 'max_tokens' is not supported with this model. "
-                           "Use 'max_completion_tokens' instead.", "max_tokens",
-                           "unsupported_parameter")
-BAD_SCHEMA = refusal("Invalid schema for function 'f': wrong.", "tools[0].function.parameters",
-                     "invalid_function_parameters")
+NEEDS_OTHER_NAME = error_reply("Unsupported parameter: 'max_tokens' is not supported with this "
+                               "model. Use 'max_completion_tokens' instead.", "max_tokens",
+                               "unsupported_parameter")
+BAD_SCHEMA = error_reply("Invalid schema for function 'f': wrong.", "tools[0].function.parameters",
+                         "invalid_function_parameters")
 HISTORY = ASKED + [usr([res("call_1", "ok"), txt("b")])]
 
 
 def unsupported(name):
     words = f"Unsupported parameter: '{name}' is not supported with this model."
-    return refusal(words, name, "unsupported_parameter")
+    return error_reply(words, name, "unsupported_parameter")
 
 
 ADJUSTED = [  # the upstream's error, request, members of the body in the retry and later
@@ -3844,17 +3838,18 @@ ADJUSTED = [  # the upstream's error, request, members of the body in the retry 
     ("the older name", unsupported("max_completion_tokens"), req(model="o3"),
      {"max_tokens": 100, "max_completion_tokens": None}),
     ("a cap",
-     refusal("max_tokens is too large: 32000. This model supports at most 16384 completion tokens, "
-             "whereas you provided 32000.", "max_tokens"), req(max_tokens=32000),
+     error_reply("max_tokens is too large: 32000. This model supports at most 16384 completion "
+                 "tokens, whereas you provided 32000.", "max_tokens"), req(max_tokens=32000),
      {"max_tokens": 16384}),
-    ("a cap in other words", refusal("max_tokens must be less than or equal to 50", "max_tokens"),
-     req(), {"max_tokens": 50}),
+    ("a cap in other words",
+     error_reply("max_tokens must be less than or equal to 50", "max_tokens"), req(),
+     {"max_tokens": 50}),
     ("a minimum",
-     refusal("Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16, "
-             "but got 1 instead.", "max_tokens"), req(max_tokens=1), {"max_tokens": 16}),
+     error_reply("Invalid 'max_output_tokens': integer below minimum value. Expected a value "
+                 ">= 16, but got 1 instead.", "max_tokens"), req(max_tokens=1), {"max_tokens": 16}),
     ("no temperature",
-     refusal("Unsupported value: 'temperature' does not support 0.1 with this model. Only the "
-             "default (1) value is supported.", "temperature", "unsupported_value"),
+     error_reply("Unsupported value: 'temperature' does not support 0.1 with this model. Only the "
+                 "default (1) value is supported.", "temperature", "unsupported_value"),
      req(temperature=0.1), {"temperature": None}),
     ("no top_p", unsupported("top_p"), req(top_p=0.1), {"top_p": None}),
     ("no stop", unsupported("stop"), req(stop_sequences=["x"]), {"stop": None}),
@@ -3863,16 +3858,16 @@ ADJUSTED = [  # the upstream's error, request, members of the body in the retry 
                              "msg": "Extra inputs are not permitted: stream_options"}]}),
      req(stream=True), {"stream": True, "stream_options": None}),
     ("no parallel_tool_calls",
-     refusal("Unrecognized request argument supplied: parallel_tool_calls"),
+     error_reply("Unrecognized request argument supplied: parallel_tool_calls"),
      req(tools=[tool("f")], **choice("auto", disable_parallel_tool_use=True)),
      {"tool_choice": "auto", "parallel_tool_calls": None}),
     ("no effort with tools",
-     refusal("Function tools are not supported here; set reasoning_effort to 'none'."),
+     error_reply("Function tools are not supported here; set reasoning_effort to 'none'."),
      req(model="gpt-5.2", tools=[tool("f")], **effort("high")), {"reasoning_effort": "none"}),
     ("the efforts there are",
-     refusal("Unsupported value: 'reasoning_effort' does not support 'xhigh' with this model. "
-             "Supported values are: 'low', 'medium', and 'high'.", "reasoning_effort",
-             "unsupported_value"),
+     error_reply("Unsupported value: 'reasoning_effort' does not support 'xhigh' with this model. "
+                 "Supported values are: 'low', 'medium', and 'high'.", "reasoning_effort",
+                 "unsupported_value"),
      req(model="gpt-5.2", **effort("xhigh")), {"reasoning_effort": "high"}),
     ("no effort at all", unsupported("reasoning_effort"), req(model="gpt-5.2", **effort("high")),
      {"reasoning_effort": None}),
@@ -3881,29 +3876,30 @@ ADJUSTED = [  # the upstream's error, request, members of the body in the retry 
     ("no other choice", unsupported("tool_choice"), req(tools=[tool("f")], **choice("any")),
      {"tool_choice": "auto", "tools": [fn("f")]}),
     ("no null content",
-     refusal("messages.1.content: expected string, got null", "messages.[1].content"),
+     error_reply("messages.1.content: expected string, got null", "messages.[1].content"),
      req(HISTORY),
      {"messages": [usr("a"), msg("", [call("call_1")]), tmsg("call_1", "ok"), usr("b")]}),
-    ("no user after a tool", refusal("Unexpected role 'user' after role 'tool'", code="3230"),
+    ("no user after a tool", error_reply("Unexpected role 'user' after role 'tool'", code="3230"),
      req(HISTORY),
      {"messages": CALLED + [tmsg("call_1", "ok"), asst("(tool results received)"), usr("b")]}),
     ("Mistral's ids",
-     refusal("Tool call id was toolu_01A09q90qw90lq917835lq9 but must be a-z, A-Z, 0-9, with a "
-             "length of 9. The tool call id must have 9 characters"),
+     error_reply("Tool call id was toolu_01A09q90qw90lq917835lq9 but must be a-z, A-Z, 0-9, with a "
+                 "length of 9. The tool call id must have 9 characters"),
      req(conversation_with("toolu_01A09q90qw90lq917835lq9")[0]),
      {"messages": conversation_with("L4lugQ9Qs")[1]}),
     ("no schema for the answer", unsupported("response_format"), req(**output(STRICT)),
      {"response_format": {"type": "json_object"},
       "messages": [sysm(ONE_JSON_VALUE + compact(STRICT)), usr("Hi")]}),
-    ("no reasoning in a message", refusal("Unknown parameter: 'messages[1].reasoning_content'",
-                                          "messages[1].reasoning_content", "unknown_parameter"),
+    ("no reasoning in a message", error_reply("Unknown parameter: 'messages[1].reasoning_content'",
+                                              "messages[1].reasoning_content", "unknown_parameter"),
      req([usr("a"), asst([think("t", "aap1.c."), use("call_1")]), usr([res("call_1", "ok")])]),
      {"messages": CALLED + [tmsg("call_1", "ok")]}),
     ("no long descriptions",
-     refusal("Invalid 'tools[0].function.description': string too long. Expected a string with "
-             "maximum length 3.", "tools[0].function.description"),
+     error_reply("Invalid 'tools[0].function.description': string too long. Expected a string with "
+                 "maximum length 3.", "tools[0].function.description"),
      req(tools=[tool("f", description="abcdef")]), {"tools": [fn("f", description="abc")]}),
-    ("no images", refusal("image_url is not supported by this model"), req([usr([txt("a"), img])]),
+    ("no images", error_reply("image_url is not supported by this model"),
+     req([usr([txt("a"), img])]),
      {"messages": [usr([part("a"), part("[image omitted: the model does not accept images]")])]}),
     ("items of an array", BAD_SCHEMA, req(tools=[tool("f", inside({"type": "array"}))]),
      {"tools": [fn("f", inside({"type": "array", "items": {}}))]}),
@@ -4016,7 +4012,7 @@ def test_a_schema_is_simplified_step_by_step():
                        "default": "d"})
 
     async def scenario():
-        refused = refusal("failed to parse grammar", status=400)
+        refused = error_reply("failed to parse grammar", status=400)
         async with proxied(refused, OK, **LOCAL_MODELS) as (upstream, server):
             status, _, _ = await ask(server.port, body=req(tools=[tool("f", patterns)]))
             return status, upstream.requests[-1].body["tools"], len(upstream.requests)
@@ -4040,8 +4036,8 @@ def test_two_adjustments_are_made_one_by_one():
 @pytest.mark.parametrize("status, want", [
     (404, "404 not_found_error"), (429, "429 rate_limit_error"), (500, "500 api_error")])
 def test_only_a_400_or_422_asks_for_an_adjustment(status, want):
-    refused = refusal("Unsupported parameter: 'temperature'", "temperature",
-                      "unsupported_parameter", status)
+    refused = error_reply("Unsupported parameter: 'temperature'", "temperature",
+                          "unsupported_parameter", status)
     answer, requests = run(asked_once(refused, req(temperature=0.1)))
     assert said(answer).startswith(want + ": ") and len(requests) == 1
 
@@ -4085,9 +4081,9 @@ def test_a_streamed_request_to_an_upstream_that_cannot_stream():
 
 
 def too_long(prompt, answer, maximum):
-    return refusal(f"{MAXIMUM} {maximum} tokens. However, you requested {prompt + answer} tokens "
-                   f"({prompt} in the messages, {answer} in the completion).",
-                   code="context_length_exceeded")
+    return error_reply(f"{MAXIMUM} {maximum} tokens. However, you requested {prompt + answer} "
+                       f"tokens ({prompt} in the messages, {answer} in the completion).",
+                       code="context_length_exceeded")
 
 
 def test_an_answer_that_does_not_fit_is_asked_shorter():
@@ -4150,32 +4146,24 @@ def test_an_adjusted_large_request_has_one_input_token_count_in_its_stream(monke
     asked = req(stream=True, tools=[{"name": "T", "description": "word " * 2000,
                                      "input_schema": {"type": "object"}}])
 
-    async def serve(reader, writer):
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError,
-                                 asyncio.CancelledError):
-            head = await reader.readuntil(b"\r\n\r\n")
-            heads.append(head)
-            if len(heads) == 1:
-                await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))
-                writer.write(raw_answer(json.dumps(told).encode(), status=400))
-            else:  # answer before the body has arrived
-                answer = sse([ctext("x"), cend("stop"), DONE])
-                writer.write(raw_answer(answer, "Content-Type: text/event-stream",
-                                        "Connection: close"))
-                await reader.read(-1)
-        writer.close()
+    class Hasty(RawUpstream):
+        """A server that answers the second request before its body has arrived."""
+
+        async def request(self, reader):
+            if not self.requests:
+                return await super().request(reader)
+            return Heard(await reader.readuntil(b"\r\n\r\n"), b"")
 
     async def scenario():
-        upstream = await asyncio.start_server(serve, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
-        async with bare(OPENAI_BASE_URL=url) as server:
-            answer = await ask(server.port, body=asked)
-        upstream.close()
-        return answer
+        early = raw_answer(sse([ctext("x"), cend("stop"), DONE]), "Connection: close",
+                           "Content-Type: text/event-stream")
+        script = raw_answer(json.dumps(told).encode(), status=400), [[early, HANG]]
+        async with Hasty(*script) as upstream, bare(OPENAI_BASE_URL=upstream.url) as server:
+            return await ask(server.port, body=asked), upstream.opened
 
-    heads = []
-    counts = re.findall(rb'"input_tokens":(\d+)', run(scenario())[2])
-    assert len(heads) == 2 and len(counts) == 2 and counts[0] == counts[1]
+    answer, opened = run(scenario())
+    counts = re.findall(rb'"input_tokens":(\d+)', answer[2])
+    assert opened == 2 and len(counts) == 2 and counts[0] == counts[1]
 
 
 # ============================================================================
@@ -4843,7 +4831,7 @@ def test_an_upstream_that_answers_anything(given, want, streaming):
     async def scenario():
         async with facing(given) as (upstream, server):
             if isinstance(given, bytes):
-                upstream.scripts = [given.replace(b"{port}", str(upstream.port).encode())]
+                upstream.script = [given.replace(b"{port}", str(upstream.port).encode())]
             answer = await ask(server.port, body=req(stream=streaming))
             assert (await ask(server.port, "GET", "/health"))[0] == 200
             return answer, upstream
@@ -4851,7 +4839,7 @@ def test_an_upstream_that_answers_anything(given, want, streaming):
     answer, upstream = run(scenario())
     got = shown(answer).replace(f":{upstream.port}", "")
     assert got.startswith(want) if want[3:4] == ":" else got == want
-    assert len(upstream.heads) == 1, "nothing is asked twice"
+    assert len(upstream.requests) == 1, "nothing is asked twice"
     assert answer[1]["content-type"] in ("application/json", "text/event-stream; charset=utf-8")
 
 
@@ -4884,14 +4872,14 @@ def test_nothing_of_the_upstreams_headers_reaches_the_client():
 
 
 def test_an_early_answer_to_a_large_request_is_passed_on():
-    refusal = reply(413, {"error": {"message": "too large for us"}})
-    answer, _ = run(asked_once(refusal, req([usr("x" * 3_000_000)])))
+    early = reply(413, {"error": {"message": "too large for us"}})
+    answer, _ = run(asked_once(early, req([usr("x" * 3_000_000)])))
     assert said(answer) == "413 request_too_large: too large for us"
 
 
 def test_nobody_listens():
     async def scenario():
-        async with FakeUpstream() as upstream:
+        async with ScriptedServer() as upstream:
             port = upstream.port
         settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1"}
         async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
@@ -4941,7 +4929,7 @@ def test_the_pool(scripts, want, opened, asked):
         async with facing(*scripts) as (upstream, server):
             got = [shown(await ask(server.port, body=req())).replace(f":{upstream.port}", "")
                    for _ in want]
-            return got, upstream.opened, len(upstream.heads)
+            return got, upstream.opened, len(upstream.requests)
 
     got, *counts = run(scenario())
     assert all(each.startswith(start) for each, start in zip(got, want))
@@ -4973,21 +4961,22 @@ def test_an_idle_connection_that_the_upstream_touches_is_not_used_again(late):
         async with facing([[KEPT, gate, late]], [KEPT]) as (upstream, server):
             await ask(server.port, body=req())
             gate.set()
-            await upstream.closed.wait()
+            await upstream.disconnected.wait()
             while server.app.upstream.idle_count:
                 await asyncio.sleep(0.001)
             assert shown(await ask(server.port, body=req())) == "x"
-            return len(upstream.heads)
+            return len(upstream.requests)
 
     assert run(scenario()) == 2
 
 
-def test_a_connection_that_was_idle_too_long_or_during_a_sleep_is_not_used():
+def test_a_connection_that_was_idle_too_long_or_during_a_sleep_is_not_used(monkeypatch):
     async def scenario():
+        now = time.time()
         async with facing([KEPT] * 9) as (upstream, server):
             for seconds in (0, 59, 61, -5):  # below 0: the clock was set back
-                for connection in server.app.upstream._idle:
-                    connection.idle_since -= seconds
+                now += seconds
+                monkeypatch.setattr(aiapiproxy.time, "time", lambda: now)
                 assert shown(await ask(server.port, body=req())) == "x"
             return upstream.opened
 
@@ -5000,7 +4989,7 @@ def test_idle_connections_are_closed_in_time(monkeypatch):
     async def scenario():
         async with facing([[KEPT, HANG]]) as (upstream, server):
             await ask(server.port, body=req())
-            await upstream.closed.wait()
+            await upstream.disconnected.wait()
             return server.app.upstream.idle_count
 
     assert run(scenario()) == 0
@@ -5010,7 +4999,7 @@ def test_idle_connections_are_closed_in_time(monkeypatch):
 
 def test_no_answer_in_time():
     for asked, limit in ((req(), "REQUEST_TIMEOUT"), (req(stream=True), "STREAM_TIMEOUT")):
-        answer, _ = run(asked_once(Reply(200, {}, [HANG]), asked, **{limit: "0.2"}))
+        answer, _ = run(asked_once([reply_head(200), HANG], asked, **{limit: "0.2"}))
         words = "504 timeout_error: The upstream did not answer within 0.2 s"
         assert said(answer).startswith(words)
 
@@ -5030,7 +5019,7 @@ def test_an_upstream_that_stops_sending(parts, asked, setting):
     async def scenario():
         async with facing([parts], **{setting: "0.2"}) as (upstream, server):
             answer = await ask(server.port, body=asked)
-            await upstream.closed.wait()
+            await upstream.disconnected.wait()
             return answer
 
     answer = run(scenario())
@@ -5039,25 +5028,15 @@ def test_an_upstream_that_stops_sending(parts, asked, setting):
 
 
 def test_REQUEST_TIMEOUT_limits_a_slow_answer_in_all_and_a_slow_stream_has_no_such_limit():
-    async def drip(reader, writer):
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            head = await reader.readuntil(b"\r\n\r\n")
-            is_stream = b"event-stream" in head
-            data = raw_answer(FINE_SSE if is_stream else FINE, length=False)
-            for at in range(0, len(data), 40):
-                writer.write(data[at:at + 40])
-                await writer.drain()
-                await asyncio.sleep(0.06)
-        writer.close()
+    def dripping(body):
+        data = raw_answer(body, length=False)
+        return [[each for at in range(0, len(data), 40) for each in (data[at:at + 40], 0.06)]]
 
     async def scenario():
-        upstream = await asyncio.start_server(drip, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
-        async with bare(OPENAI_BASE_URL=url, REQUEST_TIMEOUT="0.2", STREAM_TIMEOUT="0.2") as server:
-            got = [shown(await ask(server.port, body=req(stream=streaming)))
-                   for streaming in (False, True)]
-        upstream.close()
-        return got
+        async with facing(dripping(FINE), dripping(FINE_SSE), REQUEST_TIMEOUT="0.2",
+                          STREAM_TIMEOUT="0.2") as (_, server):
+            return [shown(await ask(server.port, body=req(stream=streaming)))
+                    for streaming in (False, True)]
 
     words = "504: The upstream did not answer within 0.2 s (REQUEST_TIMEOUT)"
     assert run(scenario()) == [words, "x"]
@@ -5105,12 +5084,7 @@ def test_a_large_request_that_is_cancelled_while_its_connection_breaks_leaves_no
 
 def test_a_request_that_is_cancelled_just_when_its_connection_is_made_leaves_none(monkeypatch):
     async def scenario():
-        accepted, opens = asyncio.Event(), aiapiproxy.Upstream._open
-
-        async def serve(reader, writer):
-            assert await reader.read() == b""
-            writer.close()
-            accepted.set()
+        opens = aiapiproxy.Upstream._open
 
         async def open_and_cancel(upstream):
             connection = await opens(upstream)
@@ -5118,16 +5092,14 @@ def test_a_request_that_is_cancelled_just_when_its_connection_is_made_leaves_non
             return connection
 
         monkeypatch.setattr(aiapiproxy.Upstream, "_open", open_and_cancel)
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        upstream = aiapiproxy.Upstream(urlsplit(url), aiapiproxy.TimeLimit(5, ""))
-        deadline = asyncio.get_running_loop().time() + 5
-        opening = asyncio.ensure_future(upstream._open_in_time(deadline))
-        with pytest.raises(asyncio.CancelledError):
-            await opening
-        await accepted.wait()
-        server.close()
-        return list(upstream.attempts)
+        async with ScriptedServer() as server:
+            limit = aiapiproxy.TimeLimit(5, "")
+            upstream = aiapiproxy.Upstream(urlsplit(server.url), limit)
+            opening = asyncio.ensure_future(upstream.send("GET", "", b"", KEY, False, limit))
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            await server.disconnected.wait()
+            return list(upstream.attempts) + server.requests
 
     assert run(scenario()) == []
 
@@ -5164,7 +5136,7 @@ def test_a_certificate_must_be_trusted(tmp_path):
     context.load_cert_chain(str(pem))
 
     async def scenario(**environ):
-        async with FakeUpstream(OK, tls=context) as upstream:
+        async with ScriptedServer(OK, tls=context) as upstream:
             settings = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, **environ}
             async with running(aiapiproxy.load_settings(settings, server_port=0)) as server:
                 return await ask(server.port, body=req())
@@ -5284,24 +5256,20 @@ def test_TLS(certificate, host, want, tmp_path):
     chosen = []
     context.set_servername_callback(lambda connection, name, _: chosen.append(name))
 
-    async def odd(reader, writer):
-        await reader.read(1)
-        if certificate == "plain":
-            writer.write(b"HTTP/1.1 400 You speak TLS\r\n\r\n")
-        if certificate == "silent":
-            await reader.read(-1)
-        writer.close()
+    class Plain(ScriptedServer):
+        """A server without TLS, which takes any bytes for a request."""
+
+        async def request(self, reader):
+            return await reader.read(65536)
 
     async def scenario():
-        server = await asyncio.start_server(odd, "127.0.0.1", 0)
-        async with RawUpstream([KEPT] * 2, tls=context) as upstream:
-            is_odd = certificate in ("plain", "cut", "silent")
-            port = server.sockets[0].getsockname()[1] if is_odd else upstream.port
-            async with bare(OPENAI_BASE_URL=f"https://{host}:{port}/v1",
+        odd = {"plain": [b"HTTP/1.1 400 You speak TLS\r\n\r\n", CUT], "cut": [CUT],
+               "silent": [HANG]}.get(certificate)
+        async with Plain(odd) if odd else RawUpstream([KEPT] * 2, tls=context) as upstream:
+            async with bare(OPENAI_BASE_URL=f"https://{host}:{upstream.port}/v1",
                             SSL_CERT_FILE=str(tmp_path / "ca.pem"), REQUEST_TIMEOUT="0.5") as proxy:
                 answers = [await ask(proxy.port, body=req()) for _ in range(2)]
-            assert upstream.opened <= 1 or want != "x"
-        server.close()
+            assert upstream.opened == 1 or want != "x"
         return answers
 
     for answer in run(scenario()):
@@ -5311,41 +5279,33 @@ def test_TLS(certificate, host, want, tmp_path):
         assert chosen == ["localhost"]
 
 
-class Tunnel:
-    """An outgoing proxy that records the heads of its requests, and connects all to one port."""
+class Tunnel(ScriptedServer):
+    """An outgoing proxy that connects all to one port."""
 
-    def __init__(self, port, answer=b"HTTP/1.1 200 Connected\r\n\r\n"):
-        self.port, self.reply, self.heads, self.tasks = port, answer, [], set()
+    def __init__(self, target, answer=b"HTTP/1.1 200 Connected\r\n\r\n"):
+        super().__init__([answer, CUT])
+        self.target = target
 
-    async def __aenter__(self):
-        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
-        self.url = f"127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
-        return self
+    @property
+    def address(self):
+        return f"127.0.0.1:{self.port}"
 
-    async def __aexit__(self, *_):
-        self.server.close()
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-
-    async def serve(self, reader, writer):
-        self.tasks.add(asyncio.current_task())
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            self.heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
-            writer.write(self.reply)
-            if b" 200 " in self.reply:
-                there, here = await asyncio.open_connection("127.0.0.1", self.port)
+    async def play(self, answer, reader, writer):
+        await super().play(answer, reader, writer)
+        if b" 200 " in answer[0]:
+            there, here = await asyncio.open_connection("127.0.0.1", self.target)
+            try:
                 await asyncio.gather(self.pump(reader, here), self.pump(there, writer))
-        writer.close()
+            finally:
+                here.close()
+        return False
 
     async def pump(self, reader, writer):
-        with contextlib.suppress(ConnectionError):
-            while True:
-                data = await reader.read(65536)
-                if not data:
-                    break
-                writer.write(data)
-                await writer.drain()
+        while True:
+            data = await reader.read(65536)
+            if not data:
+                break
+            await self.write(data, writer)
         writer.close()
 
 
@@ -5355,7 +5315,7 @@ def test_https_is_sent_through_a_tunnel_with_only_the_proxys_credentials(tmp_pat
             async with Tunnel(upstream.port) as tunnel:
                 async with bare(OPENAI_BASE_URL="https://upstream.example/v1",
                                 SSL_CERT_FILE=str(tmp_path / "ca.pem"),
-                                HTTPS_PROXY=f"http://user:p%40ss@{tunnel.url}") as server:
+                                HTTPS_PROXY=f"http://user:p%40ss@{tunnel.address}") as server:
                     got = [shown(await ask(server.port, body=req())) for _ in range(2)]
             return got, tunnel.heads, upstream.heads
 
@@ -5380,7 +5340,7 @@ def test_a_tunnel(answer, word, tmp_path):
         async with RawUpstream([KEPT], tls=tls_server(tmp_path, "good")) as upstream:
             async with Tunnel(upstream.port, answer) as tunnel:
                 async with bare(OPENAI_BASE_URL="https://upstream.example/v1",
-                                https_proxy=f"http://user:password1@{tunnel.url}") as server:
+                                https_proxy=f"http://user:password1@{tunnel.address}") as server:
                     return shown(await ask(server.port, body=req())), upstream.heads
 
     message, heads = run(scenario())
@@ -5393,7 +5353,8 @@ def test_the_certificate_is_asked_for_in_a_tunnel_too(tmp_path):
         async with RawUpstream([KEPT], tls=tls_server(tmp_path, "other")) as upstream:
             async with Tunnel(upstream.port) as tunnel:
                 settings = {"OPENAI_BASE_URL": "https://upstream.example/v1",
-                            "HTTPS_PROXY": tunnel.url, "SSL_CERT_FILE": str(tmp_path / "ca.pem")}
+                            "HTTPS_PROXY": tunnel.address,
+                            "SSL_CERT_FILE": str(tmp_path / "ca.pem")}
                 async with bare(**settings) as server:
                     return shown(await ask(server.port, body=req()))
 
@@ -5466,7 +5427,7 @@ def test_a_keep_alive_connection_carries_messages_and_streams():
                                          path="/v1/messages"))
                     status, headers, _ = await wire.answer()
                     assert status == 200 and headers.get("connection") != "close"
-            return len(upstream.connections)
+            return upstream.opened
 
     assert run(scenario()) == 1
 
@@ -6530,8 +6491,8 @@ WRONG = [  # reply, and the error for streams and for other answers
     ("a redirect", reply(302, "", location="https://elsewhere.example/v1"), "502 api_error"),
     ("a status", reply(503, JSON_ERROR), "529 overloaded_error"),
     ("a body that ends early",
-     Reply(200, {"content-type": "application/json"}, [b'{"choices"', CUT], 50), "502 api_error"),
-    ("a reset", Reply(200, {"content-type": "application/json"}, [RESET], 50), "502 api_error"),
+     [reply_head(200, 50, content_type="application/json"), b'{"choices"', CUT], "502 api_error"),
+    ("a reset", [reply_head(200, 50, content_type="application/json"), RESET], "502 api_error"),
 ]
 
 
@@ -6570,7 +6531,7 @@ def test_events_while_the_upstream_pauses(members, parts, want, monkeypatch):
             async with Asking(server.port, "POST", "/v1/messages",
                               req(stream=True, **members)) as asking:
                 await asking.until(b"event: ping\n")
-                started, asking.read = asking.read, b""
+                started, asking.data = asking.data, b""
                 if want not in started or b"ping" in want:
                     await asking.until(want)
 
@@ -6639,7 +6600,7 @@ def test_a_stream_that_is_cut_anywhere_ends_in_an_error_event():
     scripts = [stream(whole[:at], CUT) for at in range(1, len(whole))]
 
     async def scenario():
-        async with FakeUpstream(*scripts) as upstream:
+        async with ScriptedServer(*scripts) as upstream:
             async with bare(OPENAI_BASE_URL=upstream.url) as server:
                 for at in range(1, len(whole)):
                     answer = await ask(server.port, body=req(stream=True, tools=[tool("f")]))
@@ -6677,24 +6638,10 @@ def test_a_stream_that_stalls_is_ended_and_its_connection_closed():
 
 
 def test_comments_keep_a_stream_alive():
-    async def comment(reader, writer):
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(raw_answer(sse([ctext("x")]), "Content-Type: text/event-stream",
-                                    length=False))
-            for _ in range(8):
-                await asyncio.sleep(0.06)
-                writer.write(b": keep-alive\n\n")
-            writer.write(sse([cend("stop"), DONE]))
-        writer.close()
-
     async def scenario():
-        upstream = await asyncio.start_server(comment, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}/v1"
-        async with bare(OPENAI_BASE_URL=url, STREAM_TIMEOUT="0.3") as server:
-            answer = await ask(server.port, body=req(stream=True))
-        upstream.close()
-        return said(answer)
+        script = stream(ctext("x"), *[0.06, b": keep-alive\n\n"] * 8, cend("stop"), DONE)
+        async with proxied(script, STREAM_TIMEOUT="0.3") as (_, server):
+            return said(await ask(server.port, body=req(stream=True)))
 
     assert run(scenario()) == ONE_X
 
@@ -6710,7 +6657,7 @@ def test_a_client_that_reads_nothing_slows_the_upstream_and_is_not_cut():
                 await wire.send(POST(f"Content-Length: {len(body)}", "Connection: close", body=body,
                                      path="/v1/messages"))
                 await wire.more()
-                wire.reader._transport.pause_reading()
+                wire.writer.transport.pause_reading()
                 seen = -1
                 while seen != upstream.written:
                     seen = upstream.written
@@ -6718,8 +6665,8 @@ def test_a_client_that_reads_nothing_slows_the_upstream_and_is_not_cut():
                 assert seen < len(piece) * 0.8
                 (exchange,) = server.server.exchanges
                 assert exchange._stream.unsent_bytes <= 262144
-                wire.reader._transport.resume_reading()
-                return seen + len(await wire.reader.read(-1)), await upstream.closed.wait()
+                wire.writer.transport.resume_reading()
+                return seen + len(await wire.reader.read(-1)), await upstream.disconnected.wait()
 
     assert within(15, scenario())[0] > 30000000
 
@@ -6796,13 +6743,13 @@ def test_a_disconnect_while_the_upstream_is_called_is_logged(caplog):
 
 
 def test_an_end_that_arrives_during_the_shutdown_is_sent_whole(monkeypatch):
-    relays, begin = [], aiapiproxy.Relay.__init__
+    connections, begin = [], aiapiproxy.UpstreamResponse.__init__
 
-    def noted(relay, *more):
-        begin(relay, *more)
-        relays.append(relay)
+    def noted(response, upstream, connection, *more):
+        connections.append(connection)
+        begin(response, upstream, connection, *more)
 
-    monkeypatch.setattr(aiapiproxy.Relay, "__init__", noted)
+    monkeypatch.setattr(aiapiproxy.UpstreamResponse, "__init__", noted)
 
     async def scenario():
         gate = asyncio.Event()
@@ -6813,8 +6760,8 @@ def test_an_end_that_arrives_during_the_shutdown_is_sent_whole(monkeypatch):
                 ((exchange, task),) = server.server.exchanges.items()
                 exchange.is_shut_down = True
                 task.cancel()
-                connection = relays[0]._reply._stream._protocol
-                connection.data_received(sse([ctext("y"), cend("stop"), DONE]))
+                protocol = connections[0].stream.transport.get_protocol()
+                protocol.data_received(sse([ctext("y"), cend("stop"), DONE]))
                 return said(await client.answer())
 
     assert run(scenario()) == 'MS 0+text 0t"x" 0t"y" ' + CLOSED
@@ -6888,7 +6835,7 @@ def test_fuzz(monkeypatch, capfd, caplog):
         async with facing([b""], REQUEST_TIMEOUT="0.2", STREAM_TIMEOUT="0.2") as (upstream, server):
             before, tasks = descriptors(), len(asyncio.all_tasks())
             while time.monotonic() < end:
-                upstream.scripts = [[mutated(dice.choice(told), dice) for _ in range(2)]
+                upstream.script = [[mutated(dice.choice(told), dice) for _ in range(2)]
                                     for _ in range(20)]
                 await asyncio.gather(*[fuzzed(server.port, mutated(dice.choice(asked), dice), dice)
                                        for _ in range(20)])
