@@ -125,7 +125,7 @@ from json.decoder import scanstring
 from typing import (Any, Awaitable, Callable, Coroutine, Deque, Dict, Iterable, Iterator, List,
                     Mapping, Match, NamedTuple, Optional, Pattern, Protocol, Sequence, Set, Tuple,
                     Type, Union)
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, unquote_plus, urlsplit
 
 __version__ = "1.0.0"
 
@@ -476,6 +476,24 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(name.strip("[]").partition("%")[0]).is_loopback
     except ValueError:
         return name == "localhost" or name.endswith(".localhost")
+
+
+@lru_cache(maxsize=256)
+def is_local_host(hostname: str) -> bool:
+    """Whether a host is this machine or one of its own network, whose models take any made-up key.
+
+    A last label that is a number makes an address in an old notation, 127.1, which counts too.
+    """
+    name = hostname.lower().strip("[]").rstrip(".")
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return "." not in name or name.endswith(LOCAL_ENDINGS) \
+            or re.fullmatch(r"\d+|0x[\da-f]*", name.rpartition(".")[2]) is not None
+    return (getattr(address, "ipv4_mapped", None) or address).is_private
+
+
+LOCAL_ENDINGS = (".local", ".lan", ".internal", ".localhost")
 
 
 def class_of_host(hostname: str) -> str:
@@ -5384,7 +5402,7 @@ class Upstream:
         """The head of a request, without its length.  Nothing of the client's stands in it."""
         url = self._url
         target = f"{url.path}{path}" + (f"?{url.query}" if url.query else "")
-        headers = {"Host": url.netloc, "Authorization": f"Bearer {key}",
+        headers = {"Host": url.netloc, **({"Authorization": f"Bearer {key}"} if key else {}),
                    "Content-Type": "application/json",
                    "Accept": "text/event-stream" if is_streamed else "application/json",
                    "Accept-Encoding": "identity", "User-Agent": f"aiapiproxy/{__version__}"}
@@ -6009,26 +6027,32 @@ async def lingering_close(stream: ByteStream) -> None:
 
 
 def listening_sockets(hosts: Sequence[str], port: int) -> List[socket.socket]:
-    """One socket for each address of each host, all on one port.  Raises OSError."""
-    found: List[socket.socket] = []
+    """One socket for each address of each host, all on one port.
+
+    Raises OSError; its `filename` is the host that cannot be had.
+    """
+    found: Dict[Any, socket.socket] = {}                 # by address
+    host = ""
     try:
-        addresses = [entry for host in hosts for entry in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)]
-        for family, kind, protocol, _, address in dict.fromkeys(addresses):
-            item = socket.socket(family, kind, protocol)
-            found.append(item)
-            item.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                item.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            item.bind((address[0], port, *address[2:]))
-            port = port or item.getsockname()[1]
-            item.listen(BACKLOG)
-            item.setblocking(False)
-    except OSError:
-        for item in found:
+        for host in hosts:
+            for family, kind, protocol, _, (name, _, *scope) in socket.getaddrinfo(
+                    host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+                if (name, *scope) in found:
+                    continue
+                item = found[(name, *scope)] = socket.socket(family, kind, protocol)
+                item.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    item.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                item.bind((name, port, *scope))
+                port = port or item.getsockname()[1]
+                item.listen(BACKLOG)
+                item.setblocking(False)
+    except OSError as error:
+        for item in found.values():
             item.close()
+        error.filename = host
         raise
-    return found
+    return list(found.values())
 
 
 BACKLOG = 2048                           # connections that wait to be accepted
@@ -6310,8 +6334,16 @@ def parse_key(text: str) -> str:
     return text
 
 
+def parse_path(text: str) -> str:
+    """A path, in the form that the file system's functions take under every locale."""
+    return os.fsdecode(parse_text(text).encode("utf-8"))
+
+
 def parse_keys(text: str) -> Tuple[str, ...]:
-    return tuple(parse_key(item) for item in parse_list(text))
+    keys = tuple(filter(None, map(parse_key, parse_list(text))))
+    if not keys:
+        raise ValueError("holds no key")
+    return keys
 
 
 def parse_list(text: str) -> Tuple[str, ...]:
@@ -6357,7 +6389,7 @@ def parse_base_url(text: str) -> SplitResult:
     url = split_url(text)
     if url.scheme not in ("http", "https"):
         raise ValueError("must start with http:// or https://")
-    if url.username or url.password:
+    if "@" in url.netloc:
         raise ValueError("must not hold a user or password: put the key into OPENAI_API_KEY")
     path = url.path.rstrip("/")
     if path.endswith("/chat/completions"):
@@ -6426,7 +6458,7 @@ class Settings:
         secret=True)
     openai_base_url: SplitResult = env(
         urlsplit("https://api.openai.com/v1"), parse_base_url,
-        "URL of the upstream, up to and without /chat/completions")
+        "URL of the upstream, up to and without /chat/completions", secret=True)
     claude_haiku_model: str = env("gpt-4o-mini", parse_text, "model for names with 'haiku'")
     claude_sonnet_model: str = env(
         "gpt-4o", parse_text, "model for names with 'sonnet' and other claude names")
@@ -6460,21 +6492,32 @@ class Settings:
     no_proxy: Tuple[str, ...] = env(
         (), parse_list, "hosts that are reached without the outgoing proxy", "no_proxy")
     ssl_cert_file: str = env(
-        "", parse_text, "file of CA certificates that upstreams are checked against")
-    ssl_cert_dir: str = env("", parse_text, "folder of CA certificates, as OpenSSL has it")
-    pid_file: str = env("", parse_text, "file that holds the process id while the proxy runs")
+        "", parse_path, "file of CA certificates that upstreams are checked against")
+    ssl_cert_dir: str = env("", parse_path, "folder of CA certificates, as OpenSSL has it")
+    pid_file: str = env("", parse_path, "file that holds the process id while the proxy runs")
     upstream_headers: Tuple[Tuple[str, str], ...] = env(
         (), parse_header_pairs, "extra headers for the upstream: 'Name: value; Name: value'",
         secret=True)
     record_dir: str = env(
-        "", parse_text, "folder that gets one file for each exchange, for reports of a fault")
+        "", parse_path, "folder that gets one file for each exchange, for reports of a fault")
     rust_backtrace: bool = env(False, one_of(**{"0": False, "1": True, "full": True}),
                                "1: unexpected errors are logged with their traceback")
+
+    @cached_property
+    def credentials(self) -> List[Tuple[str, str]]:
+        """(variable, text) for each credential of the upstream."""
+        return [(CREDENTIAL_VARIABLES[place], text) for place, text in credentials_of(
+            self.openai_base_url, self.upstream_headers, self.openai_api_key)]
+
+    @property
+    def lends(self) -> bool:
+        """Whether callers spend something of the owner's."""
+        return bool(self.credentials)
 
     @property
     def passes_keys_on(self) -> bool:
         """True when the key that a client presents is the one that goes upstream."""
-        return not self.openai_api_key
+        return not self.credentials
 
     @cached_property
     def host_class(self) -> str:
@@ -6490,12 +6533,42 @@ class Settings:
         return self.openai_base_url.hostname or ""
 
     def secrets(self) -> List[str]:
-        """The texts that must never be seen in a log, an answer or a page, longest first."""
-        found = {self.openai_api_key, *self.proxy_api_key,
-                 *(value for _, value in self.upstream_headers)}
-        found.update(url.password for url in (self.https_proxy, self.http_proxy)
-                     if url and url.password)
+        """The texts that must never be seen in a log, an answer or a page, longest first.
+
+        A header may hold a scheme before its credential; a URL holds it percent-encoded.
+        """
+        found = {*self.proxy_api_key, *(url.password for url in (self.https_proxy, self.http_proxy)
+                                        if url and url.password)}
+        for _, text in self.credentials:
+            found |= {text, text.partition(" ")[2].strip()}
+        found |= {unquote(text) for text in found} | {unquote_plus(text) for text in found}
         return sorted((item for item in found if len(item) >= 8), key=len, reverse=True)
+
+
+def credentials_of(url: SplitResult, headers: Sequence[Tuple[str, str]],
+                   key: str) -> List[Tuple[str, str]]:
+    """(place, text) for each credential that is sent to an upstream; a place is key, headers, url.
+
+    Any header and any parameter of the query counts, except those that are known to hold none.
+    """
+    parameters = (part.partition("=") for part in url.query.split("&"))
+    found = [("key", key),
+             *(("headers", text) for name, text in headers if name.lower() not in OPEN_HEADERS),
+             *(("url", text if sign else name) for name, sign, text in parameters
+               if name.lower() != "api-version")]
+    return [(place, text) for place, text in found if text]
+
+
+OPEN_HEADERS = ("http-referer", "referer", "x-title", "x-openrouter-title", "user-agent",
+                "openai-organization", "openai-project", "openai-beta", "anthropic-version",
+                "anthropic-beta")
+CREDENTIAL_VARIABLES = {
+    "key": "OPENAI_API_KEY", "headers": "UPSTREAM_HEADERS", "url": "OPENAI_BASE_URL"}
+
+
+def credential_names(settings: Settings) -> str:
+    """The variables that hold the upstream's credentials, for a sentence."""
+    return " and ".join(dict.fromkeys(variable for variable, _ in settings.credentials))
 
 
 def model_map(settings: Settings) -> Dict[str, str]:
@@ -6520,7 +6593,7 @@ def upstream_model(requested: str, settings: Settings) -> str:
 def target_of(requested_model: str, settings: Settings) -> Target:
     """The Target for the model that a client asks for."""
     return Target(upstream_model(requested_model, settings), settings.hostname, settings.host_class,
-                  settings.completions_path, not settings.passes_keys_on)
+                  settings.completions_path, bool(settings.openai_api_key))
 
 
 # ---- 21.3 loading ----------------------------------------------------------
@@ -6537,6 +6610,8 @@ def load_settings(environ: Mapping[str, str], dotenv: Optional[Mapping[str, str]
         if item.name in overrides or text is None:
             continue
         try:
+            if LONE_SURROGATE.search(text):
+                raise ValueError("is not UTF-8")
             values[item.name] = item.metadata["parse"](text)
         except ValueError as error:
             shown = "" if item.metadata["secret"] else f" {text[:80]!r}"
@@ -6550,11 +6625,16 @@ def load_settings(environ: Mapping[str, str], dotenv: Optional[Mapping[str, str]
 
 def check_exposure(settings: Settings) -> None:
     """Raises ConfigError where other machines could spend the upstream's key."""
-    exposed = [host for host in settings.server_host if not is_loopback(host)]
-    if exposed and settings.openai_api_key and not settings.proxy_api_key:
+    exposed = exposed_hosts(settings)
+    if exposed and settings.lends and not settings.proxy_api_key:
         raise ConfigError([f"SERVER_HOST {exposed[0]} can be reached from other machines, and "
-                           "everybody there could spend OPENAI_API_KEY: set PROXY_API_KEY to a key "
-                           "that clients must present"])
+                           f"everybody there could spend {credential_names(settings)}: set "
+                           "PROXY_API_KEY to a key that clients must present"])
+
+
+def exposed_hosts(settings: Settings) -> List[str]:
+    """The addresses of SERVER_HOST that other machines can reach."""
+    return [host for host in settings.server_host if not is_loopback(host)]
 
 
 def variable_text(item: Any, environ: Mapping[str, str],
@@ -6566,6 +6646,51 @@ def variable_text(item: Any, environ: Mapping[str, str],
             if source.get(name, "").strip():
                 return name, source[name].strip()
     return names[0], None
+
+
+class Variables(NamedTuple):
+    """The variables that set the settings, read at one moment, and the file that some are from."""
+    texts: Dict[str, str]                # by name
+    path: str = ""                       # of the file; "" where there is none
+    is_empty: bool = False               # the file held no variable
+    warnings: Sequence[Tuple[str, Json]] = ()            # events of the log, and their facts
+
+
+def set_variables(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> Dict[str, str]:
+    """The name and text of each variable that sets a field."""
+    found = (variable_text(item, environ, dotenv) for item in fields(Settings))
+    return {name: text for name, text in found if text is not None}
+
+
+def reloaded_settings(old: Settings, in_force: Variables, fresh: Settings, found: Variables,
+                      fixed: Sequence[str]) -> Settings:
+    """The settings after a reload: the fresh ones, with the old values of the fields `fixed`.
+
+    `in_force` and `found` are the variables of the old settings and of the fresh ones.  A reload
+    never makes the proxy serve more people, or spend at another upstream, because half a file was
+    read.  Raises ConfigError with the reason why the old settings stay.
+    """
+    if found.is_empty:
+        raise ConfigError([f"{found.path} is empty"])
+    if in_force.path and found.path not in (in_force.path, ENV_FILES[0]):
+        raise ConfigError([f"{in_force.path} is missing"])
+    lost = [name for name in KEPT_VARIABLES if in_force.texts.get(name, KEY_PLACEHOLDER)
+            != KEY_PLACEHOLDER == found.texts.get(name, KEY_PLACEHOLDER)]
+    if not lost and old.lends and not fresh.lends:
+        lost = [f"The key in {credential_names(old)}"]
+    if lost:
+        verb, pronoun = ("is", "it") if len(lost) == 1 else ("are", "them")
+        raise ConfigError([f"{' and '.join(lost)} {verb} no longer set in {found.path}; "
+                           f"restart to serve without {pronoun}"])
+    settings = replace(fresh, **{name: getattr(old, name) for name in fixed})
+    check_exposure(settings)
+    return settings
+
+
+ENV_FILES = ("./.env", "/usr/local/etc/aiapiproxy/.env")
+# Variables that a reload may change but not take away.
+KEPT_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "PROXY_API_KEY", "UPSTREAM_HEADERS",
+                  "ALLOWED_ORIGINS")
 
 
 def dotenv_values(text: str) -> Tuple[Dict[str, str], List[int]]:
@@ -6602,6 +6727,8 @@ def misspelled_names(names: Iterable[str]) -> List[Tuple[str, str]]:
     return found
 
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")           # a byte that is not UTF-8, escaped
+
 # A name, and its value in single quotes, in double quotes, or plain up to a comment.
 DOTENV_LINE = re.compile(r"""
     (?:export\s+)? ([A-Za-z_][A-Za-z0-9_]*) \s*=
@@ -6627,8 +6754,12 @@ def token_hint(settings: Settings) -> str:
 def url_authority(settings: Settings, port: int) -> str:
     """The host and port under which a client on this machine reaches the proxy."""
     host = settings.server_host[0]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"{host}:{port}"
+    return authority_of({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+
+
+def authority_of(host: str, port: int) -> str:
+    """Host and port as a URL has them, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 # ============================================================================
@@ -7056,18 +7187,54 @@ def last_hour(minutes: Iterable[Json], now: float) -> List[Json]:
 # ---- 24.1 origins and hosts ------------------------------------------------
 
 def check_origin(exchange: Exchange, settings: Settings) -> None:
-    """Sets a page's CORS headers, or raises ProxyError(403) where its origin may not call."""
-    origin = exchange.request.headers.get("origin")
-    if origin is None or exchange.request.path.startswith("/health"):
+    """Sets a page's CORS headers, or raises ProxyError(403) where its origin may not call.
+
+    A preflight is judged as the request that it announces.  Raises ProxyError(401) where a
+    stranger's page has to present a key of its own and does not.
+    """
+    request = exchange.request
+    origin, method = request.headers.get("origin"), request.method
+    if origin is None or request.path.startswith("/health"):
         return
-    # A stranger's page may call where it can spend nothing of the owner's.
+    if method == "OPTIONS":
+        method = request.headers.get("access-control-request-method", "")
+    is_own = is_own_origin(origin) or (origin in settings.allowed_origins and origin != "*")
+    pages = access_of(settings).pages
     may_strangers = "*" in settings.allowed_origins and (
-        settings.proxy_api_key or settings.passes_keys_on)
-    if not (may_strangers or is_own_origin(origin) or origin in settings.allowed_origins):
+        pages is None or (method == "POST" and request.path in pages))
+    if not (is_own or may_strangers):
         raise ProxyError(403, f"The origin {origin[:200]} may not call: list it in ALLOWED_ORIGINS")
     exchange.extra_headers = {
         "access-control-allow-origin": origin, "vary": "Origin",
         "access-control-expose-headers": "request-id, retry-after"}
+    if not is_own and pages and request.method != "OPTIONS":
+        upstream_key(request, settings)
+
+
+class Access(NamedTuple):
+    """Paths, of which None means all of them; /health* is open to everybody."""
+    pages: Optional[Tuple[str, ...]]     # a stranger's page may call
+    hosts: Optional[Tuple[str, ...]]     # the Host is checked
+
+
+def access_of(settings: Settings) -> Access:
+    """The row of ACCESS for these settings."""
+    if settings.proxy_api_key:
+        return ACCESS["guarded"]
+    if settings.lends:
+        return ACCESS["lending"]
+    return ACCESS["local" if is_local_host(settings.hostname) else "remote"]
+
+
+# A page of the owner's own machine, of an app or of ALLOWED_ORIGINS may call in all four cases.
+# A model on this machine takes any made-up key, so there a stranger's key proves nothing.
+ACCESS = {
+    "guarded": Access(pages=None, hosts=()),             # PROXY_API_KEY is set
+    "lending": Access(pages=(), hosts=None),             # the upstream has a credential
+    "remote": Access(pages=("/v1/messages", "/v1/messages/count_tokens"),
+                     hosts=("/", "/status", "/metrics")),            # with the clients' keys
+    "local": Access(pages=(), hosts=None),
+}
 
 
 def is_own_origin(origin: str) -> bool:
@@ -7092,21 +7259,29 @@ def preflight(exchange: Exchange) -> Response:
 
 
 def check_host(request: Request, settings: Settings) -> None:
-    """Raises ProxyError(403) for a Host that is not ours, where the upstream's key is lent.
+    """Raises ProxyError(403) for a Host that is not ours, where ACCESS has it checked.
 
     In DNS rebinding an attacker's name is made to point to this machine, so that a browser lets his
-    page read our responses.  The Host header still has his name.
+    page read our responses.  The Host header still has his name.  No name can be made to point to
+    an address in the Host header, so that passes where other machines may call.
     """
-    if settings.proxy_api_key or settings.passes_keys_on or "*" in settings.allowed_hosts:
-        return
-    if request.path.startswith("/health") and not request.authority:
+    hosts, path = access_of(settings).hosts, request.path
+    if path.startswith("/health") or "*" in settings.allowed_hosts \
+            or (hosts is not None and path not in hosts):
         return
     host = re.sub(r":[0-9]*$", "", request.authority).strip("[]").lower()
     allowed = {name.lower() for name in (*settings.server_host, *settings.allowed_hosts)}
     if not (is_loopback(host) or host in allowed or request.authority.lower() in allowed
-            or is_placeholder(host, request)):
+            or is_placeholder(host, request) or (exposed_hosts(settings) and is_address(host))):
         raise ProxyError(403, f"The host {request.authority[:200]} is not served: "
                          "list it in ALLOWED_HOSTS")
+
+
+def is_address(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 
 def is_placeholder(host: str, request: Request) -> bool:
@@ -7170,7 +7345,10 @@ def basic_passwords(request: Request) -> List[str]:
 
 
 def upstream_key(request: Request, settings: Settings) -> str:
-    """The key for the upstream: ours, or else the client's own.  Raises ProxyError(401)."""
+    """The key for the upstream: ours, or else the client's own.  Raises ProxyError(401).
+
+    It is empty where a header or the URL holds the upstream's credential.
+    """
     if not settings.passes_keys_on:
         return settings.openai_api_key
     keys = [key for key in presented_keys(request, settings) if not is_proxy_key(key, settings)]
@@ -7883,10 +8061,10 @@ def error_response(exchange: Exchange, error: ProxyError) -> Response:
 async def dispatch(app: App, exchange: Exchange) -> Optional[Response]:
     """Checks who calls and what is asked for, and calls the route's handler.  Raises ProxyError."""
     request, settings = exchange.request, app.settings
+    check_host(request, settings)
     check_origin(exchange, settings)
     if request.method == "OPTIONS":
         return preflight(exchange)
-    check_host(request, settings)
     check_key(request, settings)
     route = ROUTES.get(route_path(request.path))
     if route is None:
@@ -8092,35 +8270,60 @@ def log_loop_fault(loop: asyncio.AbstractEventLoop, context: Json) -> None:
 # ---- 28.3 reload -----------------------------------------------------------
 
 def reload(options: ServeOptions, app: App) -> None:
-    """SIGHUP: opens moved log files again and reads the settings; bad ones change nothing."""
+    """SIGHUP: opens moved log files again and uses the settings that are read now, if they may be.
+
+    A worker takes the settings that its supervisor has read and judged.
+    """
     for file in options.files:
         file.reopen_if_moved()
-    try:
-        wanted, warnings = options.load()
-        fresh = with_fixed_settings(wanted, app.settings, options.start_demo is not None)
-    except ConfigError as error:
-        problems = "; ".join(error.problems)
-        log(logging.ERROR, "reload_failed", message=f"the old settings stay: {problems}")
+    if not (read_settings_again(options) if options.handed is None else adopt_settings(options)):
         return
-    log_warnings(warnings)
+    settings = options.settings
+    if options.start_demo is not None:                   # its port was chosen at the start
+        settings = replace(settings, openai_base_url=app.settings.openai_base_url)
+    app.apply_settings(settings)
+    LOG.setLevel(settings.log_level)
+    log(logging.INFO, "reloaded", message="settings read again")
+
+
+def read_settings_again(options: ServeOptions) -> bool:
+    """Reads the settings into `options`.  Returns False where the old ones stay, and logs why."""
+    try:
+        found = options.read()
+        wanted = options.load(found)
+        fresh = reloaded_settings(options.settings, options.variables, wanted, found,
+                                  FIXED_SETTINGS)
+    except ConfigError as error:
+        log_reload_failure(error)
+        return False
+    log_warnings(found.warnings)
     for name in FIXED_SETTINGS:
         if getattr(wanted, name) != getattr(fresh, name):
             log(logging.WARNING, "reloaded",
                 message=f"{name.upper()} takes effect at the next start")
-    app.apply_settings(fresh)
-    LOG.setLevel(fresh.log_level)
-    log(logging.INFO, "reloaded", message="settings read again")
+    options.settings, options.variables = fresh, found
+    options.reloads += 1
+    return True
 
 
-def with_fixed_settings(fresh: Settings, old: Settings, is_demo: bool) -> Settings:
-    """New settings, with the old values of FIXED_SETTINGS.
+def adopt_settings(options: ServeOptions) -> bool:
+    """Takes the handed settings into a worker's `options`.  Returns False if they are not new."""
+    reloads, texts = options.handed.read(0) or (0, {})
+    if reloads <= options.reloads:
+        return False
+    fixed = {name: getattr(options.settings, name) for name in FIXED_SETTINGS}
+    try:
+        settings = replace(options.load(Variables(texts)), **fixed)
+    except ConfigError as error:                         # CA certificates are missing now
+        log_reload_failure(error)
+        return False
+    options.settings, options.reloads = settings, reloads
+    return True
 
-    The demo's URL is fixed, too: its port was chosen at the start.  Raises ConfigError.
-    """
-    names = (*FIXED_SETTINGS, "openai_base_url") if is_demo else FIXED_SETTINGS
-    settings = replace(fresh, **{name: getattr(old, name) for name in names})
-    check_exposure(settings)
-    return settings
+
+def log_reload_failure(error: ConfigError) -> None:
+    problems = "; ".join(error.problems)
+    log(logging.ERROR, "reload_failed", message=f"the old settings stay: {problems}")
 
 
 FIXED_SETTINGS = ("server_host", "server_port", "workers")
@@ -8128,24 +8331,25 @@ FIXED_SETTINGS = ("server_host", "server_port", "workers")
 
 # ---- 28.4 options and facts of a process -----------------------------------
 
-StartWarning = Tuple[str, Json]          # an event of the log, and its facts
-
-
 @dataclass(eq=False, repr=False)
 class ServeOptions:
     """Everything that a serving process is given, by main or by the supervisor of several."""
 
-    settings: Settings
+    settings: Settings                                            # in force
+    variables: Variables                                          # that they were read from
     sockets: List[socket.socket]
     files: List[LogFile]
-    load: Callable[[], Tuple[Settings, List[StartWarning]]]       # reads the configuration again
+    read: Callable[[], Variables]                                 # reads the environment, the file
+    load: Callable[[Variables], Settings]
     new_service: Callable[..., Service]                           # for given settings
     start_demo: Optional[Callable[[], Awaitable[int]]] = None     # starts it, returns its port
     lifeline: int = -1                   # a worker's pipe that ends with its supervisor
     ready: Callable[[], Any] = int       # called once signals are handled
+    reloads: int = 0                     # that have changed `settings`
+    handed: Any = None                   # slot 0: the supervisor's reloads and variables
 
 
-def log_warnings(warnings: List[StartWarning]) -> None:
+def log_warnings(warnings: Iterable[Tuple[str, Json]]) -> None:
     for event, facts in warnings:
         log(logging.WARNING, event, **facts)
 
@@ -8154,12 +8358,21 @@ def start_facts(options: ServeOptions, port: int) -> Json:
     """The facts of the first line of the log: address, upstream, models, the line for a client."""
     settings = options.settings
     address, models = "http://" + url_authority(settings, port), model_map(settings)
+    listens = [listening_address(host, port) for host in settings.server_host]
     upstream = settings.hostname if options.start_demo is None else "the built-in demo"
     shown = ", ".join(f"{family} → {name}" for family, name in models.items())
     variables = f"ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={token_hint(settings)}"
-    return {"message": f"aiapiproxy {__version__} listens on {address}, upstream {upstream} "
-            f"({shown}). Claude Code: {variables} claude",
-            "address": address, "upstream": upstream, "models": models, "version": __version__}
+    return {"message": f"aiapiproxy {__version__} listens on {', '.join(listens)}, upstream "
+            f"{upstream} ({shown}). Claude Code: {variables} claude",
+            "address": address, "listens": listens, "upstream": upstream, "models": models,
+            "version": __version__}
+
+
+def listening_address(host: str, port: int) -> str:
+    """An address that is listened on, for a person; the two that mean all make no URL."""
+    if host in ("0.0.0.0", "::"):
+        return f"{authority_of(host, port)} (every network)"
+    return f"http://{authority_of(host, port)}"
 
 
 def write_pid_file(path: str) -> None:
@@ -8306,7 +8519,7 @@ def replay(path: str) -> int:
 
 # ---- 30.1 check ------------------------------------------------------------
 
-async def run_check(settings: Settings, warnings: List[StartWarning]) -> int:
+async def run_check(settings: Settings, warnings: Iterable[Tuple[str, Json]]) -> int:
     """--check: prints a line for each finding.  Returns 1 where something has failed."""
     report = CheckReport()
     check_settings(settings, warnings, report)
@@ -8325,7 +8538,8 @@ async def run_check(settings: Settings, warnings: List[StartWarning]) -> int:
 
 # ---- 30.2 findings and their report ----------------------------------------
 
-def check_settings(settings: Settings, warnings: List[StartWarning], report: CheckReport) -> None:
+def check_settings(settings: Settings, warnings: Iterable[Tuple[str, Json]],
+                   report: CheckReport) -> None:
     """The address, the key, and whether the models' windows can hold Claude Code's requests."""
     where = f"{', '.join(settings.server_host)} port {settings.server_port}"
     url = settings.openai_base_url._replace(query="").geturl()
@@ -8335,8 +8549,10 @@ def check_settings(settings: Settings, warnings: List[StartWarning], report: Che
     if settings.passes_keys_on:
         report.add("warn", "OPENAI_API_KEY is not set, or still the text of env.example: "
                    "the key of each client is passed on")
-    else:
+    elif settings.openai_api_key:
         report.add("ok", f"OPENAI_API_KEY is set (…{settings.openai_api_key[-4:]})")
+    else:
+        report.add("ok", f"{credential_names(settings)} holds what the upstream asks for")
     for variable, name in model_variables(settings):
         for pattern, window in SMALL_WINDOWS:
             if re.match(pattern, model_profile(name, settings.host_class).base_name):
@@ -8359,7 +8575,7 @@ async def check_upstream(app: App, report: CheckReport) -> None:
     upstream, settings = app.upstream, app.settings
     if not await check_lookup(app, report):
         return
-    key = settings.openai_api_key or "none"
+    key = "none" if settings.passes_keys_on else settings.openai_api_key
     try:
         reply = await upstream.send("GET", "/models", b"", key, False, app.request_limit)
         body = await reply.read_all(ANSWER_BODY)
@@ -8379,7 +8595,7 @@ async def check_upstream(app: App, report: CheckReport) -> None:
     elif settings.passes_keys_on:
         report.add("warn", answered + "/models: it wants a key, which clients must present")
     else:
-        report.add("fail", answered + "/models: it does not accept OPENAI_API_KEY")
+        report.add("fail", f"{answered}/models: it does not accept {credential_names(settings)}")
 
 
 async def check_lookup(app: App, report: CheckReport) -> bool:
@@ -8899,7 +9115,8 @@ class Supervisor:
         self._settings = options.settings
         self._counters = SharedCounters(self._settings.workers)
         lifeline, self._held_end = os.pipe()
-        self._options = replace(options, lifeline=lifeline)  # for workers that start from now on
+        # The settings in force, for workers that start from now on.
+        self._options = replace(options, lifeline=lifeline, handed=SharedCounters(1, HANDED_SIZE))
         self._workers: Dict[int, int] = {}                   # process id -> slot
         self._is_stopping = False
 
@@ -8977,15 +9194,13 @@ class Supervisor:
                 pass
 
     def _reload(self) -> None:
-        """Reads the settings for later workers.  The running ones log a problem in them."""
-        for file in self._options.files:
+        """Reads and judges the settings once, so that all workers get the same ones."""
+        options = self._options
+        for file in options.files:
             file.reopen_if_moved()
-        try:
-            fresh, _ = self._options.load()
-            self._options.settings = with_fixed_settings(
-                fresh, self._settings, self._options.start_demo is not None)
-        except ConfigError:
-            pass
+        if read_settings_again(options):
+            options.handed.write(0, [options.reloads, options.variables.texts])
+            LOG.setLevel(options.settings.log_level)
 
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -9000,23 +9215,25 @@ class SharedCounters:
     A slot is a sequence number, odd while it is being written, a length, and JSON.
     """
 
-    def __init__(self, slots: int) -> None:
-        self._memory = mmap.mmap(-1, slots * SLOT_SIZE)
+    def __init__(self, slots: int, size: int = 0) -> None:
+        """`size`: bytes of a slot, SLOT_SIZE where it is 0."""
+        self._size = size or SLOT_SIZE
+        self._memory = mmap.mmap(-1, slots * self._size)
         self.slots = slots
 
     def write(self, slot: int, value: Any) -> None:
         """Writes the counts of a worker, unless they are too large for a slot."""
         data = json_bytes(value)
-        start = slot * SLOT_SIZE
+        start = slot * self._size
         sequence = SLOT_HEAD.unpack_from(self._memory, start)[0]
-        if len(data) <= SLOT_SIZE - SLOT_HEAD.size:
+        if len(data) <= self._size - SLOT_HEAD.size:
             SLOT_HEAD.pack_into(self._memory, start, sequence | 1, len(data))
             self._memory[start + SLOT_HEAD.size:start + SLOT_HEAD.size + len(data)] = data
             SLOT_HEAD.pack_into(self._memory, start, (sequence | 1) + 1, len(data))
 
     def read(self, slot: int) -> Json:
         """The counts that a worker wrote last; {} if there are none, or if it is writing now."""
-        start = slot * SLOT_SIZE
+        start = slot * self._size
         for _ in range(100):
             sequence, size = SLOT_HEAD.unpack_from(self._memory, start)
             data = self._memory[start + SLOT_HEAD.size:start + SLOT_HEAD.size + size]
@@ -9028,6 +9245,8 @@ class SharedCounters:
 # Bytes: fifty requests, sixty minutes and all sums take about 40,000.
 SLOT_SIZE = 262144
 SLOT_HEAD = struct.Struct("QQ")
+# Bytes: variables of 128 KB each at most, JSON of them; untouched pages take no memory.
+HANDED_SIZE = 16777216
 
 
 # ============================================================================
@@ -9348,26 +9567,30 @@ def main(arguments: Optional[List[str]] = None, shortcuts: Shortcuts = SHORTCUTS
     options = Options(**vars(command_line().parse_args(arguments)))
     if options.replay:
         return replay(options.replay)
+    log_format = ""
     try:
-        settings, warnings = load_configuration(options)
+        variables = read_variables(options)
+        log_format = variables.texts.get("LOG_FORMAT", "")
+        settings = loaded_settings(options, variables)
     except ConfigError as error:
         for problem in error.problems:
-            print_error(problem)
+            print_error(problem, log_format)
         return EX_CONFIG
     if options.env:
         print("\n".join(shell_lines(settings, url_authority(settings, settings.server_port))))
         return 0
     if options.check:
-        return asyncio.run(run_check(settings, warnings))
+        return asyncio.run(run_check(settings, variables.warnings))
     try:
         sockets = listening_sockets(settings.server_host, settings.server_port)
     except OSError as error:
         print_error(listen_problem(error, settings), settings.log_format)
         return 1
     files = start_logging(settings)
-    log_warnings(warnings)
+    log_warnings(variables.warnings)
     serve_options = ServeOptions(
-        settings, sockets, files, lambda: load_configuration(options),
+        settings, variables, sockets, files, lambda: read_variables(options),
+        partial(loaded_settings, options),
         partial(Service, page=STATUS_PAGE, recorder=Recording, shortcuts=shortcuts),
         start_demo if options.demo else None)
     if settings.workers > 1:
@@ -9382,9 +9605,11 @@ def main(arguments: Optional[List[str]] = None, shortcuts: Shortcuts = SHORTCUTS
 def listen_problem(error: OSError, settings: Settings) -> str:
     """A sentence on why an address cannot be listened on, with the cure."""
     port = settings.server_port
-    where = f"{', '.join(settings.server_host)} port {port}"
+    host = error.filename or ", ".join(settings.server_host)
+    where = f"{host} port {port}"
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} is in use: see who has it with `lsof -i :{port}`, or set SERVER_PORT"
+        return (f"port {port} is in use at {host}: see who has it with `lsof -i :{port}`, "
+                "or set SERVER_PORT")
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"no permission to listen on {where}: set SERVER_PORT to 1024 or more"
     return f"cannot listen on {where}: {error.strerror or error} (SERVER_HOST, SERVER_PORT)"
@@ -9457,10 +9682,33 @@ def port_argument(text: str) -> int:
 
 # ---- 35.3 configuration ----------------------------------------------------
 
-def load_configuration(options: Options) -> Tuple[Settings, List[StartWarning]]:
-    """The settings, and warnings about the places where they stand.  Raises ConfigError."""
-    path = options.env_file or next((path for path in ENV_FILES if os.path.exists(path)), "")
-    dotenv, warnings = read_env_file(path, bool(options.env_file)) if path else ({}, [])
+def read_variables(options: Options) -> Variables:
+    """The variables of the environment and of the file, and warnings about them.
+
+    Bytes that are not UTF-8 become lone surrogates, under every locale.  Raises ConfigError.
+    """
+    environ = {utf8_text(name): utf8_text(text) for name, text in os.environb.items()}
+    path, data, mode = read_env_file(options.env_file)
+    dotenv, malformed = dotenv_values(utf8_text(data))
+    texts = set_variables(environ, dotenv)
+    warnings = [f"{path} line {index} is not NAME=value and is skipped" for index in malformed[:20]]
+    is_empty = bool(path) and not dotenv
+    if is_empty:
+        warnings.append(f"{path} is empty: no setting is read from it")
+    if mode & 0o077 and stat.S_ISREG(mode):
+        warnings.append(f"{path} can be read by others and holds a key: chmod 600 {path}")
+    if any(len(key) < SHORT_KEY for key in parse_list(texts.get("PROXY_API_KEY", ""))):
+        warnings.append(f"PROXY_API_KEY has a key of under {SHORT_KEY} characters: "
+                        "it can be guessed")
+    own_names = [name for name in environ if name.startswith(OWN_PREFIXES)]
+    return Variables(texts, path, is_empty, [
+        *(("env_file", {"message": text}) for text in warnings),
+        *(("unknown_setting", {"message": f"{name} is not a setting: is {near} meant?"})
+          for name, near in misspelled_names([*dotenv, *own_names]))])
+
+
+def loaded_settings(options: Options, variables: Variables) -> Settings:
+    """The settings of these variables and of the options, which win.  Raises ConfigError."""
     overrides: Json = {}
     if options.host:
         overrides["server_host"] = host_option(options.host)
@@ -9469,13 +9717,9 @@ def load_configuration(options: Options) -> Tuple[Settings, List[StartWarning]]:
     if options.demo:
         overrides.update(openai_api_key="demo", upstream_headers=(), claude_haiku_model=DEMO_MODEL,
                          claude_sonnet_model=DEMO_MODEL, claude_opus_model=DEMO_MODEL)
-    settings = load_settings(os.environ, dotenv, **overrides)
+    settings = load_settings(variables.texts, **overrides)
     check_certificates(settings)
-    own_names = [name for name in os.environ if name.startswith(OWN_PREFIXES)]
-    for name, near in misspelled_names([*dotenv, *own_names]):
-        warnings.append(
-            ("unknown_setting", {"message": f"{name} is not a setting: is {near} meant?"}))
-    return settings, warnings
+    return settings
 
 
 def check_certificates(settings: Settings) -> None:
@@ -9497,30 +9741,35 @@ def host_option(text: str) -> Tuple[str, ...]:
         raise ConfigError([f"--host {error}"]) from None
 
 
-def read_env_file(path: str, is_required: bool) -> Tuple[Dict[str, str], List[StartWarning]]:
-    """The variables of a file, and warnings about it.
+def utf8_text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
 
-    Raises ConfigError if the file cannot be read and is required, because --env-file named it.
+
+def read_env_file(named: Optional[str]) -> Tuple[str, bytes, int]:
+    """The path, the bytes and the mode of the file of settings; ("", b"", 0) without one.
+
+    `named` is the option --env-file.  The second of ENV_FILES is the service's, and a person may
+    run a copy of his own: it counts as missing where it can't be read.  Raises ConfigError for any
+    other file that is there and can't be read.
     """
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            text = file.read(ENV_FILE_SIZE)
-            mode = os.fstat(file.fileno()).st_mode
-    except OSError as error:
-        if is_required:
-            raise ConfigError([f"--env-file {path} cannot be read: {error.strerror}"]) from None
-        if isinstance(error, FileNotFoundError) or path != ENV_FILES[0]:
-            return {}, []
-        return {}, [("env_file", {"message": f"{path} cannot be read: {error.strerror}"})]
-    values, malformed = dotenv_values(text)
-    warnings = [f"{path} line {index} is not NAME=value and is skipped" for index in malformed[:20]]
-    if mode & 0o077 and stat.S_ISREG(mode):
-        warnings.append(f"{path} can be read by others and holds a key: chmod 600 {path}")
-    return values, [("env_file", {"message": text}) for text in warnings]
+    for path in (named,) if named else ENV_FILES:
+        try:
+            if not named:
+                os.lstat(path)
+        except OSError:
+            continue
+        try:
+            with open(path, "rb") as file:
+                return path, file.read(ENV_FILE_SIZE), os.fstat(file.fileno()).st_mode
+        except OSError as error:
+            if named or path == ENV_FILES[0]:
+                shown = f"--env-file {path}" if named else path
+                raise ConfigError([f"{shown} cannot be read: {error.strerror}"]) from None
+    return "", b"", 0
 
 
-ENV_FILES = ("./.env", "/usr/local/etc/aiapiproxy/.env")
-ENV_FILE_SIZE = 1048576                  # characters
+ENV_FILE_SIZE = 1048576                  # bytes
+SHORT_KEY = 8                            # characters; fewer can be guessed
 # Variables of the environment that begin so are looked at for misspelled names.
 OWN_PREFIXES = ("SERVER_", "OPENAI_", "CLAUDE_", "REQUEST_", "STREAM_", "LOG_", "ALLOWED_",
                 "API_KEY_", "PROXY_", "MAX_", "WORKERS", "UPSTREAM_", "PID_")

@@ -15,10 +15,12 @@ import asyncio
 import base64
 import contextlib
 import copy
+import errno
 import functools
 import gc
 import gzip
 import http.client
+import http.server
 import itertools
 import json
 import math
@@ -1162,6 +1164,78 @@ def hanging_upstream():
         loop.close()
 
 
+OWNER, TEAM = "sk-owner-0123456789abcdef", "team-key-0123456789"
+
+
+@contextlib.contextmanager
+def answering_upstream():
+    """A server in a thread that says x to each POST: its URL, and (headers, body) of each."""
+    got = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            got.append((self.headers, json.loads(body)))
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(FINE)))
+            self.end_headers()
+            self.wfile.write(FINE)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1", got
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Owned:
+    """A program whose settings all stand in its .env, and the upstream that it spends money at."""
+
+    LINES = {"OPENAI_API_KEY": OWNER, "ALLOWED_ORIGINS": "https://good.example"}
+
+    def __init__(self, folder, **more):
+        self.stack, self.file, self.more = contextlib.ExitStack(), folder / ".env", more
+
+    def __enter__(self):
+        url, self.got = self.stack.enter_context(answering_upstream())
+        self.lines = {**self.LINES, "OPENAI_BASE_URL": url, "PROXY_API_KEY": TEAM}
+        self.write(self.lines)
+        self.program = self.stack.enter_context(Program(
+            self.file.parent, "--port", "0", OPENAI_API_KEY="", OPENAI_BASE_URL="", **self.more))
+        self.program.started()
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+    def write(self, lines):
+        self.file.write_text("".join(f"{name}={text}\n" for name, text in lines.items()))
+        self.file.chmod(0o600)
+
+    def failure(self):
+        """The message of a reload that changes nothing."""
+        self.program.signal(signal.SIGHUP)
+        line = self.program.until("reload_failed", self.program.process.stderr)
+        assert line["level"] == "error"
+        return line["message"]
+
+    def post(self, key, **headers):
+        return self.program.get("/v1/messages", "POST", json.dumps(req()),
+                                **{"x-api-key": key, **headers})[0]
+
+    def asserts_that_nothing_is_looser(self):
+        assert [self.post("wrong"), self.post(TEAM), self.post(TEAM, Origin="https://evil.example"),
+                self.program.get("/status")[0]] == [401, 200, 403, 401]
+        assert [headers["authorization"] for headers, _ in self.got] == [f"Bearer {OWNER}"]
+        self.got.clear()
+
+
 def wait_for(fact):
     """Waits until something outside of this process is true, 10 s at most."""
     end = time.monotonic() + 10
@@ -1399,6 +1473,17 @@ OTHER_EFFORTS = [
 @table(OTHER_EFFORTS, "host, members, want")
 def test_effort_elsewhere(host, members, want):
     check_body(sent(req(**members), host), want)
+
+
+@table([(host, host, want) for want, hosts in (
+    (True, ["localhost", "127.0.0.1", "[::1]", "::1", "10.0.0.7", "192.168.1.5", "172.16.0.1",
+            "169.254.1.1", "fe80::1%en0", "fd00::1", "0.0.0.0", "::ffff:127.0.0.1", "ollama",
+            "Studio.LOCAL", "mac.local.", "nas.lan", "vllm.internal", "a.localhost", "127.1",
+            "0x7f.1", "2130706433"]),
+    (False, ["api.openai.com", "8.8.8.8", "2001:4860::1", "172.32.0.1", "::ffff:8.8.8.8",
+             "local.example", "mylocal.example", "internal.io", "1.example"])) for host in hosts])
+def test_a_local_host_is_this_machine_or_its_network(given, want):
+    assert aiapiproxy.is_local_host(given) is want
 
 
 # ============================================================================
@@ -5769,7 +5854,7 @@ def test_an_env_file_that_others_can_read_is_warned_of(mode, count, tmp_path):
     path = tmp_path / ".env"
     path.write_text("OPENAI_API_KEY=sk-1\n")
     path.chmod(mode)
-    _, found = aiapiproxy.read_env_file(str(path), True)
+    found = aiapiproxy.read_variables(aiapiproxy.Options(env_file=str(path))).warnings
     assert [facts["message"].count("chmod 600") for _, facts in found] == [1] * count
 
 
@@ -5791,6 +5876,8 @@ MORE_BAD_VALUES = {
     "OPENAI_BASE_URL": ["a", "http://", "http://a:x", "http://a:99999", "http://a b",
                         "http://u:p@a", "http://[::1"],
     "UPSTREAM_HEADERS": ["a b: c", "Host: a", "a: \xe4", "Content-Length: 1", "a:b\rc: d"],
+    "PROXY_API_KEY": [",", "your-openai-api-key-here", "\udce8"],
+    "CLAUDE_OPUS_MODEL": ["mod\udce8le"],
 }
 
 
@@ -5802,8 +5889,8 @@ def test_a_value_that_cannot_be_used_is_named(name, text):
         aiapiproxy.load_settings({name: text})
     (problem,) = caught.value.problems
     assert problem.startswith(name + " ") and "\n" not in problem
-    assert repr(text) not in problem or name not in ("OPENAI_API_KEY", "PROXY_API_KEY",
-                                                     "HTTPS_PROXY", "HTTP_PROXY")
+    assert repr(text) not in problem or name not in (
+        "OPENAI_API_KEY", "PROXY_API_KEY", "HTTPS_PROXY", "HTTP_PROXY", "OPENAI_BASE_URL")
 
 
 def test_all_bad_values_are_told_at_once_and_an_empty_one_counts_as_not_set():
@@ -5835,6 +5922,88 @@ def test_base_urls(given, want):
         ("a list without one", "hyper=warn", 20)])
 def test_log_levels(given, want):
     assert aiapiproxy.load_settings({"RUST_LOG": given}).log_level == want
+
+
+CREDENTIALS = [  # settings, (variable, text) of each credential
+    ("a key", {"OPENAI_API_KEY": KEY}, [("OPENAI_API_KEY", KEY)]),
+    ("none", {}, []),
+    ("env.example's key is none", {"OPENAI_API_KEY": "your-openai-api-key-here"}, []),
+    ("a header", {"UPSTREAM_HEADERS": "api-key: abc"}, [("UPSTREAM_HEADERS", "abc")]),
+    ("headers that hold none", {"UPSTREAM_HEADERS": (
+        "HTTP-Referer: a; Referer: a; X-Title: a; X-OpenRouter-Title: a; User-Agent: a; "
+        "OpenAI-Organization: a; openai-project: a; OpenAI-Beta: a; anthropic-version: a; "
+        "anthropic-beta: a")}, []),
+    ("a header without a value", {"UPSTREAM_HEADERS": "api-key:"}, []),
+    ("parameters of the query, but for the version",
+     {"OPENAI_BASE_URL": "https://h/v1?api-version=1&key=abc&Sig=d%2Fe"},
+     [("OPENAI_BASE_URL", "abc"), ("OPENAI_BASE_URL", "d%2Fe")]),
+    ("a parameter without a name", {"OPENAI_BASE_URL": "https://h/v1?abc"},
+     [("OPENAI_BASE_URL", "abc")]),
+    ("an outgoing proxy's password is none", {"HTTPS_PROXY": "http://u:abc@h:1"}, []),
+]
+
+
+@table(CREDENTIALS)
+def test_the_credentials_of_an_upstream(given, want):
+    settings = aiapiproxy.load_settings(given)
+    assert settings.credentials == want
+    assert settings.lends is bool(want) and settings.passes_keys_on is not bool(want)
+
+
+def test_each_form_of_a_credential_is_redacted_and_no_other_header():
+    settings = aiapiproxy.load_settings({
+        "OPENAI_BASE_URL": "https://h/v1?api-version=12345678&key=query%2Fkey+1",
+        "UPSTREAM_HEADERS": "X-Title: my-own-title; Authorization: Basic dXNlcjpw",
+        "HTTPS_PROXY": "http://u:pass%2Fword@h:1", "PROXY_API_KEY": "team-key-1, team-key-10"})
+    assert set(settings.secrets()) == {
+        "query%2Fkey+1", "query/key+1", "query/key 1", "Basic dXNlcjpw", "dXNlcjpw",
+        "pass%2Fword", "pass/word", "team-key-1", "team-key-10"}
+    assert settings.secrets() == sorted(settings.secrets(), key=len, reverse=True)
+
+
+FULL = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "https://h/v1", "PROXY_API_KEY": TEAM,
+        "UPSTREAM_HEADERS": "api-key: abc", "ALLOWED_ORIGINS": "https://a.example"}
+QUERY = {"OPENAI_BASE_URL": "https://h/v1?key=abc"}
+RELOADS = [  # variables in force, variables found, the file, reason why the old settings stay
+    *((f"without {name}", FULL, without(FULL, name), ".env",
+       f"{name} is no longer set in .env; restart to serve without it") for name in FULL),
+    ("without two", FULL, without(FULL, "PROXY_API_KEY", "OPENAI_BASE_URL"), ".env",
+     "OPENAI_BASE_URL and PROXY_API_KEY are no longer set in .env; restart to serve without them"),
+    ("env.example's key counts as none", FULL,
+     {**FULL, "OPENAI_API_KEY": "your-openai-api-key-here"}, ".env",
+     "OPENAI_API_KEY is no longer set in .env; restart to serve without it"),
+    ("a query that holds no key any more", QUERY, {"OPENAI_BASE_URL": "https://h/v1"}, ".env",
+     "The key in OPENAI_BASE_URL is no longer set in .env; restart to serve without it"),
+    ("a header that holds no key any more", {"UPSTREAM_HEADERS": "api-key: abc"},
+     {"UPSTREAM_HEADERS": "X-Title: abc"}, ".env",
+     "The key in UPSTREAM_HEADERS is no longer set in .env; restart to serve without it"),
+    ("a key in another place", QUERY, {**QUERY, "OPENAI_BASE_URL": "https://h", **{
+        "OPENAI_API_KEY": KEY}}, ".env", ""),
+    ("other values", FULL, {**FULL, "OPENAI_API_KEY": "other", "OPENAI_BASE_URL": "https://i",
+                            "PROXY_API_KEY": "other-key", "ALLOWED_ORIGINS": "*"}, ".env", ""),
+    ("without what loosens nothing", {**FULL, "CLAUDE_OPUS_MODEL": "a", "ALLOWED_HOSTS": "b"},
+     FULL, ".env", ""),
+    ("another file, because the first is gone", FULL, FULL, "/etc/.env", ".env is missing"),
+    ("no file any more", FULL, FULL, "", ".env is missing"),
+    ("the folder's own file is there now", FULL, FULL, "./.env", ""),
+    ("an address that the key would be open to", {"OPENAI_API_KEY": "", "SERVER_HOST": "0.0.0.0"},
+     {"OPENAI_API_KEY": KEY}, ".env",
+     "SERVER_HOST 0.0.0.0 can be reached from other machines, and everybody there could spend "
+     "OPENAI_API_KEY: set PROXY_API_KEY to a key that clients must present"),
+]
+
+
+@table(RELOADS, "before, after, path, want")
+def test_a_reload_never_loosens(before, after, path, want):
+    old, fresh = aiapiproxy.load_settings(before), aiapiproxy.load_settings(after)
+    given = (old, aiapiproxy.Variables(before, ".env"), fresh, aiapiproxy.Variables(after, path),
+             ["server_host"])
+    if want:
+        with pytest.raises(aiapiproxy.ConfigError) as caught:
+            aiapiproxy.reloaded_settings(*given)
+        assert caught.value.problems == [want]
+    else:
+        assert aiapiproxy.reloaded_settings(*given) == fresh
 
 
 # ============================================================================
@@ -6180,7 +6349,7 @@ def test_the_clients_key_is_sent_upstream_when_there_is_no_other(fields, more, w
             extra = ["Cookie: a=b", "X-Forwarded-For: 1.2.3.4", "anthropic-beta: x",
                      "Origin: http://localhost"]
             post = POST(f"Content-Length: {len(HI)}", *fields, *extra, body=HI,
-                        path="/v1/messages", host="Host: any.example")
+                        path="/v1/messages")
             return await one(server.port, post), upstream.heads
 
     answer, heads = run(scenario())
@@ -6233,7 +6402,11 @@ ORIGINS = [  # origin, settings, whether it is served
     ("a stranger where a key is asked for", "https://evil.example", PROXY, True),
     ("not when others are listed", "https://evil.example",
      {**PROXY, "ALLOWED_ORIGINS": "https://a.example"}, False),
-    ("a stranger that brings its own key", "https://evil.example", {"OPENAI_API_KEY": ""}, True),
+    ("a stranger that brings its own key to a model on this machine", "https://evil.example",
+     {"OPENAI_API_KEY": ""}, False),
+    ("null there", "null", {"OPENAI_API_KEY": ""}, False),
+    ("this machine there", "http://localhost:3000", {"OPENAI_API_KEY": ""}, True),
+    ("an asterisk that is listed for all", "*", {}, False),
 ]
 
 
@@ -6306,7 +6479,15 @@ HOSTS_ASKED = [  # Host, settings, whether GET is served, whether POST is
      False, False),
     ("all", "evil.example", {"ALLOWED_HOSTS": "*"}, True, True),
     ("any where a key is asked for", "evil.example", PROXY, True, True),
-    ("any where clients bring their own", "evil.example", {"OPENAI_API_KEY": ""}, True, True),
+    ("not any where clients bring their own to a model on this machine", "evil.example",
+     {"OPENAI_API_KEY": ""}, False, False),
+    ("this machine there", "localhost", {"OPENAI_API_KEY": ""}, True, True),
+    ("an address where other machines may call", "192.168.1.5:8082",
+     {"OPENAI_API_KEY": "", "SERVER_HOST": "0.0.0.0"}, True, True),
+    ("an IPv6 address where other machines may call", "[fe80::1]:8082",
+     {"OPENAI_API_KEY": "", "SERVER_HOST": "0.0.0.0"}, True, True),
+    ("not a name where other machines may call", "evil.example",
+     {"OPENAI_API_KEY": "", "SERVER_HOST": "0.0.0.0"}, False, False),
 ]
 
 
@@ -6345,6 +6526,144 @@ def test_an_unprotected_key_is_not_offered_to_other_machines(given, want):
     else:
         with pytest.raises(aiapiproxy.ConfigError, match="SERVER_HOST.*PROXY_API_KEY"):
             aiapiproxy.load_settings(environ)
+
+
+SECRET = "Xq7Z-secret-0123456789"
+
+
+@contextlib.asynccontextmanager
+async def remote(*scripts, **environ):
+    """The proxy in front of an upstream that is no local host, reached through a RawUpstream."""
+    async with RawUpstream(*scripts) as upstream:
+        async with bare(**{"OPENAI_API_KEY": "", "OPENAI_BASE_URL": "http://upstream.example/v1",
+                           "HTTP_PROXY": f"http://127.0.0.1:{upstream.port}", **environ}) as server:
+            yield upstream, server
+
+
+def hi(*fields, path="/v1/messages", host="127.0.0.1"):
+    return POST(f"Content-Length: {len(HI)}", *fields, body=HI, path=path, host=f"Host: {host}")
+
+
+EVIL = "Origin: https://evil.example"
+LENDERS = [  # settings without OPENAI_API_KEY that hold a credential; what the upstream sees of it
+    ("a header", {"UPSTREAM_HEADERS": f"api-key: {SECRET}"}, f"\r\napi-key: {SECRET}\r\n"),
+    ("a header beside a harmless one",
+     {"UPSTREAM_HEADERS": f"X-Title: x; Authorization: Basic {SECRET}"},
+     f"\r\nAuthorization: Basic {SECRET}\r\n"),
+    ("the query", {"OPENAI_BASE_URL": f"http://upstream.example/v1?api-version=1&key={SECRET}"},
+     f"/v1/chat/completions?api-version=1&key={SECRET} HTTP/1.1\r\n"),
+]
+
+
+@table(LENDERS, "more, seen")
+def test_a_credential_in_a_header_or_in_the_query_is_lent_as_a_key_is(more, seen):
+    async def scenario():
+        async with remote([KEPT], **more) as (upstream, server):
+            key = "x-api-key: sk-client-1"
+            refused = [await one(server.port, request) for request in (
+                hi(key, EVIL), hi(key, "Origin: null"), hi(key, host="evil.example"))]
+            heads = list(upstream.heads)
+            served = [await one(server.port, request) for request in (
+                hi(key), hi(), hi("Origin: http://localhost:1"))]
+            return refused, heads, served, upstream.heads
+
+    refused, none, served, heads = run(scenario())
+    assert [checked(answer) for answer in refused] == ["403 permission_error"] * 3 and none == []
+    assert not [name for answer in refused for name in answer[1] if "access-control" in name]
+    assert [shown(answer) for answer in served[:1]] == ["x"] and served[2][0] == 200
+    assert all(seen in head and "sk-client-1" not in head for head in heads)
+    assert all(("Bearer" in head) is False for head in heads)
+
+
+def test_harmless_headers_and_a_version_lend_nothing():
+    async def scenario():
+        headers = "HTTP-Referer: https://a.example; X-Title: x; OpenAI-Organization: org-1"
+        async with remote([KEPT], UPSTREAM_HEADERS=headers,
+                          OPENAI_BASE_URL="http://upstream.example/v1?api-version=1") as (
+                              upstream, server):
+            return shown(await one(server.port, hi("x-api-key: sk-client-1"))), upstream.heads
+
+    answer, (head,) = run(scenario())
+    assert answer == "x" and "\r\nAuthorization: Bearer sk-client-1\r\n" in head
+
+
+def test_a_key_in_the_query_that_the_upstream_echoes_is_not_seen(caplog):
+    caplog.set_level(10, "aiapiproxy")
+    path = f"/v1/chat/completions?key={SECRET}%2F1 and {SECRET}/1"
+    error = raw_answer(json.dumps({"error": {"message": f"bad path {path}"}}).encode(), status=400)
+
+    async def scenario():
+        async with remote([error], OPENAI_BASE_URL=(
+                f"http://upstream.example/v1?key={SECRET}%2F1")) as (_, server):
+            return [await one(server.port, request) for request in (
+                hi(), GET("/", "Accept: text/html"), GET("/status"), GET("/metrics"))]
+
+    answers = run(scenario())
+    assert answers[0][0] == 400 and b"bad path" in answers[0][2]
+    assert SECRET not in str(answers) + "".join(str(vars(record)) for record in caplog.records)
+
+
+COUNT = "/v1/messages/count_tokens"
+STRANGERS = [  # request of a page of a stranger where clients bring their keys to a remote upstream
+    *((path, GET(path, EVIL, "x-api-key: sk-client-1"), 403) for path in (
+        "/", "/status", "/metrics", "/v1/models", "/v1/models/claude-opus-5-5", "/v1/messages")),
+    ("a message with a key", hi(EVIL, "x-api-key: sk-client-1"), 200),
+    ("a message with a key of a page without a name",
+     hi("Origin: null", "x-api-key: sk-client-1"), 200),
+    ("a count with a key", hi(EVIL, "x-api-key: sk-client-1", path=COUNT), 200),
+    ("a message without a key", hi(EVIL), 401), ("a count without", hi(EVIL, path=COUNT), 401),
+    ("a message with Anthropic's key", hi(EVIL, "x-api-key: sk-ant-1"), 401),
+    *((f"a preflight of {method} {path}", HTTP(
+        f"OPTIONS {path} HTTP/1.1", EVIL, f"Access-Control-Request-Method: {method}"), status)
+      for method, path, status in (
+          ("POST", "/v1/messages", 204), ("POST", COUNT, 204), ("GET", "/v1/messages", 403),
+          ("GET", "/status", 403), ("POST", "/status", 403))),
+    ("OPTIONS that announces nothing", HTTP("OPTIONS /v1/messages HTTP/1.1", EVIL), 403),
+]
+
+
+@table(STRANGERS, "request_bytes, status")
+def test_a_strangers_page_may_spend_only_its_own_key_at_a_remote_upstream(request_bytes, status):
+    async def scenario():
+        async with remote([KEPT]) as (upstream, server):
+            return await one(server.port, request_bytes), upstream.heads
+
+    answer, heads = run(scenario())
+    assert answer[0] == status and ("access-control-allow-origin" in answer[1]) == (status != 403)
+    assert len(heads) == (status == 200 and b"count_tokens" not in request_bytes)
+
+
+def test_at_a_remote_upstream_the_Host_is_checked_where_pages_tell_what_others_do():
+    async def scenario():
+        async with remote([KEPT]) as (_, server):
+            host = "Host: rebind.evil.example"
+            gets = [GET(path, host=host) for path in (
+                "/", "/status", "/metrics", "/v1/models", "/health", "/health/live")]
+            message = hi("x-api-key: sk-client-1", host="rebind.evil.example")
+            return [(await one(server.port, request))[0] for request in (*gets, message)]
+
+    assert run(scenario()) == [403, 403, 403, 200, 200, 200, 200]
+
+
+def test_a_model_on_this_machine_is_for_no_strangers_page_and_no_strangers_name():
+    async def scenario():
+        async with facing([KEPT], OPENAI_API_KEY="") as (upstream, server):
+            key, name = "x-api-key: any", "rebind.evil.example"
+            preflight = HTTP("OPTIONS /v1/messages HTTP/1.1", EVIL,
+                             "Access-Control-Request-Method: POST")
+            refused = [await one(server.port, request) for request in (
+                hi(key, EVIL), hi(key, "Origin: null"), preflight, hi(key, host=name),
+                hi(key, "Origin: http://localhost:3000", host=name),
+                hi(key, "Origin: http://" + name, host=name))]
+            none = list(upstream.heads)
+            served = [await one(server.port, request) for request in (
+                hi(key, "Origin: http://localhost:3000"), hi(key))]
+            return refused, none, [shown(answer) for answer in served]
+
+    refused, none, served = run(scenario())
+    assert [checked(answer) for answer in refused] == ["403 permission_error"] * 6 and none == []
+    assert not [name for answer in refused for name in answer[1] if "access-control" in name]
+    assert served == ["x", "x"]
 
 
 # ============================================================================
@@ -7073,13 +7392,82 @@ def test_SIGHUP_reads_the_file_again_and_keeps_connections_open(tmp_path):
         line = program.until("reload_failed", program.process.stderr)
         assert line["level"] == "error" and "REQUEST_TIMEOUT" in line["message"]
         assert opus() == "Claude Opus 5.5 (second)" and kept.sock is sock
-        file.unlink()
-        program.signal(signal.SIGHUP)
-        program.until("reloaded")
-        assert opus() == "Claude Opus 5.5 (gpt-4)"
         assert json.loads(program.get()[1])["in_flight"] == 1
         running_stream.close()
         kept.close()
+
+
+def become_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def become_loop(file):
+    file.unlink()
+    file.symlink_to(file)
+
+
+def without_line(name):
+    def spoil(file):
+        lines = file.read_text().splitlines(True)
+        file.write_text("".join(line for line in lines if not line.startswith(name)))
+    return spoil
+
+
+SPOILED = [  # a change of the file, reason
+    ("it is a folder", become_folder, "./.env cannot be read: Is a directory"),
+    ("it is a symlink to itself", become_loop,
+     f"./.env cannot be read: {os.strerror(errno.ELOOP)}"),
+    ("it is removed", pathlib.Path.unlink, "./.env is missing"),
+    ("it has 0 bytes", lambda file: file.write_text(""), "./.env is empty"),
+    ("it has comments only", lambda file: file.write_text("# A=b\n\n"), "./.env is empty"),
+    ("it has NUL bytes only", lambda file: file.write_bytes(bytes(4096)), "./.env is empty"),
+    ("it ends in the middle of a name",
+     lambda file: file.write_text(file.read_text().partition("I_KEY=team")[0]),
+     "PROXY_API_KEY is no longer set in ./.env; restart to serve without it"),
+    *((f"{name} is left out", without_line(name),
+       f"{name} is no longer set in ./.env; restart to serve without it")
+      for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "ALLOWED_ORIGINS")),
+]
+
+
+@table(SPOILED, "spoil, reason")
+def test_SIGHUP_changes_nothing_while_the_file_is_spoiled(spoil, reason, tmp_path):
+    with Owned(tmp_path) as owned:
+        spoil(owned.file)
+        assert owned.failure() == f"the old settings stay: {reason}"
+        owned.asserts_that_nothing_is_looser()
+
+
+def test_SIGHUP_replaces_a_key_that_clients_must_present(tmp_path):
+    with Owned(tmp_path) as owned:
+        assert owned.post(TEAM) == 200
+        owned.write({**owned.lines, "PROXY_API_KEY": "other-key-0123456789"})
+        owned.program.signal(signal.SIGHUP)
+        owned.program.until("reloaded")
+        assert (owned.post(TEAM), owned.post("other-key-0123456789")) == (401, 200)
+
+
+def test_SIGHUP_without_any_file_is_a_reload_of_nothing(tmp_path):
+    with Program(tmp_path, "--port", "0") as program:
+        program.started().signal(signal.SIGHUP)
+        assert program.until("reloaded")["level"] == "info"
+
+
+def test_every_address_that_is_listened_on_is_in_the_first_line(tmp_path):
+    with Program(tmp_path, "--port", "0", SERVER_HOST="0.0.0.0", PROXY_API_KEY=TEAM) as program:
+        line = program.started().lines[-1]
+        assert line["listens"] == [f"0.0.0.0:{program.port} (every network)"]
+        assert f"listens on 0.0.0.0:{program.port} (every network), " in line["message"]
+        assert f"ANTHROPIC_BASE_URL=http://127.0.0.1:{program.port} " in line["message"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has 127.0.0.1 alone")
+def test_each_of_several_addresses_is_in_the_first_line(tmp_path):
+    with Program(tmp_path, "--port", "0", SERVER_HOST="127.0.0.1,127.0.0.2") as program:
+        line = program.started().lines[-1]
+        both = [f"http://127.0.0.1:{program.port}", f"http://127.0.0.2:{program.port}"]
+        assert line["listens"] == both and f"listens on {', '.join(both)}, " in line["message"]
 
 
 def test_the_process_loads_nothing_from_its_working_folder_and_is_small_at_idle(tmp_path):
@@ -7293,6 +7681,47 @@ def test_a_new_worker_has_the_reloaded_settings(tmp_path):
             assert b"(second)" in program.get("/v1/models/claude-opus-5-5")[1]
 
 
+@table([("is a folder", become_folder, "./.env cannot be read: Is a directory"),
+        ("has lost a line", without_line("PROXY_API_KEY"),
+         "PROXY_API_KEY is no longer set in ./.env; restart to serve without it")], "spoil, reason")
+def test_a_file_that_is_spoiled_changes_no_worker_and_is_told_once(spoil, reason, tmp_path):
+    with Owned(tmp_path, WORKERS="2") as owned:
+        spoil(owned.file)
+        assert owned.failure() == f"the old settings stay: {reason}"
+        for _ in range(16):
+            owned.asserts_that_nothing_is_looser()
+        owned.program.signal(signal.SIGTERM)
+        assert owned.program.end()[2] == ""
+
+
+def test_all_workers_take_the_settings_that_were_read_once(tmp_path):
+    reading = "read = aiapiproxy.read_variables; aiapiproxy.read_variables = lambda options: (" \
+        "open('reads', 'a').write('x'), read(options))[1]"
+    with Owned(tmp_path, WORKERS="2", patch=reading) as owned:
+        wait_for(lambda: len(children(owned.program.process.pid)) == 2)
+        owned.write({**owned.lines, "PROXY_API_KEY": "other-key-0123456789"})
+        owned.program.signal(signal.SIGHUP)
+        for _ in range(2):
+            owned.program.until("reloaded")
+        assert [owned.post(TEAM) for _ in range(8)] == [401] * 8
+        assert [owned.post("other-key-0123456789") for _ in range(8)] == [200] * 8
+        assert (tmp_path / "reads").read_text() == "xx"              # the start, and SIGHUP
+
+
+def test_a_worker_that_replaces_a_dead_one_has_the_settings_in_force(tmp_path):
+    patch = "aiapiproxy.WORKER_PAUSE = 0"
+    with Owned(tmp_path, WORKERS="2", patch=patch) as owned:
+        wait_for(lambda: len(children(owned.program.process.pid)) == 2)
+        first = children(owned.program.process.pid)
+        owned.file.write_text("")
+        for pid in first:
+            os.kill(pid, signal.SIGKILL)
+            owned.program.until("worker_died", owned.program.process.stderr)
+        wait_for(lambda: len(children(owned.program.process.pid) - first) == 2)
+        for _ in range(16):
+            owned.asserts_that_nothing_is_looser()
+
+
 def test_several_workers_stop_accepting_at_once(tmp_path):
     with hanging_upstream() as url, Program(tmp_path, "--port", "0", OPENAI_BASE_URL=url,
                                             WORKERS="2") as program:
@@ -7498,6 +7927,117 @@ def test_a_start_that_fails_says_why_in_a_line(arguments, environ, code, words, 
         assert err.count("\n") == (1 if len(words) < 5 else len(words)), err
     if environ.get("LOG_FORMAT") == "json":
         assert json.loads(err)["level"] == "error"
+
+
+EXPOSED = [  # settings that would show or lend SECRET, words of the line
+    *((f"an address beyond loopback and {name}", {
+        "SERVER_HOST": "0.0.0.0", "OPENAI_API_KEY": "", **more},
+       ["SERVER_HOST", "PROXY_API_KEY", *more]) for name, more, _ in LENDERS),
+    *((url.replace(SECRET, "X"), {"OPENAI_BASE_URL": url}, ["OPENAI_BASE_URL"]) for url in (
+        f"https://{SECRET}@h/v1", f"https://u:{SECRET}@h/v1", f"u:{SECRET}@h/v1",
+        f"h/v1?key={SECRET}", f"https://h:99999/v1?key={SECRET}", f"https://:{SECRET}@h/v1")),
+]
+
+
+@table(EXPOSED, "environ, words")
+def test_a_start_that_would_expose_a_credential_fails_and_does_not_show_it(
+        environ, words, tmp_path):
+    with Program(tmp_path, "--port", "0", **environ) as program:
+        code, out, err = program.end()
+    assert (code, out, err.count("\n")) == (78, "", 1) and SECRET not in err
+    assert all(word in err for word in words)
+
+
+def test_an_env_file_that_cannot_be_read_ends_the_start(tmp_path):
+    (tmp_path / ".env").mkdir()
+    with Program(tmp_path, "--port", "0") as program:
+        assert program.end() == (
+            78, "", "aiapiproxy: ./.env cannot be read: Is a directory\n")
+
+
+def test_an_env_file_that_is_empty_at_the_start_is_warned_of(tmp_path):
+    (tmp_path / ".env").write_text("")
+    (tmp_path / ".env").chmod(0o600)
+    with Program(tmp_path, "--port", "0") as program:
+        assert program.started().get()[0] == 200
+        program.signal(signal.SIGTERM)
+        (line,) = program.end()[2].splitlines()
+    assert (json.loads(line)["level"], json.loads(line)["message"]) == (
+        "warn", "./.env is empty: no setting is read from it")
+
+
+@table([("without a file", "none.env", ""), ("with a second file", "second.env", "o1"),
+        ("with a second file that cannot be read", ".", "")], "second, opus")
+def test_a_first_file_that_is_not_there_is_not_missed(second, opus, tmp_path):
+    (tmp_path / "second.env").write_text("CLAUDE_OPUS_MODEL=o1\n")
+    (tmp_path / "second.env").chmod(0o600)
+    patch = f"aiapiproxy.ENV_FILES = ('./.env', {second!r})"
+    with Program(tmp_path, "--port", "0", patch=patch, CLAUDE_OPUS_MODEL="") as program:
+        assert program.started().lines[-1]["models"]["opus"] == (opus or "gpt-4")
+        program.signal(signal.SIGTERM)
+        assert program.end()[2] == ""
+
+
+def test_a_working_folder_that_may_not_be_searched_has_no_file(monkeypatch, tmp_path):
+    def look(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / ".env").write_text("CLAUDE_OPUS_MODEL=o1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "lstat", look)
+    assert aiapiproxy.read_env_file(None) == ("", b"", 0)
+
+
+def test_the_format_of_the_log_that_the_file_names_counts_for_its_own_errors(tmp_path):
+    (tmp_path / ".env").write_text("LOG_FORMAT=json\nREQUEST_TIMEOUT=soon\nWORKERS=x\n")
+    with Program(tmp_path, "--port", "0") as program:
+        code, out, err = program.end()
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert (code, out) == (78, "") and [line["message"] for line in lines] == [
+        "REQUEST_TIMEOUT 'soon' is not a number", "WORKERS 'x' is not a whole number"]
+
+
+@pytest.mark.parametrize("place", ["environment", "file"])
+def test_values_that_are_not_ASCII_work_under_the_POSIX_locale(place, tmp_path):
+    model = "mod\xe8le-\u4e2d"
+    setting = {"CLAUDE_SONNET_MODEL": model, "PID_FILE": "\xe8.pid"}
+    if place == "file":
+        text = "".join(f"{name}={value}\n" for name, value in setting.items())
+        (tmp_path / ".env").write_bytes(text.encode())
+        setting = {}
+    with answering_upstream() as (url, got), Program(
+            tmp_path, "--port", "0", OPENAI_BASE_URL=url, LC_ALL="POSIX", PYTHONUTF8="0",
+            **setting) as program:
+        program.started()
+        assert program.get("/v1/messages", "POST", json.dumps(req()))[0] == 200
+        assert got[0][1]["model"] == model and (tmp_path / "\xe8.pid").exists()
+
+
+@pytest.mark.parametrize("place", ["environment", "file"])
+def test_a_value_that_is_not_UTF_8_is_named(place, tmp_path):
+    raw = b"mod\xe8le"
+    if place == "file":
+        (tmp_path / ".env").write_bytes(b"# \xe8 is fine here\nCLAUDE_SONNET_MODEL=" + raw)
+    setting = {"CLAUDE_SONNET_MODEL": raw} if place == "environment" else {}
+    with Program(tmp_path, "--port", "0", OTHER_PROGRAMS_OWN=raw, **setting) as program:
+        assert program.end() == (
+            78, "", "aiapiproxy: CLAUDE_SONNET_MODEL 'mod\\udce8le' is not UTF-8\n")
+
+
+def test_a_key_of_the_proxy_that_can_be_guessed_is_warned_of(tmp_path):
+    with Program(tmp_path, "--port", "0", PROXY_API_KEY=f"{TEAM},abc123") as program:
+        assert program.started().get("/v1/models", **{"x-api-key": "abc123"})[0] == 200
+        program.signal(signal.SIGTERM)
+        (line,) = program.end()[2].splitlines()
+    assert (json.loads(line)["level"], json.loads(line)["message"]) == (
+        "warn", "PROXY_API_KEY has a key of under 8 characters: it can be guessed")
+
+
+def test_of_several_addresses_the_one_that_cannot_be_had_is_named(tmp_path):
+    with Program(tmp_path, "--port", "0", SERVER_HOST="127.0.0.1,192.0.2.1",
+                 PROXY_API_KEY=TEAM) as program:
+        code, out, err = program.end()
+    assert (code, out) == (1, "") and "192.0.2.1 port" in err and "127.0.0.1" not in err
 
 
 def test_help_lists_every_variable_and_option(tmp_path):
