@@ -106,17 +106,18 @@ import math
 import mmap
 import os
 import re
-import select
 import signal
 import socket
 import ssl
 import stat
 import struct
 import sys
+import threading
 import time
 import zlib
 from bisect import bisect_left
 from collections import defaultdict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cached_property, lru_cache, partial
@@ -5372,6 +5373,7 @@ class Upstream:
         self._idle: List[Connection] = []            # the newest last
         self._reaper: Optional[asyncio.TimerHandle] = None
         self._loop = asyncio.get_running_loop()
+        self._loop.set_default_executor(LOOKUPS)
 
     def __repr__(self) -> str:
         return f"<Upstream {self.host}:{self.port}, {len(self._idle)} idle>"
@@ -5758,7 +5760,47 @@ class UpstreamResponse:
 LAST_BYTES_WAIT = 1.0                    # seconds for the bytes behind [DONE]
 
 
-# ---- 19.2 errors of a connection -------------------------------------------
+# ---- 19.2 name lookups -----------------------------------------------------
+
+class NameLookups(ThreadPoolExecutor):
+    """The event loop's executor, which asyncio uses for getaddrinfo: a daemon thread for each call.
+
+    A lookup cannot be cancelled.  asyncio.run and the interpreter wait for the threads of other
+    executors, so that a name server that does not answer would hold the end of the process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.waiting: Dict[Any, Set[Future]] = defaultdict(set)      # by host
+
+    def submit(self, fn: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future:
+        """Calls getaddrinfo.  Raises gaierror if MAX_LOOKUPS of this host have not ended yet."""
+        waiting, future = self.waiting[arguments[:1]], Future()
+        if len(waiting) >= MAX_LOOKUPS:
+            raise socket.gaierror(socket.EAI_AGAIN, "too many lookups wait")
+
+        def call() -> None:
+            try:
+                future.set_result(fn(*arguments, **options))
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                waiting.discard(future)
+
+        future.set_running_or_notify_cancel()        # so nobody cancels it
+        waiting.add(future)
+        threading.Thread(target=call, daemon=True).start()
+        return future
+
+    def shutdown(self, *arguments: Any, **options: Any) -> None:
+        """Waits for no lookup; the threads end with the process."""
+
+
+MAX_LOOKUPS = 16                         # of one host that wait for a name server
+LOOKUPS = NameLookups()
+
+
+# ---- 19.3 errors of a connection -------------------------------------------
 
 class TimeLimit(NamedTuple):
     """How long something may take, and the setting that says so."""
@@ -5809,7 +5851,7 @@ def connect_error(error: Exception, host: str, port: int) -> UpstreamError:
     return UpstreamError(502, f"Cannot connect to {host}:{port}: {detail}")
 
 
-# ---- 19.3 TLS and outgoing proxies -----------------------------------------
+# ---- 19.4 TLS and outgoing proxies -----------------------------------------
 
 def tls_context(cert_file: str = "", cert_dir: str = "") -> ssl.SSLContext:
     """TLS 1.2 or newer; certificates and names are always verified.  Raises OSError, ssl.SSLError.
@@ -6873,50 +6915,141 @@ LEVEL_COLOURS = {"warn": "\x1b[33m", "error": "\x1b[31m", "debug": "\x1b[2m"}
 class LogFile(logging.Handler):
     """Writes whole lines to a file descriptor; never blocks and never raises.
 
-    Where the descriptor is a regular file, as under launchd, log rotation may move that away: then
-    the file is opened again by its path.  That needs no signal.
+    Lines that a pipe or a terminal does not take wait, at most LOG_BACKLOG bytes of them; beyond
+    that lines are lost, and the first line after the gap says how many.  Where the descriptor is a
+    regular file, as under launchd, log rotation may move that away: then the file is opened again
+    by its path.  That needs no signal.
     """
 
     def __init__(self, descriptor: int, levels: Callable[[int], bool]) -> None:
         super().__init__()
-        self._descriptor = descriptor
+        self._shared = descriptor
         self._levels = levels
         self._path = descriptor_path(descriptor)
+        self._descriptor = own_descriptor(descriptor)
+        self._was_blocking = False
         self._checked = 0.0
+        self._is_problem_logged = False
+        self._backlog: Deque[bytes] = deque()
+        self._size = 0                               # bytes of the backlog
+        self._lost = 0                               # lines since the gap began
+        self._timer: Optional[asyncio.TimerHandle] = None
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                self._was_blocking = os.get_blocking(self._descriptor)
+                os.set_blocking(self._descriptor, False)
+        except OSError:
+            pass
 
     def filter(self, record: logging.LogRecord) -> bool:
         return self._levels(record.levelno)
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Adds a line to the backlog, and writes as much of the backlog as is taken now."""
         try:
             line = self.format(record).encode("utf-8", "replace") + b"\n"
-            if self._path:
-                if not 0 <= record.created - self._checked < ROTATION_CHECK:
-                    self._checked = record.created
-                    self.reopen_if_moved()
-            elif not select.select([], [self._descriptor], [], 0)[1]:
-                return                               # full: losing a line beats blocking
-            os.write(self._descriptor, line)
-        except (OSError, ValueError):
-            pass                                     # a closed pipe, a full disk
+        except ValueError:
+            return
+        if self._path and not 0 <= record.created - self._checked < ROTATION_CHECK:
+            self._checked = record.created
+            self.reopen_if_moved()
+        if self._lost or self._size + len(line) > LOG_BACKLOG:
+            self._lost += 1
+        else:
+            self._backlog.append(line)
+            self._size += len(line)
+        self._write_backlog()
+
+    def _write_backlog(self) -> None:
+        """Writes the lines that wait; for those that are not taken it looks again later.
+
+        A signal handler may log in between, so a line leaves the backlog before it is written.
+        """
+        while self._backlog:
+            line, sent = self._backlog.popleft(), 0
+            try:
+                sent = os.write(self._descriptor, line)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.ENOSPC, errno.EDQUOT):
+                    self.forget_backlog()            # closed: nobody will read it
+                    return
+            self._size -= sent
+            if sent < len(line):
+                self._backlog.appendleft(line[sent:])
+                self._try_later()
+                break
+        if self._lost and self._size <= LOG_BACKLOG // 2:
+            gap = LOG.makeRecord(LOG.name, logging.WARNING, "", 0, "log_lines_lost", (), None,
+                                 extra={"facts": {"count": self._lost}})
+            self._lost = 0
+            self.emit(gap)
+
+    def _try_later(self) -> None:
+        """Sets a timer.  The parent of workers has no event loop: its next line tries again."""
+        def try_again() -> None:
+            self._timer = None
+            self._write_backlog()
+
+        if self._timer is None:
+            try:
+                self._timer = asyncio.get_running_loop().call_later(LOG_RETRY, try_again)
+            except RuntimeError:
+                pass
+
+    def forget_backlog(self) -> None:
+        """Drops the lines that wait: a worker's parent writes its own ones itself."""
+        self._backlog.clear()
+        self._size = self._lost = 0
+
+    def finish(self, end: float) -> None:
+        """Gives the lines that are left until `end`, a time of time.monotonic()."""
+        self._write_backlog()
+        while self._backlog and time.monotonic() < end:
+            time.sleep(0.01)
+            self._write_backlog()
+
+    def restore_flags(self) -> None:
+        """Lets writes block again, for the programs that share the pipe or the terminal."""
+        try:
+            if self._was_blocking and self._descriptor == self._shared:
+                os.set_blocking(self._descriptor, True)
+        except OSError:
+            pass
 
     def reopen_if_moved(self) -> None:
-        """Opens the file again if its path no longer leads to it; keeps the descriptor's number."""
+        """Opens the file again if its path no longer leads to it; keeps the descriptor's number.
+
+        Never through a symlink, and no FIFO or device: who may write to the folder could have put
+        it there.
+        """
         try:
-            now, then = os.stat(self._path), os.fstat(self._descriptor)
+            now, then = os.lstat(self._path), os.fstat(self._descriptor)
             if (now.st_ino, now.st_dev) == (then.st_ino, then.st_dev):
+                return
+            if not stat.S_ISREG(now.st_mode):
+                self._log_problem("is no regular file now, and is not opened again")
                 return
         except OSError:
             pass
         try:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            fresh = os.open(self._path, flags, 0o640)
+            fresh = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+                            | os.O_NOFOLLOW | os.O_NONBLOCK, 0o640)
             os.dup2(fresh, self._descriptor)
             os.close(fresh)
-        except OSError:
-            pass
+            self._is_problem_logged = False
+        except OSError as error:
+            self._log_problem(f"cannot be opened again: {error.strerror}")
+
+    def _log_problem(self, problem: str) -> None:
+        """Says once that the log is written to a file that has been moved away."""
+        if not self._is_problem_logged and self._path:
+            self._is_problem_logged = True
+            log(logging.WARNING, "log_file", message=f"{self._path} {problem}")
 
 
+LOG_BACKLOG = 1048576                    # bytes of lines that wait for one descriptor
+LOG_RETRY = 0.1                          # seconds between two tries to write them
+LOG_END_TIME = 0.2                       # seconds for the lines that are left at the end
 ROTATION_CHECK = 1.0                     # seconds between two looks at the path
 
 
@@ -6938,9 +7071,23 @@ def descriptor_path(descriptor: int) -> str:
 F_GETPATH = 50
 
 
+def own_descriptor(descriptor: int) -> int:
+    """A second descriptor of a pipe or a terminal, whose O_NONBLOCK no other program shares.
+
+    The same descriptor where there is no such thing: a regular file, a socket, a pipe on macOS.
+    """
+    try:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        path = os.ttyname(descriptor) if os.isatty(descriptor) else f"/proc/self/fd/{descriptor}"
+        return os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return descriptor
+
+
 def start_logging(settings: Settings) -> List[LogFile]:
     """Sends info and below to stdout, warnings and errors to stderr.  Returns both files."""
-    is_terminal = os.isatty(2) if descriptor_is_open(2) else False
+    is_terminal = os.isatty(2)
     is_json = (settings.log_format or ("text" if is_terminal else "json")) == "json"
     is_coloured = is_terminal and "NO_COLOR" not in os.environ
     formatter = JsonFormatter() if is_json else TextFormatter(is_coloured)
@@ -6958,12 +7105,16 @@ def start_logging(settings: Settings) -> List[LogFile]:
     return files
 
 
-def descriptor_is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-        return True
-    except OSError:
-        return False
+def finish_logging(files: List[LogFile], is_last: bool = True) -> None:
+    """Writes the lines that are left, for at most LOG_END_TIME.
+
+    `is_last`: no other process of ours writes to the same descriptors, whose flags are restored.
+    """
+    end = time.monotonic() + LOG_END_TIME
+    for file in files:
+        file.finish(end)
+    for file in reversed(files) if is_last else ():
+        file.restore_flags()
 
 
 # ============================================================================
@@ -7128,6 +7279,7 @@ METRICS = {
     "upstream_connections_reused_total": ("counter", "Requests sent on a pooled connection."),
     "upstream_connections_idle": ("gauge", "Pooled connections that wait."),
     "upstream_resends_total": ("counter", "Requests sent again with a learned change."),
+    "labels_left_out": ("gauge", "Labels counted as `other`, which other workers cannot see."),
     "learned_adjustments": ("gauge", "Changes that refusals have taught, by model."),
 }
 
@@ -8214,17 +8366,29 @@ async def serve(options: ServeOptions) -> None:
     The first SIGTERM or SIGINT lets running requests end for DRAIN_TIME, a second one cuts them.
     """
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(log_loop_fault)
     settings, is_alone = options.settings, options.lifeline < 0
     if options.start_demo is not None:
         demo_url = urlsplit(f"http://127.0.0.1:{await options.start_demo()}/v1")
         settings = replace(settings, openai_base_url=demo_url)
     service = options.new_service(settings)
+    loop.set_exception_handler(lambda _, context: log_loop_fault(
+        context, service.app.settings.rust_backtrace))
     await service.start(options.sockets)
-    stop, insist = asyncio.Event(), asyncio.Event()
+    stop, insist, drain_time = asyncio.Event(), asyncio.Event(), DRAIN_TIME
 
     def ask_to_stop() -> None:
-        (insist if stop.is_set() else stop).set()
+        if stop.is_set():
+            insist.set()
+            # The kernel's own timer, with its default action, ends even a process that hangs.
+            signal.setitimer(signal.ITIMER_REAL, INSIST_TIME)
+        stop.set()
+
+    def end_as_orphan() -> None:
+        nonlocal drain_time
+        drain_time = ORPHAN_DRAIN_TIME
+        loop.remove_reader(options.lifeline)
+        remove_pid_file(settings.pid_file, service.app.pid)
+        stop.set()
 
     loop.add_signal_handler(signal.SIGTERM, ask_to_stop)
     # Ctrl-C reaches every process of a terminal; a worker waits for its supervisor's SIGTERM.
@@ -8234,15 +8398,13 @@ async def serve(options: ServeOptions) -> None:
         write_pid_file(settings.pid_file)
         log(logging.INFO, "started", **start_facts(options, service.port))
     else:
-        loop.add_reader(options.lifeline, ask_to_stop)       # readable when the supervisor has died
+        loop.add_reader(options.lifeline, end_as_orphan)     # readable when the supervisor has died
     options.ready()
     try:
         await stop.wait()
         if is_alone:
             log(logging.INFO, "stopping", in_flight=service.app.in_flight)
-        else:
-            loop.remove_reader(options.lifeline)
-        ways = [asyncio.ensure_future(way) for way in (service.drain(DRAIN_TIME), insist.wait())]
+        ways = [asyncio.ensure_future(way) for way in (service.drain(drain_time), insist.wait())]
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         for way in ways:
             way.cancel()
@@ -8251,20 +8413,33 @@ async def serve(options: ServeOptions) -> None:
             log(logging.INFO, "stopped")
     finally:
         if is_alone:
-            remove_pid_file(settings.pid_file)
+            remove_pid_file(settings.pid_file, os.getpid())
 
 
 DRAIN_TIME = 10.0                        # seconds for running requests after the first signal
+ORPHAN_DRAIN_TIME = 0.5                  # seconds for those of a worker without its supervisor
+INSIST_TIME = 0.8                        # seconds after the second signal
 
 
-def log_loop_fault(loop: asyncio.AbstractEventLoop, context: Json) -> None:
-    """Logs a fault at debug that asyncio would print as a traceback.
+def log_loop_fault(context: Json, has_traceback: bool) -> None:
+    """Logs an exception that nobody catches: of a callback, or of a task that nobody awaits.
 
-    Nearly all of them are sockets that a hostile peer has closed at an odd moment.
+    Its text may quote a request, so only the traceback shows it.  An OSError of a connection is no
+    fault of ours: a hostile peer has closed its socket at an odd moment.
     """
     error = context.get("exception")
-    text = f"{type(error).__name__}: {error}" if error else context.get("message")
-    log(logging.DEBUG, "connection_fault", error=text)
+    if isinstance(error, OSError) and ("transport" in context or "protocol" in context):
+        log(logging.DEBUG, "connection_fault", error=f"{type(error).__name__}: {error}")
+        return
+    place = error.__traceback__ if error else None
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    code = place.tb_frame.f_code if place else None
+    where = f"{os.path.basename(code.co_filename)}:{place.tb_lineno} in {code.co_name}" \
+        if place and code else str(context.get("message"))
+    kind = type(error).__name__ if error else "fault"
+    LOG.error("loop_fault", exc_info=error if has_traceback else None, extra={"facts": {
+        "message": f"{kind} at {where}", "error": kind, "place": where}})
 
 
 # ---- 28.3 reload -----------------------------------------------------------
@@ -8376,21 +8551,49 @@ def listening_address(host: str, port: int) -> str:
 
 
 def write_pid_file(path: str) -> None:
-    if path:
+    """Writes this process' number beside the file and moves it into place, never through a symlink.
+
+    It is written in place where the folder is not ours.
+    """
+    if not path:
+        return
+    beside = f"{path}.{os.getpid()}.new"
+    try:
         try:
-            with open(path, "w", encoding="ascii") as file:
-                file.write(f"{os.getpid()}\n")
+            if os.path.lexists(beside):
+                os.unlink(beside)
+            write_number(beside, os.O_EXCL)
+            os.replace(beside, path)
         except OSError as error:
-            problem = f"PID_FILE {path} cannot be written: {error.strerror}"
-            log(logging.WARNING, "pid_file", message=problem)
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            write_number(path, os.O_TRUNC)
+    except OSError as error:
+        problem = f"PID_FILE {path} cannot be written: {error.strerror}"
+        log(logging.WARNING, "pid_file", message=problem)
 
 
-def remove_pid_file(path: str) -> None:
-    if path:
-        try:
-            os.unlink(path)
-        except OSError:
-            pass
+def write_number(path: str, flag: int) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | flag
+    with open(os.open(path, flags, 0o644), "w", encoding="ascii") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def remove_pid_file(path: str, pid: int) -> None:
+    """Removes the file if this number still stands in it; empties it where the folder is not ours.
+
+    Log rotation would signal a later process that gets the number.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "r+", encoding="ascii", errors="replace") as file:
+            if file.read(32).strip() == str(pid):
+                try:
+                    os.unlink(path)
+                except OSError:
+                    file.truncate(0)
+    except OSError:
+        pass                                         # "", or a file that is not ours
 
 
 # ############################################################################
@@ -8414,7 +8617,10 @@ class Recording:
     def __init__(self, exchange: Exchange, translation: Translation, params: Json,
                  settings: Settings) -> None:
         """Begins with the facts that are known before the upstream is called."""
-        self._secrets = translation.secrets
+        # A piece of bytes shows a key's other characters than ASCII as those of latin-1.
+        self._secrets = dict.fromkeys(form for secret in translation.secrets
+                                      for form in (secret, secret.encode().decode("latin-1")))
+        self._held = {"upstream": "", "events": ""}  # ends that could be the start of a key
         self._began = time.time()
         self._size = 0
         self._folder = settings.record_dir
@@ -8445,15 +8651,28 @@ class Recording:
         self._size += len(data)
         if self._size <= RECORDED_BYTES:
             moment = round((time.time() - self._began) * 1000, 1)
-            self.fields[stream].append([moment, data.decode("latin-1")])
+            text, self._held[stream] = self._redacted(self._held[stream] + data.decode("latin-1"))
+            self.fields[stream].append([moment, text])
         else:
             self.fields["is_cut"] = True
 
+    def _redacted(self, text: str) -> Tuple[str, str]:
+        """(a piece without keys, its end that could be the start of a key)."""
+        for secret in self._secrets:
+            text = text.replace(secret, key_mark(secret))
+        place = min((place for secret in self._secrets
+                     for place in range(max(0, len(text) - len(secret) + 1), len(text))
+                     if secret.startswith(text[place:])), default=len(text))
+        return text[:place], text[place:]
+
     def save(self) -> None:
         """Writes the file, mode 600, and removes the oldest ones over RECORDED_FILES."""
+        for stream, held in self._held.items():
+            if held and "is_cut" not in self.fields:
+                self.fields[stream][-1][1] += held
         text = json.dumps(self.fields, indent=1)
         for secret in self._secrets:
-            text = text.replace(json.dumps(secret)[1:-1], f"sk-...{secret[-4:]}")
+            text = text.replace(json.dumps(secret)[1:-1], key_mark(secret))
         try:
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
             path = os.path.join(self._folder, self._name)
@@ -8466,6 +8685,11 @@ class Recording:
         except OSError as error:
             log(logging.WARNING, "record", message=f"RECORD_DIR {self._folder} cannot be written: "
                 f"{error.strerror}")
+
+
+def key_mark(secret: str) -> str:
+    """The text in place of a key.  Half of a short key would be too much of it."""
+    return f"sk-...{secret[-4:]}" if len(secret) >= 16 else "[key]"
 
 
 RECORDED_HEADERS = ("content-type", "content-encoding", "transfer-encoding", "retry-after",
@@ -9116,13 +9340,14 @@ class Supervisor:
         self._counters = SharedCounters(self._settings.workers)
         lifeline, self._held_end = os.pipe()
         # The settings in force, for workers that start from now on.
-        self._options = replace(options, lifeline=lifeline, handed=SharedCounters(1, HANDED_SIZE))
+        self._options = replace(options, lifeline=lifeline, handed=SharedCounters(
+            1, HANDED_SIZE, lambda variables, _: json_bytes(variables)))
         self._workers: Dict[int, int] = {}                   # process id -> slot
         self._is_stopping = False
 
     def run(self) -> int:
         """Returns the exit code, once all workers have ended after a signal."""
-        for number in SIGNALS:
+        for number in (*SIGNALS, signal.SIGALRM):
             signal.signal(number, self._pass_on)
         write_pid_file(self._settings.pid_file)
         try:
@@ -9135,7 +9360,7 @@ class Supervisor:
                 self._await_end()
             log(logging.INFO, "stopped")
         finally:
-            remove_pid_file(self._settings.pid_file)
+            remove_pid_file(self._settings.pid_file, os.getpid())
         return 0
 
     def _start(self, slot: int) -> None:
@@ -9153,14 +9378,17 @@ class Supervisor:
         code = 1
         try:
             os.close(self._held_end)
-            for number in SIGNALS:
+            for number in (*SIGNALS, signal.SIGALRM):
                 signal.signal(number, signal.SIG_DFL)
+            for file in self._options.files:
+                file.forget_backlog()
             asyncio.run(serve(replace(
                 self._options, new_service=partial(
                     self._options.new_service, counters=self._counters, slot=slot),
                 ready=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS))))
             code = 0
         finally:
+            finish_logging(self._options.files, is_last=False)
             os._exit(code)
 
     def _await_end(self) -> None:
@@ -9176,7 +9404,10 @@ class Supervisor:
         self._start(slot)
 
     def _pass_on(self, number: int, frame: Any) -> None:
-        """Handles a signal: SIGHUP reloads; the first other one drains, a second one cuts."""
+        """Handles a signal: SIGHUP reloads; the first other one drains, a second one cuts.
+
+        So does the alarm: a worker may hang.
+        """
         if number == signal.SIGHUP:
             self._reload()
         elif self._is_stopping:
@@ -9185,11 +9416,13 @@ class Supervisor:
             self._is_stopping = True
             number = signal.SIGTERM
             log(logging.INFO, "stopping")
+            signal.setitimer(signal.ITIMER_REAL, DRAIN_TIME + WORKER_END_TIME)
             for item in self._options.sockets:               # open, its backlog would still accept
                 item.close()
         for pid in list(self._workers):
             try:
                 os.kill(pid, number)
+                os.kill(pid, signal.SIGCONT)                 # one that is stopped ends, too
             except ProcessLookupError:
                 pass
 
@@ -9205,6 +9438,7 @@ class Supervisor:
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 WORKER_PAUSE = 1.0                       # seconds; so a crash is no busy loop
+WORKER_END_TIME = 1.5                    # seconds beyond DRAIN_TIME until workers are killed
 
 
 # ---- 33.2 counters ---------------------------------------------------------
@@ -9212,41 +9446,88 @@ WORKER_PAUSE = 1.0                       # seconds; so a crash is no busy loop
 class SharedCounters:
     """Memory that workers share: each writes its counts into its own slot, and reads all slots.
 
-    A slot is a sequence number, odd while it is being written, a length, and JSON.
+    A slot has two halves, written in turns: a sequence number, a length, a checksum, and JSON.  So
+    a worker that dies while it writes leaves the other half.
     """
 
-    def __init__(self, slots: int, size: int = 0) -> None:
-        """`size`: bytes of a slot, SLOT_SIZE where it is 0."""
-        self._size = size or SLOT_SIZE
-        self._memory = mmap.mmap(-1, slots * self._size)
-        self.slots = slots
+    def __init__(self, slots: int, half: int = 0,
+                 encode: Optional[Callable[[Json, int], bytes]] = None) -> None:
+        """`half`: bytes of half a slot, HALF_SIZE if 0; `encode`: JSON that fits, fitting_counts."""
+        self.slots, self._half = slots, half or HALF_SIZE
+        self._encode = encode or fitting_counts
+        self._memory = mmap.mmap(-1, slots * 2 * self._half)
+        # slot -> sequence number and counts, the newest ones that made sense
+        self._newest: Dict[int, Tuple[int, Json]] = {}
 
-    def write(self, slot: int, value: Any) -> None:
-        """Writes the counts of a worker, unless they are too large for a slot."""
-        data = json_bytes(value)
-        start = slot * self._size
-        sequence = SLOT_HEAD.unpack_from(self._memory, start)[0]
-        if len(data) <= self._size - SLOT_HEAD.size:
-            SLOT_HEAD.pack_into(self._memory, start, sequence | 1, len(data))
-            self._memory[start + SLOT_HEAD.size:start + SLOT_HEAD.size + len(data)] = data
-            SLOT_HEAD.pack_into(self._memory, start, (sequence | 1) + 1, len(data))
+    def write(self, slot: int, value: Json) -> None:
+        """Writes the counts of a worker; labels that do not fit are left out."""
+        data = self._encode(value, self._half - SLOT_HEAD.size)
+        sequence = 1 + max(half[0] for half in [*self._halves(slot), self._last(slot)])
+        start = (2 * slot + sequence % 2) * self._half
+        place = start + SLOT_HEAD.size
+        self._memory[place:place + len(data)] = data
+        SLOT_HEAD.pack_into(self._memory, start, sequence, len(data), zlib.crc32(data, sequence))
+        self._newest[slot] = sequence, self._last(slot)[1]
 
     def read(self, slot: int) -> Json:
-        """The counts that a worker wrote last; {} if there are none, or if it is writing now."""
-        start = slot * self._size
-        for _ in range(100):
-            sequence, size = SLOT_HEAD.unpack_from(self._memory, start)
-            data = self._memory[start + SLOT_HEAD.size:start + SLOT_HEAD.size + size]
-            if not sequence & 1 and SLOT_HEAD.unpack_from(self._memory, start)[0] == sequence:
-                return json.loads(data) if data else {}
-        return {}
+        """The counts that a worker wrote last; {} if there are none."""
+        halves = self._halves(slot)
+        # Two halves that make sense are newer than any before, also those of a replaced worker.
+        if halves and (len(halves) == 2 or max(halves)[0] >= self._last(slot)[0]):
+            sequence, data = max(halves)
+            self._newest[slot] = sequence, json.loads(data)
+        return self._last(slot)[1]
+
+    def _last(self, slot: int) -> Tuple[int, Json]:
+        return self._newest.get(slot, (0, {}))
+
+    def _halves(self, slot: int) -> List[Tuple[int, bytes]]:
+        """(sequence number, JSON) of each half that is neither torn nor empty."""
+        halves = []
+        for start in (2 * slot * self._half, (2 * slot + 1) * self._half):
+            sequence, size, checksum = SLOT_HEAD.unpack_from(self._memory, start)
+            place = start + SLOT_HEAD.size
+            data = self._memory[place:min(place + size, start + self._half)]
+            if data and zlib.crc32(data, sequence) == checksum:
+                halves.append((sequence, data))
+        return halves
 
 
 # Bytes: fifty requests, sixty minutes and all sums take about 40,000.
-SLOT_SIZE = 262144
-SLOT_HEAD = struct.Struct("QQ")
+HALF_SIZE = 262144
 # Bytes: variables of 128 KB each at most, JSON of them; untouched pages take no memory.
 HANDED_SIZE = 16777216
+SLOT_HEAD = struct.Struct("QII")
+
+
+def fitting_counts(counts: Json, size: int) -> bytes:
+    """Counts as JSON of at most `size` bytes.
+
+    Lists for the status page are cut first.  Then the labels with the smallest amounts are counted
+    as `other`; no amount is lost.
+    """
+    data = json_bytes(counts)
+    if len(data) > size:
+        counts = {**counts, "recent": counts["recent"][-5:], "adjustments": []}
+        data = json_bytes(counts)
+    if len(data) > size:
+        counts["recent"] = []
+        data = json_bytes(counts)
+    all_series, left_out = counts["sums"], 0
+    labels = sorted((amount, name, text) for name, series in all_series.items()
+                    for text, amount in series.items() if LABEL_VALUE.search(text))
+    while len(data) > size and left_out < len(labels):
+        left_out = min(len(labels), 2 * left_out + 10)
+        sums = {name: dict(series) for name, series in all_series.items()}
+        for amount, name, text in labels[:left_out]:
+            other = LABEL_VALUE.sub(r'\1="other"', text)
+            del sums[name][text]
+            sums[name][other] = sums[name].get(other, 0) + amount
+        data = json_bytes({**counts, "sums": {**sums, "labels_left_out": {"": left_out}}})
+    return data
+
+
+LABEL_VALUE = re.compile(r'\b(model|route|status|outcome)="(?:[^"\\]|\\.)*"')
 
 
 # ============================================================================
@@ -9563,8 +9844,35 @@ SHORTCUTS = Shortcuts(
 # ---- 35.1 main -------------------------------------------------------------
 
 def main(arguments: Optional[List[str]] = None, shortcuts: Shortcuts = SHORTCUTS) -> int:
-    """The program.  Returns its exit code: 0, 1 could not serve, 2 usage, 78 bad configuration."""
-    options = Options(**vars(command_line().parse_args(arguments)))
+    """The program.  Returns its exit code: 0, 1 could not serve, 2 usage, 78 bad configuration.
+
+    A standard stream that is closed, or a pipe that nobody reads any more, changes nothing else.
+    """
+    open_standard_streams()
+    try:
+        return run_command(Options(**vars(command_line().parse_args(arguments))), shortcuts)
+    except BrokenPipeError:
+        return 1
+    finally:
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:                          # the interpreter would complain at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def open_standard_streams() -> None:
+    """Opens /dev/null in place of closed streams: a socket would get their numbers."""
+    descriptor = -1
+    while descriptor < 3:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+
+
+def run_command(options: Options, shortcuts: Shortcuts) -> int:
+    """Does as the options say.  Returns the exit code."""
     if options.replay:
         return replay(options.replay)
     log_format = ""
@@ -9593,12 +9901,15 @@ def main(arguments: Optional[List[str]] = None, shortcuts: Shortcuts = SHORTCUTS
         partial(loaded_settings, options),
         partial(Service, page=STATUS_PAGE, recorder=Recording, shortcuts=shortcuts),
         start_demo if options.demo else None)
-    if settings.workers > 1:
-        return Supervisor(serve_options).run()
     try:
+        if settings.workers > 1:
+            return Supervisor(serve_options).run()
         asyncio.run(serve(serve_options))
     except KeyboardInterrupt:            # Ctrl-C before the signal handlers stand
         pass
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C ends it now without a traceback
+        finish_logging(files)
     return 0
 
 

@@ -16,6 +16,7 @@ import base64
 import contextlib
 import copy
 import errno
+import fcntl
 import functools
 import gc
 import gzip
@@ -43,6 +44,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import warnings
@@ -1115,6 +1117,11 @@ class Program:
     def signal(self, number):
         self.process.send_signal(number)
 
+    def serves(self):
+        with contextlib.suppress(OSError):
+            return self.get()[0] == 200
+        return False
+
     def end(self):
         """(exit code, the rest of stdout, the rest of stderr)."""
         out, err = self.process.communicate()
@@ -1140,6 +1147,25 @@ class Program:
             assert piece, (answer.status, start)
             start += piece
         return connection, answer, start
+
+
+# A patch: the name server does not answer for one name.
+STUCK_LOOKUP = ("import socket, time; real = socket.getaddrinfo; socket.getaddrinfo = lambda host, "
+                "*a, **k: time.sleep(60) if host == 'stuck.example' else real(host, *a, **k)")
+
+
+@contextlib.contextmanager
+def narrow_pipe():
+    """A pipe that takes 8 KiB where its size can be set; its two ends."""
+    reader, writer = os.pipe()
+    with contextlib.suppress(AttributeError):
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ if sys.version_info >= (3, 10) else 1031, 8192)
+    try:
+        yield reader, writer
+    finally:
+        for descriptor in (reader, writer):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -5189,6 +5215,70 @@ def test_a_request_that_is_cancelled_just_when_its_connection_is_made_leaves_non
     assert run(scenario()) == []
 
 
+def test_lookups_that_are_stuck_leave_the_others_alone(monkeypatch):
+    real, answered = socket.getaddrinfo, threading.Event()
+
+    def lookup(host, *arguments, **options):
+        if host == "stuck.example":
+            answered.wait()
+            raise socket.gaierror(socket.EAI_NONAME, "no such name")
+        return real(host, *arguments, **options)
+
+    async def scenario():
+        async with bare(OPENAI_BASE_URL="http://stuck.example/v1", REQUEST_TIMEOUT="0.3") as server:
+            answers = await asyncio.gather(*(ask(server.port, body=req()) for _ in range(18)))
+        async with ScriptedServer(OK) as upstream:
+            url = upstream.url.replace("127.0.0.1", "localhost")
+            async with bare(OPENAI_BASE_URL=url) as server:
+                return answers, await ask(server.port, body=req())
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    try:
+        stuck, other = run(scenario())
+    finally:
+        answered.set()
+    assert other[0] == 200 and [answer[0] for answer in stuck].count(504) == 16
+    assert sum("502: Cannot resolve stuck.example" in shown(answer) for answer in stuck) == 2
+
+
+def test_clients_that_leave_while_a_connection_is_made_say_nothing_about_the_upstream():
+    async def scenario():
+        async with RawUpstream([HANG]) as upstream:
+            url = upstream.url.replace("http:", "https:")
+            async with bare(OPENAI_BASE_URL=url) as server:
+                for number in range(1, 5):
+                    async with Wire(server.port) as wire:
+                        await wire.send(POST(f"Content-Length: {len(HI)}", body=HI,
+                                             path="/v1/messages"))
+                        while upstream.opened < number:
+                            await asyncio.sleep(0.01)
+                    while server.app.in_flight:
+                        await asyncio.sleep(0.01)
+                return (await ask(server.port, "GET", "/health/ready"))[0]
+
+    assert run(scenario()) == 200
+
+
+@pytest.mark.parametrize("offset", [-0.005, 0.0, 0.005], ids=["before", "at", "after"])
+@pytest.mark.parametrize("place", ["connect", "read"])
+def test_a_cancellation_in_the_same_turn_as_the_timeout_wins(place, offset):
+    async def scenario():
+        loop = asyncio.get_running_loop()
+        async with RawUpstream([HANG]) as upstream:
+            url = upstream.url.replace("http:", "https:" if place == "connect" else "http:")
+            tls = aiapiproxy.tls_context() if place == "connect" else None
+            client = aiapiproxy.Upstream(urlsplit(url), aiapiproxy.TimeLimit(0.2, ""), tls=tls)
+            sending = asyncio.ensure_future(client.send("POST", "", b"{}", "", False,
+                                                        aiapiproxy.TimeLimit(0.2, "")))
+            due = loop.time() + 0.2
+            loop.call_at(due - 0.02, time.sleep, 0.06)   # both are due in the turn after this one
+            loop.call_at(due + offset, sending.cancel)
+            await asyncio.wait({sending})
+            return sending.cancelled()
+
+    assert run(scenario())
+
+
 # ---- TLS and outgoing proxies
 #
 # The certificates are for these tests alone.  CERTIFICATE is for 127.0.0.1 and signed by itself.
@@ -6076,11 +6166,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(way, tmp_path):
     with Program(tmp_path, "--port", str(port), LOG_LEVEL="debug", **options) as program:
         program.port = port
 
-        def serves():
-            with contextlib.suppress(OSError):
-                return program.get()[0] == 200
-
-        wait_for(serves)
+        wait_for(program.serves)
         for _ in range(20):
             assert program.get("/x")[0] == 404
             body = json.dumps(req())
@@ -6091,6 +6177,109 @@ def test_a_log_that_cannot_be_written_stops_nothing(way, tmp_path):
                        *(each for each in options.values() if isinstance(each, int))}:
         with contextlib.suppress(OSError):
             os.close(descriptor)
+
+
+@table([("stdout, a pipe", "pipe", 20), ("stderr, a pipe", "pipe", 30),
+        ("a terminal that is stopped", "terminal", 20)], "kind, level")
+def test_an_output_that_nobody_reads_holds_no_request(kind, level, tmp_path):
+    emoji = json.dumps(req(model="\U0001f600" * 199))
+    with narrow_pipe() as (_, pipe), contextlib.ExitStack() as stack:
+        port, terminals = free_port(), pty.openpty()
+        for descriptor in terminals:
+            stack.callback(os.close, descriptor)
+        termios.tcflow(terminals[1], termios.TCOOFF)
+        output = terminals[1] if kind == "terminal" else pipe
+        patch = f"aiapiproxy.logging.INFO = {level}"
+        with Program(tmp_path, "--port", str(port), stdout=output, stderr=output,
+                     patch=patch) as program:
+            program.port = port
+            wait_for(program.serves)
+            for body in [json.dumps(req())] * 10 + [emoji] * 4:
+                assert program.get("/v1/messages", "POST", body)[0] == 502
+            assert program.serves()
+            began = time.monotonic()
+            program.signal(signal.SIGTERM)
+            assert program.end()[0] == 0 and time.monotonic() - began < 2
+        assert os.get_blocking(output)
+
+
+def test_a_pipe_that_is_read_again_has_whole_lines_and_says_how_many_are_missing(tmp_path):
+    with narrow_pipe() as (reader, writer):
+        port = free_port()
+        with Program(tmp_path, "--port", str(port), stdout=writer,
+                     patch="aiapiproxy.LOG_BACKLOG = 20000") as program:
+            os.close(writer)
+            program.port = port
+            wait_for(program.serves)
+            for index in range(100):
+                assert program.get(f"/{index:0300}")[0] == 404
+            entries, lost = [], 0
+            with open(reader, "rb", closefd=False) as file:
+                for entry in map(json.loads, file):
+                    if entry["event"] == "log_lines_lost":
+                        lost += entry["count"]
+                        assert program.get("/last")[0] == 404
+                    if entry.get("path") == "/last":
+                        break
+                    entries.append(entry["event"])
+    assert entries[0] == "started" and entries[-1] == "log_lines_lost"
+    assert lost > 10 and entries.count("request") + lost == 100
+    assert entries.count("log_lines_lost") == 1
+
+
+@table([("a pipe", os.pipe), ("a socket", socket.socketpair)], "opened")
+def test_programs_that_share_an_output_keep_its_flags(opened, tmp_path):
+    ends = opened()
+    numbers = [end if isinstance(end, int) else end.fileno() for end in ends]
+    port = free_port()
+    with Program(tmp_path, "--port", str(port), stdout=numbers[1], stderr=numbers[1]) as program:
+        program.port = port
+        wait_for(program.serves)
+        program.signal(signal.SIGTERM)
+        assert program.end()[0] == 0
+    assert os.get_blocking(numbers[1]) and b'"stopped"' in os.read(numbers[0], 65536)
+    for end in ends:
+        os.close(end) if isinstance(end, int) else end.close()
+
+
+@table([
+    ("a callback", "asyncio.get_running_loop().call_soon(lambda: 1 // 0)", "ZeroDivisionError"),
+    ("a task that nobody awaits", "asyncio.ensure_future(asyncio.sleep('x'))", "TypeError"),
+    ("a future that nobody awaits",
+     "asyncio.get_running_loop().create_future().set_exception(KeyError())", "KeyError"),
+], "call, kind")
+@pytest.mark.parametrize("backtrace", ["", "1"])
+def test_an_exception_that_nobody_catches_is_one_error_line(call, kind, backtrace, tmp_path):
+    patch = f"import asyncio; aiapiproxy.write_pid_file = lambda path: {call}"
+    with Program(tmp_path, "--port", "0", patch=patch, RUST_BACKTRACE=backtrace) as program:
+        program.started()
+        entry = program.until("loop_fault", program.process.stderr)
+        program.signal(signal.SIGTERM)
+        code, _, err = program.end()
+    assert (code, err, entry["level"], entry["error"]) == (0, "", "error", kind)
+    assert ("traceback" in entry) == bool(backtrace) and entry["place"]
+
+
+def test_a_log_path_that_has_become_a_symlink_is_not_opened(tmp_path):
+    out, other = tmp_path / "out.log", tmp_path / "other"
+    other.write_text("mine")
+    with out.open("ab") as stdout:
+        program = Program(tmp_path, "--port", "0", stdout=stdout,
+                          patch="aiapiproxy.ROTATION_CHECK = 0")
+    with program:
+        wait_for(lambda: b"started" in out.read_bytes())
+        program.port = int(json.loads(out.read_text())["address"].rpartition(":")[2])
+        out.rename(tmp_path / "out.log.0")
+        out.symlink_to(other)
+        for _ in range(3):
+            program.get("/x")
+        line = program.until("log_file", program.process.stderr)
+        assert line["level"] == "warn" and str(out) in line["message"]
+        out.unlink()
+        program.get("/y")
+        wait_for(lambda: out.exists() and b'"/y"' in out.read_bytes())
+        program.signal(signal.SIGTERM)
+        assert program.end()[::2] == (0, "") and other.read_text() == "mine"
 
 
 # ---- Secrets and forgeries
@@ -7353,6 +7542,77 @@ def test_a_second_signal_ends_it_at_once(workers, tmp_path):
         connection.close()
 
 
+@pytest.mark.parametrize("stuck", ["a lookup", "a connect", "a TLS handshake"])
+def test_an_upstream_that_is_stuck_does_not_hold_the_end(stuck, tmp_path):
+    with contextlib.ExitStack() as stack:
+        url = "http://stuck.example/v1"
+        if stuck == "a connect":
+            url = stack.enter_context(packet_hole())
+        elif stuck == "a TLS handshake":
+            silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            url = f"https://127.0.0.1:{silent.getsockname()[1]}/v1"
+        with Program(tmp_path, "--port", "0", patch=STUCK_LOOKUP, OPENAI_BASE_URL=url,
+                     REQUEST_TIMEOUT="0.2") as program:
+            program.started()
+            assert program.get("/v1/messages", "POST", json.dumps(req()))[0] == 504
+            began = time.monotonic()
+            program.signal(signal.SIGTERM)
+            code, _, err = program.end()
+    assert (code, err) == (0, "") and time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("body", ["whole", "half"])
+def test_a_second_signal_ends_it_with_a_request_in_any_state(body, tmp_path):
+    with Program(tmp_path, "--port", "0", patch=STUCK_LOOKUP,
+                 OPENAI_BASE_URL="http://stuck.example/v1") as program:
+        program.started()
+        with socket.create_connection(("127.0.0.1", program.port)) as client:
+            client.sendall(POST(f"Content-Length: {len(HI)}", path="/v1/messages",
+                                body=HI if body == "whole" else HI[:9]))
+            wait_for(lambda: json.loads(program.get()[1])["in_flight"] == 1)
+            program.signal(signal.SIGTERM)
+            program.until("stopping")
+            began = time.monotonic()
+            program.signal(signal.SIGTERM)
+            _, _, err = program.end()
+            assert err == "" and time.monotonic() - began < 1
+
+
+def test_a_PID_FILE_that_is_a_symlink_is_replaced(tmp_path):
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "p.pid").symlink_to("other")
+    with Program(tmp_path, "--port", "0", PID_FILE="p.pid") as program:
+        program.started()
+        assert not (tmp_path / "p.pid").is_symlink()
+        assert (tmp_path / "p.pid").read_text() == f"{program.process.pid}\n"
+        program.signal(signal.SIGTERM)
+        assert program.end()[0] == 0
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("other", "mine")]
+
+
+def test_a_PID_FILE_in_the_folder_of_another_user_is_written_and_emptied_in_place(
+        tmp_path, monkeypatch):
+    path, opens = tmp_path / "p.pid", os.open
+
+    def open_existing(name, flags, *mode, **options):
+        if flags & os.O_CREAT and not os.path.exists(name):
+            raise PermissionError(13, "Permission denied")
+        return opens(name, flags, *mode, **options)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    path.write_text("123456\n")
+    for name, function in (("open", open_existing), ("unlink", refuse), ("replace", refuse)):
+        monkeypatch.setattr(aiapiproxy.os, name, function)
+    aiapiproxy.write_pid_file(str(path))
+    assert path.read_text() == f"{os.getpid()}\n"
+    aiapiproxy.remove_pid_file(str(path), os.getpid() + 1)
+    assert path.read_text() == f"{os.getpid()}\n"
+    aiapiproxy.remove_pid_file(str(path), os.getpid())
+    assert path.read_text() == ""
+
+
 def test_while_it_stops_it_is_not_ready():
     async def scenario():
         async with proxied(stream(ctext("x"), HANG)) as (_, server):
@@ -7497,6 +7757,45 @@ def test_an_exchange_is_recorded_and_replayed(tmp_path):
     replayed = subprocess.run([sys.executable, aiapiproxy.__file__, "--replay", str(path)],
                               stdout=subprocess.PIPE, check=True, timeout=20).stdout
     assert printed(replayed) == printed(body).replace(KEY, f"sk-...{KEY[-4:]}")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_key_that_is_cut_by_the_borders_of_reads_is_not_recorded(streaming, tmp_path):
+    words = [ctext(f"your key is {KEY} ok"), cend("stop"), cuse(5, 3), DONE]
+    whole = sse(words) if streaming else json.dumps(completion(words[0]["choices"][0]["delta"],
+                                                               usage=used(5, 3))).encode()
+    begin = whole.index(KEY.encode())
+    cuts = [0, begin + 3, begin + 8, begin + 20, len(whole)]
+
+    async def scenario():
+        gates = [asyncio.Event() for _ in cuts[2:]]
+        parts = [piece for start, end, gate in zip(cuts, cuts[1:], [*gates, None])
+                 for piece in (whole[start:end], gate) if piece]
+        kind = "text/event-stream" if streaming else "application/json"
+        script = [reply_head(200, content_type=kind),
+                  *(framed(part) if isinstance(part, bytes) else part for part in parts),
+                  b"0\r\n\r\n", END]
+        async with proxied(script, RECORD_DIR=str(tmp_path)) as (upstream, server):
+            asking = asyncio.ensure_future(ask(server.port, body=req(stream=streaming)))
+            await upstream.asked.wait()
+            for gate in gates:
+                await asyncio.sleep(0.03)        # the proxy reads the piece before
+                gate.set()
+            return await asking
+
+    body = run(scenario())[2]
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert len(record["upstream"]) >= 4 and path.stat().st_mode & 0o777 == 0o600
+    for name in ("upstream", "events"):
+        assert KEY not in "".join(data for _, data in record[name])
+    replayed = subprocess.run([sys.executable, aiapiproxy.__file__, "--replay", str(path)],
+                              stdout=subprocess.PIPE, check=True, timeout=20).stdout
+    mark = f"sk-...{KEY[-4:]}" if len(KEY) >= 16 else "[key]"
+    if streaming:
+        assert printed(replayed) == printed(body).replace(KEY, mark)
+    else:
+        assert f"your key is {mark} ok".encode() in replayed
 
 
 def test_what_is_not_a_record_is_not_replayed(tmp_path, capfd):
@@ -7752,6 +8051,101 @@ def test_workers_end_with_their_parent(tmp_path):
         program.process.kill()
         program.process.wait()
         wait_for(lambda: not any(is_alive(pid) for pid in workers))
+
+
+@pytest.mark.parametrize("is_ours", [True, False], ids=["its own", "another"])
+def test_workers_whose_supervisor_was_killed_end_soon_and_remove_its_PID_FILE(is_ours, tmp_path):
+    pid_file = tmp_path / "p.pid"
+    with hanging_upstream() as url, Program(tmp_path, "--port", "0", WORKERS="2", PID_FILE="p.pid",
+                                            OPENAI_BASE_URL=url) as program:
+        program.started()
+        wait_for(lambda: len(children(program.process.pid)) == 2 and program.get()[0] == 200)
+        connection, _, _ = program.streaming()
+        workers = children(program.process.pid)
+        if not is_ours:
+            pid_file.write_text("123456\n")
+        began = time.monotonic()
+        program.process.kill()
+        program.process.wait()
+        wait_for(lambda: not any(is_alive(pid) for pid in workers))
+        assert time.monotonic() - began < 3 and pid_file.exists() != is_ours
+        connection.close()
+
+
+def test_a_worker_that_is_stopped_holds_neither_the_others_nor_the_end(tmp_path):
+    with Program(tmp_path, "--port", "0", WORKERS="2") as program:
+        program.started()
+        wait_for(lambda: len(children(program.process.pid)) == 2 and program.get()[0] == 200)
+        os.kill(min(children(program.process.pid)), signal.SIGSTOP)
+        for _ in range(10):
+            assert program.get("/x")[0] == 404
+        began = time.monotonic()
+        program.signal(signal.SIGTERM)
+        assert program.end()[0] == 0 and time.monotonic() - began < 3
+
+
+def counted(total, *more):
+    """Counts of a worker that has answered `total` requests."""
+    return {"sums": {"requests_total": {'route="other",status="404",outcome="rejected"': total},
+                     **dict(more)},
+            "in_flight": 0, "idle": 0, "recent": [], "minutes": [], "adjustments": []}
+
+
+@table([("text that is no JSON", b"{{{" * 90000), ("zeros", bytes(270000)),
+        ("a head that claims more than a slot has", b"\xff" * 48), ("a few bytes of it", b"{{{"),
+        ("one byte of the JSON", b"")], "torn")
+def test_a_slot_that_makes_no_sense_counts_as_before(torn):
+    counters = aiapiproxy.SharedCounters(2)
+
+    async def scenario():
+        settings = aiapiproxy.load_settings({"OPENAI_API_KEY": KEY}, server_port=0)
+        server = aiapiproxy.Service(settings, counters=counters)
+        await server.start()
+        counters.write(1, counted(5))
+        counters.write(1, counted(7))
+        found = [await ask(server.port, "GET", "/metrics")]
+        memory, half = counters._memory, aiapiproxy.HALF_SIZE
+        for start in (2 * half, 3 * half):
+            memory[start:start + len(torn[:half])] = torn[:half]
+            memory[start + 60] ^= 0xff
+        found += [await ask(server.port, "GET", "/metrics"),
+                  await ask(server.port, "GET", "/health")]
+        counters.write(1, counted(8))
+        found.append(await ask(server.port, "GET", "/metrics"))
+        await server.drain(0)
+        return found
+
+    first, second, health, third = run(scenario())
+    line = b'aiapiproxy_requests_total{route="other",status="404",outcome="rejected"} '
+    assert health[0] == 200 and line + b"7\n" in first[2]
+    assert line + b"7\n" in second[2] and line + b"8\n" in third[2]
+
+
+def test_a_worker_that_dies_while_it_writes_leaves_its_last_counts():
+    counters = aiapiproxy.SharedCounters(1)
+    counters.write(0, counted(5))
+    head = aiapiproxy.SLOT_HEAD
+    with mock.patch.object(aiapiproxy, "SLOT_HEAD", mock.Mock(wraps=head, size=head.size)) as dying:
+        dying.pack_into.side_effect = SystemExit
+        with pytest.raises(SystemExit):
+            counters.write(0, counted(6))
+    assert counters.read(0) == counted(5)
+
+
+def test_figures_that_do_not_fit_leave_labels_out_rarest_first_and_no_amount():
+    series = {f'kind="input",model="{index:03}{"m" * 97}"': 1000 - index for index in range(3000)}
+    value = counted(7, ("tokens_total", series))
+    value["recent"] = [{"error": "x" * 9000}] * 50
+    counters = aiapiproxy.SharedCounters(1)
+    counters.write(0, value)
+    found = counters.read(0)
+    tokens = found["sums"]["tokens_total"]
+    assert sum(tokens.values()) == sum(series.values())
+    assert sum(found["sums"]["requests_total"].values()) == 7
+    kept = {labels for labels in tokens if "other" not in labels}
+    assert kept and found["sums"]["labels_left_out"][""] + len(kept) in (len(series), len(series) + 1)
+    assert min(series[each] for each in kept) >= max(
+        amount for labels, amount in series.items() if labels not in kept)
 
 
 # ============================================================================
@@ -8053,6 +8447,17 @@ def test_help_lists_every_variable_and_option(tmp_path):
 def test_version(tmp_path):
     with Program(tmp_path, "--version") as program:
         assert program.end() == (0, f"aiapiproxy {aiapiproxy.__version__}\n", "")
+
+
+@pytest.mark.parametrize("option", ["--check", "--help", "--version", "--env"])
+@pytest.mark.parametrize("way", ["a pipe that is closed", "closed"])
+def test_an_output_that_is_closed_is_no_reason_for_a_traceback(option, way, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    options = {"stdout": writer} if way != "closed" else {"before": lambda: os.close(1)}
+    with Program(tmp_path, option, **options) as program:
+        assert program.end()[2] == ""
+    os.close(writer)
 
 
 def test_the_warnings_about_a_file_of_settings(tmp_path):
