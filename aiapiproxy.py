@@ -5796,7 +5796,7 @@ class NameLookups(ThreadPoolExecutor):
         """Waits for no lookup; the threads end with the process."""
 
 
-MAX_LOOKUPS = 16                         # of one host that wait for a name server
+MAX_LOOKUPS = 16                         # of one host
 LOOKUPS = NameLookups()
 
 
@@ -6922,6 +6922,7 @@ class LogFile(logging.Handler):
     """
 
     def __init__(self, descriptor: int, levels: Callable[[int], bool]) -> None:
+        """`levels` tells which levels belong here.  Writes to other than files stop blocking."""
         super().__init__()
         self._shared = descriptor
         self._levels = levels
@@ -7049,7 +7050,7 @@ class LogFile(logging.Handler):
 
 LOG_BACKLOG = 1048576                    # bytes of lines that wait for one descriptor
 LOG_RETRY = 0.1                          # seconds between two tries to write them
-LOG_END_TIME = 0.2                       # seconds for the lines that are left at the end
+LOG_END_TIME = 0.2                       # seconds for the lines that are left
 ROTATION_CHECK = 1.0                     # seconds between two looks at the path
 
 
@@ -8417,7 +8418,7 @@ async def serve(options: ServeOptions) -> None:
 
 
 DRAIN_TIME = 10.0                        # seconds for running requests after the first signal
-ORPHAN_DRAIN_TIME = 0.5                  # seconds for those of a worker without its supervisor
+ORPHAN_DRAIN_TIME = 0.5                  # seconds, when the supervisor has died
 INSIST_TIME = 0.8                        # seconds after the second signal
 
 
@@ -8620,7 +8621,7 @@ class Recording:
         # A piece of bytes shows a key's other characters than ASCII as those of latin-1.
         self._secrets = dict.fromkeys(form for secret in translation.secrets
                                       for form in (secret, secret.encode().decode("latin-1")))
-        self._held = {"upstream": "", "events": ""}  # ends that could be the start of a key
+        self._held = {"upstream": "", "events": ""}  # perhaps starts of a key
         self._began = time.time()
         self._size = 0
         self._folder = settings.record_dir
@@ -9375,7 +9376,7 @@ class Supervisor:
 
     def _work(self, slot: int) -> None:
         """Serves as a worker, and never returns."""
-        code = 1
+        code, parent = 1, os.getppid()
         try:
             os.close(self._held_end)
             for number in (*SIGNALS, signal.SIGALRM):
@@ -9388,7 +9389,7 @@ class Supervisor:
                 ready=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS))))
             code = 0
         finally:
-            finish_logging(self._options.files, is_last=False)
+            finish_logging(self._options.files, is_last=os.getppid() != parent)
             os._exit(code)
 
     def _await_end(self) -> None:
