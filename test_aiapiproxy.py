@@ -5220,7 +5220,7 @@ def test_lookups_that_are_stuck_leave_the_others_alone(monkeypatch):
 
     def lookup(host, *arguments, **options):
         if host == "stuck.example":
-            answered.wait()
+            answered.wait(10)
             raise socket.gaierror(socket.EAI_NONAME, "no such name")
         return real(host, *arguments, **options)
 
