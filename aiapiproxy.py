@@ -428,6 +428,19 @@ def finite_float(text: str) -> float:
     return value
 
 
+def bounded_int(text: str) -> int:
+    """An integer of JSON.  Reading takes quadratic time, and not every Python bounds it."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number has more than {MAX_DIGITS} digits")
+    return int(text)
+
+
+MAX_DIGITS = 4300                        # Python's own bound, from 3.9.14 and 3.10.7 on
+# Without the detour through Python code json reads integers several times as fast.
+HAS_OWN_BOUND = 0 < getattr(sys, "get_int_max_str_digits", int)() <= MAX_DIGITS
+PARSE_INT: Callable[[str], int] = int if HAS_OWN_BOUND else bounded_int
+
+
 def reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not allowed")
 
@@ -447,12 +460,13 @@ NOT_JSON = "Request body is not valid JSON"
 # million tokens cannot hold more.
 MAX_VALUES = 500000
 
-_client_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant)
-_model_decoder = json.JSONDecoder(parse_float=finite_float, parse_constant=reject_constant,
-                                  strict=False)
+_client_decoder = json.JSONDecoder(parse_float=finite_float, parse_int=PARSE_INT,
+                                   parse_constant=reject_constant)
+_model_decoder = json.JSONDecoder(parse_float=finite_float, parse_int=PARSE_INT,
+                                  parse_constant=reject_constant, strict=False)
 
 # The value of JSON text from an upstream.  Servers send raw control characters, NaN and infinity.
-upstream_json = bounded_reader(json.JSONDecoder(strict=False).decode)
+upstream_json = bounded_reader(json.JSONDecoder(parse_int=PARSE_INT, strict=False).decode)
 # The value of JSON text that a model wrote, or that travelled through a client.  Raw control
 # characters inside strings are accepted, because models don't escape line breaks.
 model_json = bounded_reader(_model_decoder.decode)
@@ -701,6 +715,7 @@ def check_fields(params: Json, is_counting: bool) -> None:
             raise ProxyError(400, f"{name}: {check[1]}")
     if not params["messages"]:
         raise ProxyError(400, "messages: at least one message is required")
+    check_sizes(params)
     if not is_counting and params["max_tokens"] < 0:
         raise ProxyError(400, "max_tokens: Input should be greater than or equal to 0")
     if params.get("thread") is not None:
@@ -715,6 +730,25 @@ def is_system(value: Any) -> bool:
     return isinstance(value, str) or is_list(value) and all(
         is_object(block) and block.get("type") == "text" and isinstance(block.get("text"), str)
         for block in value)
+
+
+def check_sizes(params: Json) -> None:
+    """Raises ProxyError(400) for a long name of a model, which caches and logs hold, and for many
+    or long stop sequences, which are searched for in each delta.
+    """
+    if len(params["model"]) > MAX_MODEL_NAME:
+        raise ProxyError(400, f"model: String should have at most {MAX_MODEL_NAME} characters")
+    sequences = params.get("stop_sequences") or ()
+    if len(sequences) > MAX_STOPS:
+        raise ProxyError(400, f"stop_sequences: List should have at most {MAX_STOPS} items")
+    for index, sequence in enumerate(sequences):
+        if len(sequence) > MAX_STOP_SIZE:
+            raise ProxyError(400, f"stop_sequences.{index}: String should have at most "
+                             f"{MAX_STOP_SIZE} characters")
+
+
+MAX_MODEL_NAME, MAX_STOP_SIZE = 256, 1000            # characters
+MAX_STOPS = 64                                       # OpenAI takes four
 
 
 REQUIRED_FIELDS = ("model", "messages", "max_tokens")
@@ -1579,15 +1613,16 @@ class OpenCalls:
     has.  Clients don't: of several calls with one id the n-th result belongs to the n-th call.
     """
 
-    def __init__(self, host_class: str) -> None:
+    def __init__(self, host_class: str, room: CarrierRoom) -> None:
         self.unanswered: Dict[str, None] = {}        # upstream's ids, in the order of the calls
+        self.room = room                             # for the data that the ids carry
         self._host_class = host_class
         self._uses: Dict[str, int] = {}              # decoded id -> number of its last use
         self._waiting: Dict[str, Deque[str]] = {}    # client's id -> upstream's ids
 
     def add(self, client: str) -> Tuple[str, Any]:
         """Adds a call; returns (its id for the upstream, its `extra_content` or None)."""
-        plain, extra = decoded_id(client)
+        plain, extra = decoded_id(client, self.room)
         number, call_id = self._uses.get(plain, 0), ""
         while not call_id or call_id in self.unanswered:
             number += 1
@@ -1632,13 +1667,15 @@ def client_id(call_id: Any, extra: Any, known: Set[str], new_id: NewId) -> str:
     return f"toolu_r{new_id(6)}_{base64url(call_id.encode('utf-8', 'replace'))}"
 
 
-def decoded_id(client: str) -> Tuple[str, Any]:
+def decoded_id(client: str, room: CarrierRoom) -> Tuple[str, Any]:
     """(the upstream's id, its `extra_content` or None); an id that is not encoded is itself."""
     match = re.fullmatch(r"toolu_([rx])[A-Za-z0-9]{6}_([A-Za-z0-9_-]+)", client)
+    if match is None:
+        return client, None
     try:
-        if match and match[1] == "r":
+        if match[1] == "r":
             return base64url_bytes(match[2]).decode("utf-8"), None
-        call_id, extra = model_json(unpacked(match[2])) if match else (client, None)
+        call_id, extra = model_json(room.unpacked(match[2], is_json=True))
         return (call_id, extra) if isinstance(call_id, str) else (client, None)
     except (ValueError, TypeError):
         return client, None
@@ -1673,7 +1710,7 @@ def carrier_signature(kind: str, payload: str = "") -> str:
     return f"aap1.{kind}." + (packed(payload) if payload else "")
 
 
-def carried_block(block: Json) -> Optional[Tuple[str, Any]]:
+def carried_block(block: Json, room: CarrierRoom) -> Optional[Tuple[str, Any]]:
     """(kind, text or list of details) of a thinking block with such a signature; else None."""
     signature = block.get("signature")
     match = re.fullmatch(r"aap1\.([a-z])\.([A-Za-z0-9_-]*)",
@@ -1685,7 +1722,8 @@ def carried_block(block: Json) -> Optional[Tuple[str, Any]]:
         text = block.get("thinking")
         return (kind, text) if isinstance(text, str) and kind != "d" else None
     try:
-        value = model_json(unpacked(payload)) if kind == "d" else unpacked(payload)
+        value: Any = room.unpacked(payload, is_json=kind == "d")
+        value = model_json(value) if kind == "d" else value
     except ValueError:
         return None
     return None if kind == "d" and not isinstance(value, list) else (kind, value)
@@ -1696,20 +1734,34 @@ def packed(text: str) -> str:
     return base64url(zlib.compress(text.encode("utf-8", "replace")))
 
 
-def unpacked(text: str) -> str:
-    """The text that was packed.  Raises ValueError for a damaged or too large one."""
-    engine = zlib.decompressobj()
-    try:
-        data = engine.decompress(base64url_bytes(text), UNPACKED_SIZE)
-    except zlib.error as error:
-        raise ValueError(str(error)) from None
-    if not engine.eof:
-        raise ValueError("cut off or too large")
-    return data.decode("utf-8")
+class CarrierRoom:
+    """The room for all unpacked texts of one request, filled in the order of their appearance.
+
+    zlib data of a hostile client can be a thousandth of what it unpacks to.  A text that does not
+    fit counts as damaged, and unpacking stops at the bound.
+    """
+
+    def __init__(self) -> None:
+        self._bytes, self._values, self._work = MAX_UNPACKED, MAX_UNPACKED_VALUES, 4 * MAX_UNPACKED
+
+    def unpacked(self, text: str, is_json: bool = False) -> str:
+        """The text that was packed.  Raises ValueError for a damaged one, or without room."""
+        engine, limit = zlib.decompressobj(), min(self._bytes, self._work)
+        try:
+            data = engine.decompress(base64url_bytes(text), limit) if limit else b""
+        except zlib.error as error:
+            raise ValueError(str(error)) from None
+        self._work -= len(data)
+        values = data.count(b",") + 1 if is_json else 0
+        if not engine.eof or values > self._values:
+            raise ValueError("cut off or too large")
+        self._bytes -= len(data)
+        self._values -= values
+        return data.decode("utf-8")
 
 
-# Bytes of one unpacked text: zlib data of a hostile client can be a thousandth as long.
-UNPACKED_SIZE = 16 * 1024 * 1024
+MAX_UNPACKED = 8 * 1024 * 1024           # bytes that one request may carry
+MAX_UNPACKED_VALUES = 100000             # JSON values, counted by commas
 
 
 def base64url(data: bytes) -> str:
@@ -1750,13 +1802,14 @@ def chat_body(conversation: Conversation, target: Target) -> Json:
 def message_fields(conversation: Conversation, profile: ModelProfile) -> Json:
     """`messages`: the system message, then the turns, each call directly followed by its result."""
     messages: List[Json] = []
-    calls = OpenCalls(profile.host_class)
+    room = CarrierRoom()
+    calls = OpenCalls(profile.host_class, room)
     for turn in conversation.turns:
         if turn.role == "assistant":
             messages.append(assistant_message(turn.blocks, calls, conversation, profile))
         else:
             messages += user_messages(turn.blocks, calls, profile)
-            calls = OpenCalls(profile.host_class)
+            calls = OpenCalls(profile.host_class, room)
     messages += missing_results(calls)
     if messages and messages[-1]["role"] == conversation.turns[-1].role == "assistant":
         # The last message is the prefill: not sent if it is empty, and Mistral wants it marked.
@@ -1790,11 +1843,12 @@ def assistant_message(blocks: List[Block], calls: OpenCalls, conversation: Conve
     if not tool_calls:
         return {"role": "assistant", "content": text}
     return {"role": "assistant", "content": text or None,
-            **reasoning_history(blocks, conversation, profile), "tool_calls": tool_calls}
+            **reasoning_history(blocks, conversation, profile, calls.room),
+            "tool_calls": tool_calls}
 
 
-def reasoning_history(blocks: List[Block], conversation: Conversation,
-                      profile: ModelProfile) -> Json:
+def reasoning_history(blocks: List[Block], conversation: Conversation, profile: ModelProfile,
+                      room: CarrierRoom) -> Json:
     """The reasoning that an upstream wants back beside tool calls, in the field it came in.
 
     The kind of the first carrier decides.  DeepSeek's API refuses calls without the field while
@@ -1802,7 +1856,8 @@ def reasoning_history(blocks: List[Block], conversation: Conversation,
     """
     if profile.host_class in ("openai", "azure", "mistral", "gemini"):
         return {}
-    found = filter(None, [carried_block(block) for block in blocks if block["type"] == "thinking"])
+    found = filter(None, [carried_block(block, room) for block in blocks
+                          if block["type"] == "thinking"])
     carried = [pair for pair in found if pair[0] in REASONING_FIELDS]
     if carried:
         kind = carried[0][0]
@@ -2121,7 +2176,7 @@ class BlockMachine:
         if is_head and block.is_started and not block.pending_text:
             self._send(block, text)
             return
-        block.pending_text.append(text)
+        block.buffer(text)
         self.count_buffered(len(text))
         if is_head:
             self._send_pending(block)
@@ -2188,6 +2243,9 @@ class PendingBlock:
         self.pending_text: List[str] = []        # cannot be sent yet
         self.high_surrogate = ""                 # one that waits for its partner
 
+    def buffer(self, text: str) -> None:
+        self.pending_text.append(text)
+
     def is_complete(self) -> bool:
         """Whether it ends as soon as another block stands behind it."""
         return True
@@ -2207,8 +2265,14 @@ class PendingBlock:
 class PendingText(PendingBlock):
     """Visible text.  White space alone makes no block."""
 
+    is_visible = False                           # white space is not
+
+    def buffer(self, text: str) -> None:
+        super().buffer(text)
+        self.is_visible = self.is_visible or not text.isspace()
+
     def may_start(self) -> bool:
-        return self.is_started or any(not text.isspace() for text in self.pending_text)
+        return self.is_started or self.is_visible
 
     def block(self, translation: Translation) -> Json:
         return {"type": "text", "text": ""}
@@ -2317,7 +2381,6 @@ class PendingToolUse(PendingBlock):
         if self.state is ArgumentsState.CLOSED:
             if self._is_filled or not text.lstrip(BLANKS).startswith("{"):
                 return ""                                        # a brace too many, or all again
-            # Some gateways put an empty object in front of the real one.
             self.state, self._unsent = ArgumentsState.NONE, ""
         if self.state is ArgumentsState.NONE and not self.is_custom:
             blanks = len(text) - len(text.lstrip(BLANKS))
@@ -2325,6 +2388,8 @@ class PendingToolUse(PendingBlock):
             text = text[blanks:]
             if not text:
                 return ""
+            # Some gateways put empty objects in front of the real one.
+            text = EMPTY_OBJECTS.sub("", text, 1)
             self.state = ArgumentsState.OPEN
             self.is_raw = text[0] != "{"
         if self.is_raw:
@@ -2427,6 +2492,7 @@ NAMELESS_CALL = "The upstream's answer has a tool call without a name"
 BLANKS = " \t\r\n"
 MAX_BLANKS = 512                         # characters; no JSON indents this deep
 BLANK_RUN = re.compile(r"[ \t\r\n]+")
+EMPTY_OBJECTS = re.compile(r"\A(?:\{[ \t\r\n]{0,99}\}[ \t\r\n]{0,99})+(?=\{)")
 IN_STRING = re.compile(r'["\\\x00-\x1f]')
 OUT_OF_STRING = re.compile(r'["{}\[\]]')
 
@@ -2855,6 +2921,7 @@ class SSEDecoder:
         self._is_first = True
         self._skips_lf = False                   # the last read ended in CR
         self._data: List[str] = []
+        self._data_size = 0
         self._is_error = False
 
     @property
@@ -2909,11 +2976,15 @@ class SSEDecoder:
                 found.append(ErrorData(data) if self._is_error else data)
             else:
                 self._data.append(data)
+                self._data_size += len(data)
+                if self._data_size > MAX_LINE:
+                    size = f"{MAX_LINE >> 20} MiB"
+                    raise UpstreamError(502, f"The upstream sent an event over {size}")
         return found
 
     def _joined(self) -> List[str]:
         """The data lines of an event: together one value, or each line a value."""
-        lines, self._data = self._data, []
+        lines, self._data, self._data_size = self._data, [], 0
         if len(lines) > 1 and all(map(is_whole, lines)):
             return lines
         joined = "\n".join(lines)
@@ -3388,9 +3459,19 @@ class ErrorFacts:
     headers: Optional[Mapping[str, str]] = None              # None: an object in a 200
     has_own_words: bool = True               # False: we made the message
 
+    @property
+    def words(self) -> str:
+        """The message as far as rules look at it: of a long one the start and the end.
+
+        Servers quote whole conversations in their errors; words in there are no reason.
+        """
+        if len(self.message) <= SEARCHED_START + SEARCHED_END:
+            return self.message
+        return f"{self.message[:SEARCHED_START]}\n{self.message[-SEARCHED_END:]}"
+
     def search(self, pattern: str) -> Optional[Match[str]]:
         """The first match of a pattern in the message, in capitals or small letters."""
-        return re.search(pattern, self.message, re.I | re.S)
+        return re.search(pattern, self.words, re.I | re.S)
 
     def matches(self, pattern: str) -> bool:
         return self.search(pattern) is not None
@@ -3408,9 +3489,9 @@ class ErrorFacts:
         if self.param == name or self.param.startswith((name + ".", name + "[")):
             return True
         spelling = rf"(?:{name}|" + re.sub(r"_(\w)", lambda match: match[1].upper(), name) + ")"
-        if re.search(rf"[\"'`]{spelling}[\"'`]", self.message):
+        if re.search(rf"[\"'`]{spelling}[\"'`]", self.words):
             return True
-        is_word = re.search(rf"(?<![\w-]){spelling}(?![\w-])", self.message) is not None
+        is_word = re.search(rf"(?<![\w-]){spelling}(?![\w-])", self.words) is not None
         return is_word and self.says_unknown()
 
 
@@ -3425,6 +3506,9 @@ def error_value(body: bytes) -> Any:
         return upstream_json(body.decode("utf-8", "replace"))
     except ValueError:
         return None
+
+
+SEARCHED_START, SEARCHED_END = 3072, 1024            # characters of a message
 
 
 def error_facts(status: int, value: Any) -> ErrorFacts:
@@ -3487,11 +3571,15 @@ def stated_message(value: Json) -> str:
 
 def response_summary(status: int, body: bytes) -> str:
     """Our message for an answer without one: its status, and the title or the text of its page."""
-    text = body[:65536].decode("utf-8", "replace")
-    title = re.search(r"<title[^>]*>(.*?)</title", text, re.I | re.S)
-    if title is None:
+    body = body[:65536]
+    # Each find() searches on from the last, so that a page of nothing but tags takes linear time.
+    lower = body.lower()
+    start = lower.find(b">", lower.find(b"<title")) + 1 if b"<title" in lower else 0
+    end = lower.find(b"</title", start) if start else -1
+    text = (body[start:end] if end >= 0 else body).decode("utf-8", "replace")
+    if end < 0:
         text = re.sub(r"(?is)<(script|style).*?(</\1>|$)|<[^>]*(>|$)", " ", text)
-    shown = " ".join((title[1] if title else text).split())[:200]
+    shown = " ".join(text.split())[:200]
     summary = f"The upstream answered {status} {REASON_PHRASES.get(status, '')}".rstrip()
     return summary + (f": {shown}" if shown else "")
 
@@ -3722,7 +3810,7 @@ def seconds_until(text: str, now: float) -> Optional[float]:
     """The seconds of a retry-after header, which may be a date.  [RFC 9110 10.2.3]"""
     if re.fullmatch(SECONDS, text):
         return float(text)
-    if not text:
+    if not text or len(text) > MAX_NUMBER_TEXT:
         return None
     # Imported here, because few servers send a date and the module takes 1 MB of memory.
     from email.utils import parsedate_to_datetime
@@ -3734,11 +3822,18 @@ def seconds_until(text: str, now: float) -> Optional[float]:
 
 def parse_duration(text: Any) -> Optional[float]:
     """Seconds of `6m0s`, `1.5s`, `20ms`, `1h2m` or a plain number; None for anything else."""
-    if not isinstance(text, str) or not re.fullmatch(r"(\d{1,12}(\.\d+)?(ms|[dhms])?)+", text):
+    # Every part but the last needs its unit: digits that could be parted in several ways would
+    # take exponential time.
+    if not isinstance(text, str) or not 0 < len(text) <= MAX_NUMBER_TEXT \
+            or not re.fullmatch(rf"({AMOUNT}(ms|[dhms]))*({AMOUNT})?", text):
         return None
     units = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}
     parts = re.findall(r"(\d+(\.\d+)?)(ms|[dhms]|)", text)
     return sum(float(amount) * units[unit] for amount, _, unit in parts)
+
+
+AMOUNT = r"\d{1,15}(?:\.\d{1,12})?"
+MAX_NUMBER_TEXT = 64                     # characters of a header's number or time
 
 
 def ratelimit_headers(headers: Mapping[str, str], now: float) -> Dict[str, str]:
@@ -3749,7 +3844,7 @@ def ratelimit_headers(headers: Mapping[str, str], now: float) -> Dict[str, str]:
             value = headers.get(f"x-ratelimit-{part}-{unit}", "")
             if part == "reset" and value:
                 value = reset_time(value, now)
-            if value and (part == "reset" or value.isdecimal()):
+            if value and (part == "reset" or value.isdecimal() and len(value) <= MAX_NUMBER_TEXT):
                 made[f"anthropic-ratelimit-{unit}-{part}"] = value
     return made
 
@@ -3927,7 +4022,7 @@ def is_schema_error(facts: ErrorFacts, body: Json) -> bool:
 def unknown_keywords(facts: ErrorFacts, body: Json) -> List[str]:
     """Keywords of schemas that an error calls unknown (Gemini).  No schema can do without four."""
     pattern = r"unknown name ['\"](\w+)['\"] at ['\"]tools\S*parameters"
-    names = dict.fromkeys(re.findall(pattern, facts.message, re.I))
+    names = dict.fromkeys(re.findall(pattern, facts.words, re.I))
     return [name for name in names if name not in ("type", "properties", "items", "required")]
 
 
@@ -3945,7 +4040,7 @@ def description_limit(facts: ErrorFacts, body: Json) -> Optional[int]:
     """The length that a tool's description may have, from an error that names one (OpenAI)."""
     match = facts.search(r"maximum length:? (\d+)")
     place = r"tools[\[.]\d+\]?\.function\.description"
-    return int(match[1]) if match and re.search(place, f"{facts.param} {facts.message}") else None
+    return int(match[1]) if match and re.search(place, f"{facts.param} {facts.words}") else None
 
 
 SCHEMA_WORDINGS = (
@@ -4046,7 +4141,7 @@ def complete_array(schema: Any) -> Any:
 
 def is_null_content_error(facts: ErrorFacts, body: Json) -> bool:
     """Whether an upstream rejects the null content that stands beside tool calls."""
-    return bool(re.search(r"\bcontent\b", f"{facts.message} {facts.param}")) and facts.matches(
+    return bool(re.search(r"\bcontent\b", f"{facts.words} {facts.param}")) and facts.matches(
         r"\bnull\b|\bNone\b|expected (a )?string|field required|valid string|missing field")
 
 
@@ -4195,8 +4290,19 @@ def estimated_request_tokens(body: Json, count: Optional[Callable[[Any], int]] =
 
 
 def estimated_prompt_tokens(items: Iterable[PromptItem], count: Callable[[Any], int]) -> int:
-    """Tokens of a prompt, at least 1: `count` gives those of an item that is no number of them."""
-    return 3 + sum(item if isinstance(item, int) else count(item) for item in items)
+    """Tokens of a prompt, at least 1: `count` gives those of an item that is no number of them.
+
+    A long prompt is counted as one text, of which estimated_tokens takes samples: item by item it
+    would block the event loop for seconds.
+    """
+    found = list(items)
+    tokens = 3 + sum(item for item in found if isinstance(item, int))
+    texts = [item for item in found if not isinstance(item, int)]
+    if sum(is_object(text) for text in texts) <= MANY_SCHEMAS \
+            and sum(len(text) for text in texts if isinstance(text, str)) <= LONG_PROMPT:
+        return tokens + sum(map(count, texts))
+    return tokens + estimated_tokens("\n".join(
+        text if isinstance(text, str) else readable_json(text) for text in texts))
 
 
 def item_tokens(item: Union[str, Json]) -> int:
@@ -4233,6 +4339,7 @@ def chat_prompt_texts(body: Json) -> Iterator[PromptItem]:
         yield schema
 
 
+LONG_PROMPT, MANY_SCHEMAS = 1 << 20, 256             # characters, which take 0.1 s; schemas
 MESSAGE_TOKENS = 4                       # around a message
 IMAGE_TOKENS = 1600                      # of an image of common size
 TOOL_TOKENS = 8                          # around a tool's name, description, schema
@@ -4249,10 +4356,12 @@ def estimated_tokens(text: str) -> int:
     block the event loop for too long, evenly spread samples are counted.
     """
     size, pieces = len(text), piece_pattern().findall
-    step = SLICE if size <= MAX_COUNTED else max(SLICE, size // (MAX_COUNTED // SLICE))
+    step, length = SLICE, SLICE
+    if size > MAX_COUNTED:
+        step, length = size // (MAX_COUNTED // SAMPLE), SAMPLE
     total, counted = 0.0, 0
     for start in range(0, size, step):
-        part = text[start:start + SLICE]
+        part = text[start:start + length]
         counted += len(part)
         total += sum(map(piece_cost, pieces(part)))
     return math.ceil(total if counted == size else total * size / counted)
@@ -4282,7 +4391,7 @@ class OutputMeter:
 
 
 MAX_COUNTED = 1 << 19                    # characters; they take under 0.1 s
-SLICE = 1 << 13                          # characters; bounds the list of pieces
+SLICE, SAMPLE = 1 << 13, 1 << 11         # characters; bounds the list of pieces
 MAX_SAMPLE = 65536                       # characters; bounds the memory of a stream
 
 
@@ -4483,7 +4592,7 @@ def translation_of(params: Json, target: Target, session_id: str,
                    is_counting: bool) -> Translation:
     """The Translation of params that have passed check_fields.  Raises ProxyError(400)."""
     conversation = conversation_of(params, session_id, is_counting)
-    api = APIS[target.api]
+    api, room = APIS[target.api], CarrierRoom()
     return Translation(
         requested_model=params["model"], target=target,
         profile=model_profile(target.model, target.host_class),
@@ -4492,7 +4601,7 @@ def translation_of(params: Json, target: Target, session_id: str,
         tool_names={conversation.upstream_name(tool.name): tool.name
                     for tool in conversation.tools},
         history_call_ids=conversation.call_ids.union(
-            decoded_id(call_id)[0] for call_id in conversation.call_ids),
+            decoded_id(call_id, room)[0] for call_id in conversation.call_ids),
         stop_sequences=conversation.stop_sequences, prefill=prefill_text(conversation.turns),
         is_single_call=conversation.choice is not None and conversation.choice.is_single,
         is_empty=conversation.max_tokens == 0, dropped_fields=conversation.dropped_fields,
@@ -4862,7 +4971,7 @@ class ChunkedBody:
         self.done = False
         self.rest = b""
         self._partial = b""              # an incomplete line, or half of a CRLF
-        self._left = 0                   # bytes of the current chunk still to come
+        self.left = 0                   # bytes of the current chunk still to come
         self._needs_crlf = False         # the current chunk's own CRLF is missing
         self._in_trailer = False
         self._overhead = 0               # bytes of extensions and trailers so far
@@ -4874,12 +4983,12 @@ class ChunkedBody:
         out: List[bytes] = []
         place, size = 0, len(data)
         while place < size and not self.done:
-            if self._left:
-                piece = data[place:place + self._left]
+            if self.left:
+                piece = data[place:place + self.left]
                 out.append(piece)
                 place += len(piece)
-                self._left -= len(piece)
-                self._needs_crlf = not self._left
+                self.left -= len(piece)
+                self._needs_crlf = not self.left
                 continue
             end = data.find(b"\r\n", place)
             if end < 0:
@@ -4912,8 +5021,8 @@ class ChunkedBody:
             if match is None:
                 raise ProtocolError(400, "A chunk has a malformed size")
             self._count_overhead(match[2] or b"")
-            self._left = int(match[1], 16)
-            self._in_trailer = not self._left
+            self.left = int(match[1], 16)
+            self._in_trailer = not self.left
 
     def _count_overhead(self, line: bytes) -> None:
         self._overhead += len(line)
@@ -4937,8 +5046,7 @@ CHUNK_SIZE_START = re.compile(rb"[0-9A-Fa-f]{1,15}[ \t]*(;|\r?$)|[0-9A-Fa-f]{0,1
 class UntilCloseBody:
     """A body that ends with its connection.  [RFC 9112 6.3 rule 8]"""
 
-    done = False
-    rest = b""
+    done, left, rest = False, 0, b""
 
     def feed(self, data: bytes) -> bytes:
         return data
@@ -6171,7 +6279,7 @@ class Exchange:
         self._waits_for_100 = False
         data: Union[bytes, bytearray] = b"" if body.done else body.feed(stream.take_unread())
         while not body.done:
-            if len(data) > limit:
+            if len(data) + body.left > limit:        # a chunk that is announced counts as well
                 raise too_large(limit)
             data = bytearray(data) if isinstance(data, bytes) else data
             data += await self._body_piece()
@@ -9453,7 +9561,7 @@ class SharedCounters:
 
     def __init__(self, slots: int, half: int = 0,
                  encode: Optional[Callable[[Json, int], bytes]] = None) -> None:
-        """`half`: bytes of half a slot, HALF_SIZE if 0; `encode`: JSON that fits, fitting_counts."""
+        """`half`: bytes of half a slot, HALF_SIZE if 0; `encode`: else fitting_counts."""
         self.slots, self._half = slots, half or HALF_SIZE
         self._encode = encode or fitting_counts
         self._memory = mmap.mmap(-1, slots * 2 * self._half)

@@ -1423,6 +1423,18 @@ def test_hostile_json(given, want, path):
         assert any(word in answer[2] for word in (b"line", b"NaN", b"Infinity"))
 
 
+@pytest.mark.parametrize("read", ["client_json", "upstream_json", "model_json"])
+def test_a_number_of_very_many_digits_is_malformed_json_on_every_python(read):
+    began = time.process_time()
+    text = '{"n":%s}' % ("9" * 900_000)
+    with pytest.raises((ValueError, aiapiproxy.ProxyError)):
+        getattr(aiapiproxy, read)(text)
+    assert getattr(aiapiproxy, read)('{"n":-%s}' % ("9" * 4000)) == {"n": -int("9" * 4000)}
+    with pytest.raises(ValueError):
+        aiapiproxy.bounded_int("9" * 4301)               # for a Python without a bound of its own
+    assert time.process_time() - began < 1
+
+
 # ============================================================================
 # 3. MODELS AND HOSTS
 # ============================================================================
@@ -2177,6 +2189,25 @@ def test_schema(given, want):
     assert sent(req(tools=[{"name": "f", "input_schema": given}]))["tools"] == [fn("f", want)]
 
 
+@table([
+    ("a model's name", req(model="m" * 257), "model: String should have at most 256 characters"),
+    ("sequences", req(stop_sequences=["x"] * 65),
+     "stop_sequences: List should have at most 64 items"),
+    ("characters of one", req(stop_sequences=["x", "y" * 1001]),
+     "stop_sequences.1: String should have at most 1000 characters"),
+])
+def test_too_many_are_refused(given, want):
+    for is_counting in (False, True):
+        with pytest.raises(aiapiproxy.ProxyError) as refused:
+            aiapiproxy.checked_translation(given, SETTINGS["openai"], is_counting=is_counting)
+        assert (refused.value.status, refused.value.message) == (400, want)
+
+
+def test_as_many_as_allowed_are_served():
+    asked = req(model="m" * 256, stop_sequences=["y" * 1000] * 64)
+    assert aiapiproxy.checked_translation(asked, SETTINGS["local"]).body["model"] == "m" * 256
+
+
 # ============================================================================
 # 5. CONTENT AND IDS
 # ============================================================================
@@ -2454,6 +2485,34 @@ def test_reasoning_comes_back_to_the_upstream_as_it_was(reasoning, display):
         assert blocks[0]["thinking"] == ("" if display == "omitted" else "think \u00e9")
         history = [usr("Hi"), asst(blocks), usr([res("call_1", "ok")])]
         assert sent(req(history), "local")["messages"][1] == msg("x", [call("call_1")], **reasoning)
+
+
+def inflating(kind, size):
+    """An id or a signature of a few kilobytes that unpacks to `size` bytes of JSON."""
+    if kind == "id":
+        text = '["call_1",[' + "0," * (size // 2) + "0]]"
+        return "toolu_xAAAAAA_" + encoded(zlib.compress(text.encode()))
+    return "aap1.c." + encoded(zlib.compress(b"x" * size))
+
+
+@pytest.mark.parametrize("count, size", [(12, 15_000_000), (6, 8_000_000)])
+@pytest.mark.parametrize("kind", ["id", "signature"])
+def test_carriers_of_one_request_unpack_to_bounded_memory(kind, count, size):
+    made = inflating(kind, size)
+    blocks = [use(made) if kind == "id" else think("", made) for _ in range(count)]
+    asked = req([usr("Hi"), asst([*blocks, use("toolu_b")]), usr([res("toolu_b", "ok")])])
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    aiapiproxy.checked_translation(asked, SETTINGS["local"])
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert time.process_time() - began < 3
+    assert grown < 120_000 * (1 if sys.platform != "darwin" else 1024), "kB"
+
+
+def test_reasoning_of_several_megabytes_is_carried_and_more_is_dropped():
+    texts = ["a" * 3_500_000, "b" * 3_500_000, "c" * 3_500_000]
+    blocks = [think("", carrier("c", text)) for text in texts]
+    body = sent(req([usr("Hi"), asst([*blocks, use("x")]), usr([res("x", "ok")])]), "local")
+    assert body["messages"][1]["reasoning_content"] == texts[0] + texts[1]
 
 
 # ============================================================================
@@ -3145,6 +3204,27 @@ def test_usage_of_a_stream(chunks, want):
     assert found[-2]["usage"] == want
 
 
+@BOTH_WAYS
+@pytest.mark.parametrize("count", [400, 5000])
+def test_empty_arguments_many_times_are_one_call_without_input(shortcuts, count):
+    translation = aiapiproxy.checked_translation(req(), SETTINGS["local"])
+    for arguments in (["{}" * count], ["{}"] * count):
+        chunks = [frag(0, "call_1", "f", ""), *(frag(0, None, None, each) for each in arguments),
+                  cend("tool_calls"), DONE]
+        assert printed(streamed([sse(chunks)], translation, shortcuts)) == \
+            'MS 0+tool(call_1,f) 0j`{}` 0- MD(tool_use) ME'
+
+
+@BOTH_WAYS
+def test_white_space_that_never_ends_takes_linear_time(shortcuts):
+    translation = aiapiproxy.checked_translation(req(), SETTINGS["openai"])
+    chunks = [*(ctext("\n") for _ in range(20_000)), cend("stop"), DONE]
+    began = time.process_time()
+    assert printed(streamed([sse([each]) for each in chunks], translation, shortcuts)) == \
+        "MS MD(end_turn) ME"
+    assert time.process_time() - began < 4
+
+
 # ============================================================================
 # 9. TEXT FILTER
 # ============================================================================
@@ -3362,6 +3442,14 @@ def test_a_CRLF_that_is_cut_by_chunks_and_reads_is_one_end_of_line():
                 return said(await client.answer())
 
     assert run(scenario()) == 'MS 0+text 0t"x" 0t"y" ' + CLOSED
+
+
+def test_data_lines_without_an_end_are_bounded():
+    decoder = aiapiproxy.SSEDecoder()
+    line = b"data: " + b"x" * 1_000_000 + b"\n"
+    with pytest.raises(aiapiproxy.UpstreamError):
+        for _ in range(30):
+            decoder.events(decoder.lines(line))
 
 
 # ============================================================================
@@ -3925,6 +4013,57 @@ def test_an_error_of_strange_numbers_is_an_error(asked):
     assert said(answer).startswith("400 invalid_request_error: ")
 
 
+@table([
+    ("minutes and seconds", "6m0s", 360.0), ("a fraction", "1.5s", 1.5),
+    ("milliseconds", "20ms", 0.02), ("an epoch", "1795435206000", 1795435206000.0),
+    ("hours", "1h2m", 3720.0), ("plain seconds", "59", 59.0), ("an unknown unit", "5x", None),
+    ("nothing", "", None), ("a number that does not end", "1" * 25 + "x", None),
+    ("more than any server sends", "1s" * 40, None), ("no text", 5, None),
+])
+def test_parse_duration(given, want):
+    began = time.process_time()
+    found = aiapiproxy.parse_duration(given)
+    assert (found if found is None else round(found, 3)) == want
+    assert time.process_time() - began < 0.5
+
+
+LONG_ERRORS = [
+    ("images and schemas", "image not supported json schema parse " * 5000),
+    ("windows", "maximum context length is 8192 tokens " * 5000),
+    ("numbers", "request (5 tokens) " * 9000), ("limits", "max_tokens must be at most " * 7000),
+]
+
+
+@table([(name, text) for name, text in LONG_ERRORS], "message")
+def test_a_long_error_is_judged_in_linear_time(message):
+    asked = req([usr([txt("x"), img])], tools=[tool("f")], temperature=0.5)
+    for status in (400, 500):
+        translation = aiapiproxy.checked_translation(asked, SETTINGS["local"])
+        began = time.process_time()
+        body = json.dumps({"error": {"message": message}}).encode()
+        aiapiproxy.upstream_error(status, {}, body, translation, 0)
+        aiapiproxy.adjustment_for(status, body, translation)
+        assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("page", ["<title>" * 30_000, "<title" * 30_000, "<" * 200_000,
+                                  "<script" * 30_000])
+def test_a_hostile_page_is_summed_up_in_linear_time(page):
+    began = time.process_time()
+    translation = aiapiproxy.checked_translation(req(), SETTINGS["local"])
+    aiapiproxy.upstream_error(502, {}, page.encode(), translation, 0)
+    assert time.process_time() - began < 1
+
+
+def test_words_in_the_middle_of_a_long_error_are_no_reason():
+    """Servers quote whole conversations in their errors."""
+    words = " maximum context length is 8192 tokens, resulted in 9000 tokens "
+    quoted = "x" * 5000 + words + "x" * 5000
+    translation = aiapiproxy.checked_translation(req(), SETTINGS["local"])
+    body = json.dumps({"error": {"message": quoted}}).encode()
+    assert "too long" not in aiapiproxy.upstream_error(400, {}, body, translation, 0).message
+
+
 # ============================================================================
 # 14. ADJUSTMENTS
 # ============================================================================
@@ -4314,6 +4453,22 @@ def test_estimate_of_a_text():
     assert aiapiproxy.estimated_tokens("") == 0
     assert aiapiproxy.estimated_tokens("Hi") == 1
     assert aiapiproxy.estimated_tokens("Hello world, " * 100) > 100
+
+
+def test_counting_many_long_texts_takes_bounded_time_and_looks_at_all_of_them():
+    dice = random.Random(3)
+    def fresh(words):
+        return " ".join("".join(dice.choices("abcdefghijklmnop", k=6)) for _ in range(words))
+    prose = "The quick brown fox jumps over the lazy dog and looks for a place to rest. "
+    kinds = [fresh(70_000), prose * 6500, "12345 67890 " * 40_000]
+    asked = [usr([txt(kinds[place % 3]) for place in range(60)])]
+    turned = [usr([txt(kinds[place % 3]) for place in reversed(range(60))])]
+    began = time.process_time()
+    found = [aiapiproxy.checked_translation(req(each), SETTINGS["local"]).input_estimate()
+             for each in (asked, turned)]
+    assert time.process_time() - began < 4
+    whole = 20 * sum(aiapiproxy.estimated_tokens(text) for text in kinds)
+    assert abs(found[0] - whole) < 0.08 * whole and abs(found[0] - found[1]) < 0.05 * found[0]
 
 
 # ============================================================================
@@ -7361,6 +7516,21 @@ def test_fuzz(monkeypatch, capfd, caplog):
     assert count > 50, f"seed {seed}"
     assert "Traceback" not in capfd.readouterr().err
     assert not [record for record in caplog.records if record.msg == "internal_error"]
+
+
+def test_a_chunk_whose_size_is_over_the_limit_is_refused_before_it_arrives():
+    head = ("POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nx-api-key: k\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n").encode()
+
+    async def scenario(start, **environ):
+        async with proxied(OK, **environ) as (_, server), Wire(server.port) as wire:
+            await wire.send(head + start)
+            return await wire.answer()
+
+    status, _, _ = run(scenario(b"40000000\r\n"))
+    assert status == 413
+    small = b"258\r\n" + b" " * 600 + b"\r\n258\r\n"
+    assert run(scenario(small, MAX_REQUEST_SIZE="1000"))[0] == 413
 
 
 # ============================================================================
