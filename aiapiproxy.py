@@ -213,7 +213,8 @@ def redacted(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
         if secret in text:
             text = text.replace(secret, f"sk-…{secret[-4:]}")
-    return CONTROL.sub(" ", KEY_LIKE.sub(r"sk-…\1", text))[:ERROR_TEXT]
+    text = KEY_LIKE.sub(r"sk-…\1", text) if "sk-" in text else text
+    return (text if text.isprintable() else CONTROL.sub(" ", text))[:ERROR_TEXT]
 
 
 ERROR_TEXT = 4096                        # characters of an upstream's message
@@ -4971,7 +4972,7 @@ class ChunkedBody:
         self.done = False
         self.rest = b""
         self._partial = b""              # an incomplete line, or half of a CRLF
-        self.left = 0                   # bytes of the current chunk still to come
+        self.left = 0                    # bytes of the current chunk still to come
         self._needs_crlf = False         # the current chunk's own CRLF is missing
         self._in_trailer = False
         self._overhead = 0               # bytes of extensions and trailers so far
@@ -4988,7 +4989,9 @@ class ChunkedBody:
                 out.append(piece)
                 place += len(piece)
                 self.left -= len(piece)
-                self._needs_crlf = not self.left
+                if not self.left:
+                    self._needs_crlf = data[place:place + 2] != b"\r\n"
+                    place += 0 if self._needs_crlf else 2
                 continue
             end = data.find(b"\r\n", place)
             if end < 0:
@@ -5375,10 +5378,11 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
             self._on_connection(self, transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._take is not None and len(data) <= READ_SIZE:
-            self._deliver(self._take, data)
+        while self._take is not None and data:           # in the pieces that a read() would give
+            self._deliver(self._take, data[:READ_SIZE])
+            data = data[READ_SIZE:]
+        if not data:
             return
-        self.end_pump()                  # a read() cuts larger data into pieces
         if self.on_activity is not None:
             self.on_activity()
         elif self.on_disconnect is not None and self.buffered + len(data) > MAX_READ_AHEAD:

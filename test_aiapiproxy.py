@@ -4941,7 +4941,8 @@ def pumped(events, buffered=b""):
     ("until it fails", [b"ERROR", b"b"], b"", (["ERROR"], "KeyError('take')", "b")),
     ("until nothing arrives for too long", [b"a"], b"", (["a"], "None", "ReadTimeout")),
     ("unless bytes have arrived before", [], b"a", ([], "None", "a")),
-    ("but no burst, which is read in pieces", [b"a", b"b" * 65537], b"", (["a"], "None", "b" * 9)),
+    ("and a burst in pieces", [b"a", b"b" * 65536 + b"z", b"c"], b"",
+     (["a", "b" * 9, "z"], "None", "c")),
 ], "events, buffered, want")
 def test_a_pump_gives_arriving_bytes_to_its_callback(events, buffered, want):
     assert pumped(events, buffered) == want
